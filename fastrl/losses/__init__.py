@@ -1,0 +1,1 @@
+"""Policy, preference, value, reward, KL, advantage and distillation losses as tensor code."""

@@ -1,0 +1,1 @@
+"""The vocabulary operations: dispatch and autograd."""
