@@ -1,0 +1,145 @@
+"""Argument checks of the public functions, and the switch for the checks that would need a device to wait.
+
+A public function validates once; inner code trusts it. Checks of values (labels in range, masks of 0 and 1, finite
+temperatures) cost nothing on a CPU and are always made there. On other devices they would stop the host until the
+device has caught up, so they are made only inside `checked()`; outside it a bad value gives NaN, never a plausible number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_checked: ContextVar[bool] = ContextVar("fastrl_checked", default=False)
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@contextmanager
+def checked() -> Iterator[None]:
+    """Check values on every device inside this context, at the price of waiting for the device."""
+    token = _checked.set(True)
+    try:
+        yield
+    finally:
+        _checked.reset(token)
+
+
+def checks_values(*tensors: Tensor | None) -> bool:
+    """Return whether the values of these tensors may be looked at: on a CPU, or inside `checked()`."""
+    if torch.compiler.is_compiling():
+        return False
+    present = [t for t in tensors if t is not None]
+    return _checked.get() or all(t.device.type == "cpu" for t in present)
+
+
+def one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Raise unless `value` is among `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def plain_float(
+    name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False
+) -> float:
+    """Return `value` as a finite float inside [low, high] (or above `low` when `open_low`), or raise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+    if not math.isfinite(value) or value < low or value > high or (open_low and value <= low):
+        bound = f"{'>' if open_low else '>='} {low:g}" if low > -math.inf else ""
+        bound += f"{' and ' if bound else ''}<= {high:g}" if high < math.inf else ""
+        raise ValueError(f"{name} must be finite{' and ' if bound else ''}{bound}, got {value!r}")
+    return float(value)
+
+
+def float_tensor(name: str, value: Any) -> Tensor:
+    """Return `value` if it is a dense floating-point tensor on a real device, or raise."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if type(value).__name__ == "DTensor":
+        raise TypeError(f"{name} is a DTensor; pass {name}.full_tensor() or the local shard")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+    if value.is_quantized or value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+    if value.device.type == "meta" and not torch.compiler.is_compiling():
+        raise ValueError(f"{name} is on the meta device and holds no values")
+    return value
+
+
+def labels(
+    name: str, value: Any, shape: torch.Size, device: torch.device, vocabulary: int, ignore_index: int
+) -> Tensor:
+    """Return `value` as an integer tensor of `shape` whose entries are ids or `ignore_index`, or raise."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be int64 or int32, got {value.dtype}")
+    same_shape(name, value, shape)
+    same_device(name, value, device)
+    if checks_values(value) and value.numel():
+        bad = ((value < 0) | (value >= vocabulary)) & (value != ignore_index)
+        if bool(bad.any()):
+            where = bad.nonzero()[:4].tolist()
+            raise ValueError(
+                f"{name} must be in [0, V={vocabulary}) or ignore_index={ignore_index}, got "
+                f"{value[bad][:4].tolist()} at {where} ({int(bad.sum())} in all)"
+            )
+    return value
+
+
+def same_shape(name: str, value: Tensor, shape: Sequence[int]) -> None:
+    """Raise unless `value` has exactly `shape`."""
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
+
+
+def same_device(name: str, value: Tensor, device: torch.device) -> None:
+    """Raise unless `value` is on `device`."""
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device}, got {value.device}")
+
+
+def temperature(value: Any, shape: torch.Size, device: torch.device) -> float | Tensor:
+    """Return the temperature as a float or as a tensor expanded to `shape`, or raise; None means 1."""
+    if value is None:
+        return 1.0
+    if not isinstance(value, Tensor):
+        return plain_float("temperature", value, low=0.0, open_low=True)
+    if not value.is_floating_point():
+        raise TypeError(f"temperature must be a float or a floating-point tensor, got {value.dtype}")
+    if value.dim() and value.device != device:
+        raise ValueError(f"temperature must be on {device}, got {value.device}")
+    if value.requires_grad:
+        raise ValueError("temperature must not require a gradient: none is computed for it; pass temperature.detach()")
+    try:
+        expanded = value.to(device).expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"temperature must be broadcastable to the labels' shape {tuple(shape)}, got {tuple(value.shape)}"
+        ) from None
+    if checks_values(value) and not bool(((value > 0) & value.isfinite()).all()):
+        raise ValueError("temperature must be finite and > 0 for every token")
+    return expanded
+
+
+def keep_mask(name: str, value: Any, shape: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Return (bool mask, poison); `poison` is NaN where an unchecked mask is neither 0 nor 1, or None."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    same_shape(name, value, shape)
+    same_device(name, value, device)
+    if value.dtype == torch.bool:
+        return value, None
+    valid = (value == 0) | (value == 1)
+    if checks_values(value):
+        if not bool(valid.all()):
+            raise ValueError(f"{name} must hold only 0 and 1, got {value[~valid][:4].tolist()}")
+        return value != 0, None
+    return value != 0, torch.where(valid.all(), 0.0, math.nan)

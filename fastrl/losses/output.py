@@ -1,0 +1,24 @@
+"""What every loss returns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class LossOutput(NamedTuple):
+    """The loss and what was learnt on the way.
+
+    Nothing here needs a host synchronisation to build. Metrics are sums and counts, so that adding them over
+    micro-batches and ranks and dividing once gives the exact mean.
+    """
+
+    loss: Tensor
+    """Scalar, attached to the graph (also where there is nothing to learn from: then 0 with zero gradients)."""
+    metrics: dict[str, tuple[Tensor, Tensor]]
+    """Name -> (sum, count), detached, on the device of the inputs."""
+    logprobs: Tensor | None
+    """Per-token log-probabilities, detached, where the loss computed them; 0 at masked positions."""
+    entropy: Tensor | None
+    """Per-token entropies, detached, where the loss computed them; 0 at masked positions."""

@@ -1,0 +1,724 @@
+"""One policy loss over its axes: every policy-gradient loss of the field is a value of `PolicyLoss`.
+
+    loss = sum_t s_t [ keep_t w_t l(r_t, A_t) + kl_coef k_t ] - entropy_coef sum_t H_t / n_tokens
+
+The formulas stand in `fastrl.reference`; this module holds the axes, checks them, brings the batch to flat tokens and
+chooses the path to the vocabulary. Legend: B batch, T time, N tokens, S sequences, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrl import checks, reference
+from fastrl.losses.layout import Layout
+from fastrl.losses.output import LossOutput
+from fastrl.losses.policy_metrics import policy_metrics
+from fastrl.losses.policy_presets import PRESETS, preset_fields
+from fastrl.ops import linear_token_logprobs as linear
+from fastrl.ops.policy import fused_policy_terms
+from fastrl.ops.token_logprobs import token_logprobs
+
+RATIO_LEVELS = ("token", "sequence", "sequence_token", "sequence_sum", "none")
+SURROGATES = (
+    "clip",
+    "reinforce",
+    "importance",
+    "nll",
+    "dft",
+    "clipped_weight",
+    "masked_weight",
+    "sapo",
+    "vespo",
+    "geometric",
+    "divergence_tv",
+    "divergence_tv_symmetric",
+    "divergence_kl",
+    "topr",
+)
+DIVERGENCES = ("divergence_tv", "divergence_tv_symmetric", "divergence_kl")
+CLIPPED = ("clip", "geometric", *DIVERGENCES)
+WEIGHTED = ("clipped_weight", "masked_weight", "topr", *DIVERGENCES)
+RATIO_FREE = ("reinforce", "nll", "dft")
+OWN_SEQUENCE_RATIO = ("vespo", "geometric")
+AGGREGATES = ("token_mean", "sequence_mean", "sequence_sum", "constant", "token_sum", "prompt_mean")
+KL_GRADIENTS = ("plain", "ratio_weighted", "straight_through", "straight_through_ratio")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutCorrection:
+    """Weights that correct for the gap between the inference engine and the trainer, w = pi_old / pi_rollout, detached.
+
+    "truncate" clamps the weight to [low, high] (TIS), "mask" sets it to zero outside (MIS, IcePop), "gate" keeps the
+    token weights where `statistic`, taken at `level`, lies inside [low, high]. Levels: token, the geometric mean over
+    the sequence ("sequence"), the product over it ("sequence_sum"). The weight multiplies the policy term only; the
+    denominator keeps every token. A NaN rollout log-prob counts as weight 1.
+    """
+
+    level: str = "token"
+    op: str = "truncate"
+    statistic: str = "ratio"
+    low: float | None = None
+    high: float | None = None
+    log_weight_clamp: float | None = None
+    batch_normalize: bool = False
+
+    def __post_init__(self) -> None:
+        checks.one_of("correction.level", self.level, ("token", "sequence", "sequence_sum"))
+        checks.one_of("correction.op", self.op, ("truncate", "mask", "gate"))
+        checks.one_of("correction.statistic", self.statistic, ("ratio", "tv", "binary_kl", "k1", "k2", "k3"))
+        for name in ("low", "high"):
+            value = getattr(self, name)
+            if value is not None:
+                checks.plain_float(f"correction.{name}", value)
+        if self.low is None and self.high is None:
+            raise ValueError("correction needs low, high or both: without a bound nothing is corrected")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(f"correction.low must be <= correction.high, got {self.low} > {self.high}")
+        if self.op != "gate" and self.statistic != "ratio":
+            raise ValueError(
+                f"correction.statistic {self.statistic!r} needs op='gate'; {self.op!r} bounds the ratio itself"
+            )
+        if self.log_weight_clamp is not None:
+            checks.plain_float("correction.log_weight_clamp", self.log_weight_clamp, low=0.0, open_low=True)
+
+    def weights(
+        self, old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """Return the detached weights, of the shape of `old_logprobs`; 1 outside the mask.
+
+        Args:
+            old_logprobs: (B, T), or (N,) with `cu_seqlens`: the trainer's own log-probs before the update.
+            rollout_logprobs: same shape: the log-probs that the inference engine reported.
+            mask: same shape, 0/1.
+            cu_seqlens: (S+1,) offsets of packed sequences.
+        """
+        layout = Layout.of(old_logprobs.shape, old_logprobs.device, cu_seqlens, "old_logprobs")
+        keep, _ = checks.keep_mask("mask", mask, layout.shape, layout.device)
+        keep = keep.reshape(-1)
+        old = torch.where(keep, layout.tokens("old_logprobs", old_logprobs), 0.0)
+        rollout = torch.where(keep, layout.tokens("rollout_logprobs", rollout_logprobs).to(old.dtype), 0.0)
+        return layout.restore(reference.correction_weights(self, old, rollout, keep, layout.lengths))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyLoss:
+    """A policy loss as a point on independent axes; `PolicyLoss.preset(name)` gives the losses of the field by name.
+
+    Every invalid or contradictory combination raises `ValueError` at construction. Fields that a loss does not use
+    must keep their default or be None.
+    """
+
+    ratio_level: str = "token"
+    """Where the importance ratio lives: "token", "sequence" (geometric mean, GSPO), "sequence_token" (the same value,
+    gradient per token), "sequence_sum" (product over the sequence, RLOO), "none"."""
+    ratio_anchor: str = "old"
+    """Denominator of the ratio: "old", "rollout", or "self" (the detached log-prob: ratio 1 with a gradient)."""
+    log_ratio_clamp: float | None = None
+    """Bound c of token log-ratios, clamped to [-c, c] with zero gradient outside."""
+    sequence_log_ratio_max: float | None = None
+    """Upper clamp of the sequence's log-ratio."""
+    surrogate: str = "clip"
+    """l(r, A); the formulas are listed in `fastrl.reference.token_terms`."""
+    clip_low: float | None = 0.2
+    """Width of the clip below 1 (clip), of the log-ratio (geometric), bound of the divergence; None: open."""
+    clip_high: float | None = 0.2
+    """The same above 1."""
+    weight_low: float | None = None
+    """Lower bound of the detached weight of clipped_weight, masked_weight, topr, and of divergence_* with logprob carrier."""
+    weight_high: float | None = None
+    """Upper bound of the same."""
+    carrier: str | None = None
+    """What divergence_* multiplies: "logprob" (with a detached weight) or "ratio"; None stands for "logprob"."""
+    dual_clip: float | None = None
+    """c > 1: for A < 0 the clip loss is at most -c A (arXiv 1912.09729)."""
+    max_ratio: float | None = None
+    """delta > 1 + clip_high: cap of the unclipped ratio (INTELLECT-2, arXiv 2505.07291)."""
+    tau_pos: float | None = 1.0
+    """SAPO temperature for A > 0."""
+    tau_neg: float | None = 1.05
+    """SAPO temperature for A <= 0."""
+    k_pos: float | None = 2.0
+    """VESPO exponent for A >= 0."""
+    k_neg: float | None = 3.0
+    """VESPO exponent for A < 0."""
+    lambda_pos: float | None = 3.0
+    """VESPO rate for A >= 0."""
+    lambda_neg: float | None = 2.0
+    """VESPO rate for A < 0."""
+    kl: str | None = None
+    """KL estimate in the loss: None, "k1", "k2", "k3", "abs"."""
+    kl_coef: float = 0.0
+    """Its coefficient; 0 with an estimator set only measures."""
+    kl_to: str | None = "ref"
+    """The other policy of the KL: "ref", "old", "rollout"."""
+    kl_gradient: str | None = "plain"
+    """"plain", "ratio_weighted", "straight_through", "straight_through_ratio"; see `fastrl.reference.kl_estimate`."""
+    kl_log_ratio_clamp: float | None = None
+    """Bound of logp - logp_other inside the estimate."""
+    kl_value_clamp: float | None = None
+    """Bound of the estimate's value."""
+    kl_ratio_max: float | None = None
+    """Cap of the ratio in "straight_through_ratio"."""
+    kl_ratio_anchor: str | None = None
+    """Denominator of the ratio in the KL term: "old", "rollout", "self"; None: the ratio of the loss."""
+    kl_fraction: float | None = None
+    """Share of the live tokens, those of largest covariance of advantage and log-prob, that carry the KL (KL-Cov)."""
+    entropy_coef: float = 0.0
+    """Coefficient c of the entropy bonus -c sum_t H_t / n_tokens, whatever `aggregate` is."""
+    correction: RolloutCorrection | None = None
+    """Train-inference correction of the policy term; for VESPO it joins the sequence weight."""
+    aggregate: str = "token_mean"
+    """"token_mean", "sequence_mean", "sequence_sum", "constant", "token_sum", "prompt_mean"; all but "prompt_mean" are
+    invariant to splitting the batch when `n_tokens` or `n_sequences` are the global counts."""
+    constant: float | None = None
+    """Length in the denominator of aggregate="constant" (Dr. GRPO)."""
+    denominator_eps: float = 0.0
+    """Added to each length in aggregate="sequence_mean", as verl and OpenRLHF do (1e-8)."""
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` for anything outside the axes."""
+        for field in ("kl_to", "kl_gradient", "tau_pos", "tau_neg", "k_pos", "k_neg", "lambda_pos", "lambda_neg"):
+            if getattr(self, field) is None:
+                object.__setattr__(self, field, _DEFAULTS[field])
+        if self.carrier is None and self.surrogate in DIVERGENCES:
+            object.__setattr__(self, "carrier", "logprob")
+        self._check_choices()
+        self._check_numbers()
+        self._check_combinations()
+
+    def _check_choices(self) -> None:
+        checks.one_of("ratio_level", self.ratio_level, RATIO_LEVELS)
+        checks.one_of("ratio_anchor", self.ratio_anchor, ("old", "rollout", "self"))
+        checks.one_of("surrogate", self.surrogate, SURROGATES)
+        checks.one_of("carrier", self.carrier, (None, "logprob", "ratio"))
+        checks.one_of("kl", self.kl, (None, "k1", "k2", "k3", "abs"))
+        checks.one_of("kl_to", self.kl_to, ("ref", "old", "rollout"))
+        checks.one_of("kl_gradient", self.kl_gradient, KL_GRADIENTS)
+        checks.one_of("kl_ratio_anchor", self.kl_ratio_anchor, (None, "old", "rollout", "self"))
+        checks.one_of("aggregate", self.aggregate, AGGREGATES)
+        if self.correction is not None and not isinstance(self.correction, RolloutCorrection):
+            raise TypeError(f"correction must be a RolloutCorrection or None, got {type(self.correction).__name__}")
+
+    def _check_numbers(self) -> None:
+        positive = ("log_ratio_clamp", "sequence_log_ratio_max", "kl_log_ratio_clamp", "kl_value_clamp", "kl_ratio_max")
+        for name in (*positive, "constant", "tau_pos", "tau_neg"):
+            if getattr(self, name) is not None:
+                checks.plain_float(name, getattr(self, name), low=0.0, open_low=True)
+        for name in (
+            "clip_low",
+            "clip_high",
+            "weight_low",
+            "weight_high",
+            "k_pos",
+            "k_neg",
+            "lambda_pos",
+            "lambda_neg",
+        ):
+            if getattr(self, name) is not None:
+                checks.plain_float(name, getattr(self, name), low=0.0)
+        checks.plain_float("kl_coef", self.kl_coef, low=0.0)
+        checks.plain_float("entropy_coef", self.entropy_coef)
+        checks.plain_float("denominator_eps", self.denominator_eps, low=0.0)
+        if self.surrogate == "clip" and self.clip_low is not None and self.clip_low > 1.0:
+            raise ValueError(
+                f"clip_low must be in [0, 1] for surrogate 'clip' (the ratio is positive), got {self.clip_low}"
+            )
+        if self.dual_clip is not None:
+            checks.plain_float("dual_clip", self.dual_clip, low=1.0, open_low=True)
+        if self.max_ratio is not None:
+            floor = 1.0 + (self.clip_high or 0.0)
+            checks.plain_float("max_ratio", self.max_ratio, low=floor, open_low=True)
+        if self.kl_fraction is not None:
+            checks.plain_float("kl_fraction", self.kl_fraction, low=0.0, high=1.0, open_low=True)
+        if self.weight_low is not None and self.weight_high is not None and self.weight_low > self.weight_high:
+            raise ValueError(f"weight_low must be <= weight_high, got {self.weight_low} > {self.weight_high}")
+
+    def _check_combinations(self) -> None:
+        unused = {
+            "dual_clip": self.surrogate == "clip",
+            "max_ratio": self.surrogate == "clip",
+            "carrier": self.surrogate in DIVERGENCES,
+            "weight_low": self.surrogate in WEIGHTED and self.carrier != "ratio",
+            "weight_high": self.surrogate in WEIGHTED and self.carrier != "ratio",
+            "constant": self.aggregate == "constant",
+            "kl_log_ratio_clamp": self.kl is not None,
+            "kl_value_clamp": self.kl is not None,
+            "kl_ratio_max": self.kl_gradient == "straight_through_ratio",
+            "kl_ratio_anchor": self.kl is not None and "ratio" in str(self.kl_gradient),
+            "kl_fraction": self.kl is not None,
+            "sequence_log_ratio_max": self.ratio_level in ("sequence", "sequence_token", "sequence_sum"),
+        }
+        for name, used in unused.items():
+            if getattr(self, name) is not None and not used:
+                raise ValueError(f"{name}={getattr(self, name)!r} has no effect here: {_NEEDS[name]}")
+        for name in ("tau_pos", "tau_neg", "k_pos", "k_neg", "lambda_pos", "lambda_neg"):
+            owner = "sapo" if name.startswith("tau") else "vespo"
+            if getattr(self, name) != _DEFAULTS[name] and self.surrogate != owner:
+                raise ValueError(f"{name}={getattr(self, name)!r} has no effect here: it needs surrogate={owner!r}")
+        for name in ("clip_low", "clip_high"):
+            if getattr(self, name) not in (None, _DEFAULTS[name]) and self.surrogate not in CLIPPED:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no effect here: it needs a surrogate among {CLIPPED}"
+                )
+        if self.kl is None and self.kl_coef != 0.0:
+            raise ValueError(f"kl_coef={self.kl_coef} needs an estimator: kl='k1', 'k2', 'k3' or 'abs'")
+        if self.kl is None and self.kl_gradient != "plain":
+            raise ValueError(f"kl_gradient={self.kl_gradient!r} needs an estimator: kl='k1', 'k2', 'k3' or 'abs'")
+        if self.denominator_eps != 0.0 and self.aggregate != "sequence_mean":
+            raise ValueError(
+                f"denominator_eps={self.denominator_eps} has no effect here: it needs aggregate='sequence_mean'"
+            )
+        if self.aggregate == "constant" and self.constant is None:
+            raise ValueError(
+                "aggregate='constant' needs constant=, the length in the denominator (the longest completion allowed)"
+            )
+        ratio_free = (*RATIO_FREE, *OWN_SEQUENCE_RATIO)
+        if self.ratio_level == "none" and self.surrogate not in ratio_free:
+            raise ValueError(f"ratio_level='none' needs a surrogate among {ratio_free}, got {self.surrogate!r}")
+        if (
+            self.surrogate == "divergence_tv_symmetric"
+            and (self.clip_high if self.clip_high is not None else self.clip_low) is None
+        ):
+            raise ValueError("surrogate='divergence_tv_symmetric' needs clip_high, the bound on |p - q|")
+        if self.surrogate in DIVERGENCES and self.ratio_level != "token":
+            raise ValueError(f"surrogate={self.surrogate!r} needs ratio_level='token', got {self.ratio_level!r}")
+
+    @classmethod
+    def preset(cls, name: str, *, style: str | None = None, **fields: Any) -> PolicyLoss:
+        """Return a loss of the field by name, with `fields` replacing single axes.
+
+        Args:
+            name: one of `PolicyLoss.presets()`.
+            style: None for the paper's arithmetic, or a trainer's name where its arithmetic differs.
+            fields: fields of `PolicyLoss`.
+
+        Raises:
+            ValueError: unknown name or style, listing the known ones; unknown or contradictory fields.
+        """
+        values = preset_fields(name, style)
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - known)
+        if unknown:
+            raise ValueError(f"unknown field {', '.join(unknown)} of PolicyLoss; known: {', '.join(sorted(known))}")
+        merged = {**values, **fields}
+        if isinstance(merged.get("correction"), dict):
+            merged["correction"] = RolloutCorrection(**merged["correction"])
+        return cls(**merged)
+
+    @classmethod
+    def presets(cls) -> list[str]:
+        """Return the names that `preset` knows."""
+        return list(PRESETS)
+
+    @property
+    def couples_sequences(self) -> bool:
+        """Whether a token's gradient depends on the log-probs of other tokens."""
+        return (
+            self.surrogate in OWN_SEQUENCE_RATIO
+            or self.kl_fraction is not None
+            or (self.ratio_level in ("sequence", "sequence_token", "sequence_sum") and not self._ratio_unused)
+        )
+
+    @property
+    def _ratio_unused(self) -> bool:
+        return self.surrogate in RATIO_FREE and self.kl_gradient in ("plain", "straight_through")
+
+    @property
+    def uses_entropy(self) -> bool:
+        """Whether the entropy enters the loss."""
+        return self.entropy_coef != 0.0
+
+    def __call__(
+        self,
+        logprobs: Tensor,  # (B, T) or (N,)
+        *,
+        advantages: Tensor | None = None,  # (B,), (B, 1), (B, T), or packed (N,), (S,)
+        mask: Tensor,  # (B, T) or (N,)
+        old_logprobs: Tensor | None = None,
+        ref_logprobs: Tensor | None = None,
+        rollout_logprobs: Tensor | None = None,
+        entropy: Tensor | None = None,
+        n_tokens: float | Tensor | None = None,
+        n_sequences: float | Tensor | None = None,
+        selection: Tensor | None = None,
+        group_ids: Tensor | None = None,
+        scores: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> LossOutput:
+        """Return the loss of a batch of tokens, differentiable with respect to `logprobs` and `entropy`.
+
+        Args:
+            logprobs: (B, T) padded, or (N,) packed with `cu_seqlens`; nats.
+            advantages: per sequence (B,), (B, 1), (S,) or per token (B, T), (N,); constants. Not needed by "nll" and "dft".
+            mask: 0/1, bool, int or float; tokens outside cannot matter, whatever they hold.
+            old_logprobs: log-probs of the policy that the ratio is taken to; None: on-policy, the detached `logprobs`.
+            ref_logprobs: of the reference policy, for kl_to="ref".
+            rollout_logprobs: as the inference engine reported them, for anchors and corrections that name them.
+            entropy: per token, for entropy_coef != 0 (and as a metric).
+            n_tokens, n_sequences: global counts in the denominator, replacing those counted from the mask (live tokens;
+                sequences with a live token), so that micro-batches and ranks add up.
+            selection: 0/1 keep-mask on the policy term, per token or per sequence; the denominator stays.
+            group_ids: (B,) prompt of each sequence, for aggregate="prompt_mean".
+            scores: (B,) or per token: TOPR takes the token as positive where the score is > 0; the advantage's sign otherwise.
+            cu_seqlens: (S+1,) offsets of packed sequences.
+
+        Returns:
+            `LossOutput`; metrics are (sum, count) tensors on the device, to be added over micro-batches and divided once.
+        """
+        checks.float_tensor("logprobs", logprobs)
+        layout = Layout.of(logprobs.shape, logprobs.device, cu_seqlens)
+        batch = self._batch(
+            layout,
+            _wide(logprobs.dtype),
+            advantages=advantages,
+            mask=mask,
+            old_logprobs=old_logprobs,
+            ref_logprobs=ref_logprobs,
+            rollout_logprobs=rollout_logprobs,
+            n_tokens=n_tokens,
+            n_sequences=n_sequences,
+            selection=selection,
+            group_ids=group_ids,
+            scores=scores,
+        )
+        flat_entropy = None if entropy is None else layout.tokens("entropy", checks.float_tensor("entropy", entropy))
+        if self.uses_entropy and flat_entropy is None:
+            raise ValueError(f"entropy_coef={self.entropy_coef} needs entropy=, per token")
+        return self._evaluate(layout, batch, layout.tokens("logprobs", logprobs), flat_entropy)
+
+    def from_logits(
+        self,
+        logits: Tensor,  # (B, T, V) or (N, V)
+        labels: Tensor,  # (B, T) or (N,)
+        *,
+        temperature: float | Tensor | None = 1.0,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        backend: str = "auto",
+        **inputs: Any,
+    ) -> LossOutput:
+        """Return the loss from logits aligned with `labels`; `inputs` are those of the call, without `entropy`.
+
+        Masked rows never enter the log-prob: their labels may hold any id and their logits NaN. The gradient is with
+        respect to `logits`.
+        """
+        _refuse_entropy(inputs)
+        masked = _masked_labels(labels, inputs.get("mask"))
+        result = token_logprobs(
+            logits,
+            masked,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            ignore_index=IGNORED,
+            backend=backend,
+        )
+        return self(result.logprobs, entropy=result.entropy, **inputs)
+
+    def from_hidden(
+        self,
+        hidden: Tensor,  # (B, T, D) or (N, D)
+        weight: Tensor,  # (V, D)
+        labels: Tensor,  # (B, T) or (N,)
+        *,
+        bias: Tensor | None = None,  # (V,)
+        temperature: float | Tensor | None = 1.0,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        chunk_tokens: int | None = None,
+        tail_mass: float = 0.0,
+        tp_group: Any = None,
+        backend: str = "auto",
+        **inputs: Any,
+    ) -> LossOutput:
+        """Return the loss from hidden states and the LM head, without the logits of more than one chunk of tokens.
+
+        A loss that is separable over tokens takes 3 GEMM units (2 with a frozen head): its gradient is formed in the
+        forward. One that couples tokens takes the log-probs first and forms the logits again in the backward (4 units;
+        2 with a frozen head and no entropy term). `metrics["path/gemm_units"]` says which ran. `LossOutput.logprobs`
+        and `.entropy` are detached. The gradient is with respect to `hidden`, `weight` and `bias`, for any upstream factor.
+        """
+        _refuse_entropy(inputs)
+        masked = _masked_labels(labels, inputs.get("mask"))
+        hidden, weight, masked, bias = linear.check_head(hidden, weight, masked, bias, IGNORED)
+        options = {"chunk_tokens": chunk_tokens, "tail_mass": tail_mass, "tp_group": tp_group, "backend": backend}
+        head = linear.make_head(hidden, logit_scale, softcap, IGNORED, **options)
+        known_before = inputs.get("old_logprobs") is not None or self.correction is None
+        if self.couples_sequences or not known_before:
+            result = linear.linear_token_logprobs(
+                hidden, weight, masked, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
+                ignore_index=IGNORED, **options,
+            )  # fmt: skip
+            output = self(result.logprobs, entropy=result.entropy, **inputs)
+            frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad)) and not self.uses_entropy
+            return _with_path(output, 2 if frozen else 4)
+        layout = Layout.of(masked.shape, masked.device, inputs.pop("cu_seqlens", None), "labels")
+        batch = self._batch(layout, _wide(hidden.dtype), **_named_inputs(inputs))
+        inverse = linear.inverse_temperature(temperature, masked, hidden)
+        return self._fused_from_hidden(layout, batch, hidden, weight, bias, masked, inverse, head)
+
+    def _batch(self, layout: Layout, dtype: torch.dtype, **inputs: Any) -> _Batch:
+        """Return the batch as flat columns, or raise for inputs that the loss needs or that do not fit."""
+        mask, poison = checks.keep_mask("mask", inputs["mask"], layout.shape, layout.device)
+        flat: dict[str, Tensor | None] = {}
+        for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs"):
+            value = inputs[name]
+            flat[name] = (
+                None if value is None else layout.tokens(name, checks.float_tensor(name, value)).detach().to(dtype)
+            )
+        self._check_needed(inputs)
+        advantages = inputs["advantages"]
+        if advantages is None:
+            spread = torch.ones(layout.n_tokens, dtype=dtype, device=layout.device)
+        else:
+            checks.float_tensor("advantages", advantages)
+            spread = layout.tokens_or_sequences("advantages", advantages.detach()).to(dtype)
+        if poison is not None:
+            spread = spread + poison.to(dtype)
+        selection = inputs["selection"]
+        if selection is not None:
+            selection = layout.tokens_or_sequences(
+                "selection", checks.keep_mask("selection", selection, selection.shape, layout.device)[0]
+            )
+        positive = None
+        if self.surrogate == "topr":
+            scores = inputs["scores"]
+            positive = spread > 0 if scores is None else layout.tokens_or_sequences("scores", scores) > 0
+        group_ids = None if inputs["group_ids"] is None else layout.sequences("group_ids", inputs["group_ids"])
+        _check_count("n_tokens", inputs["n_tokens"])
+        _check_count("n_sequences", inputs["n_sequences"])
+        return _Batch(
+            advantages=spread,
+            mask=mask.reshape(-1),
+            selection=selection,
+            positive=positive,
+            group_ids=group_ids,
+            n_tokens=inputs["n_tokens"],
+            n_sequences=inputs["n_sequences"],
+            **flat,
+        )
+
+    def _check_needed(self, inputs: dict[str, Any]) -> None:
+        if inputs["advantages"] is None and self.surrogate not in ("nll", "dft"):
+            raise ValueError(f"surrogate={self.surrogate!r} needs advantages=")
+        if self.kl is not None and self.kl_to == "ref" and inputs["ref_logprobs"] is None:
+            raise ValueError(f"kl={self.kl!r} with kl_to='ref' needs ref_logprobs=")
+        uses_rollout = self.ratio_anchor == "rollout" or self.kl_ratio_anchor == "rollout"
+        if self.correction is not None or uses_rollout or (self.kl is not None and self.kl_to == "rollout"):
+            if inputs["rollout_logprobs"] is None:
+                raise ValueError("rollout_logprobs= is needed by the correction, ratio_anchor or kl_to of this loss")
+        if self.aggregate == "prompt_mean" and inputs["group_ids"] is None:
+            raise ValueError("aggregate='prompt_mean' needs group_ids=, the prompt of each sequence")
+
+    def _evaluate(self, layout: Layout, batch: _Batch, logprobs: Tensor, entropy: Tensor | None) -> LossOutput:
+        """Return the loss from flat log-probs: plain PyTorch, or the fused kernel where it runs."""
+        dtype = _wide(logprobs.dtype)
+        live = torch.where(batch.mask, logprobs.to(dtype), 0.0)
+        live_entropy = None if entropy is None else torch.where(batch.mask, entropy.to(dtype), 0.0)
+        columns = self._columns(layout, batch, live)
+        columns = reference.pooled_columns(self, live, columns, batch.mask, layout.lengths)
+        terms = fused_policy_terms(self, live, live_entropy, columns)
+        loss = reference.total(terms.contribution, layout.lengths)
+        metrics = policy_metrics(
+            self, batch, live.detach(), None if live_entropy is None else live_entropy.detach(), columns, terms
+        )
+        detached = None if entropy is None else layout.restore(entropy.detach())
+        return LossOutput(loss, metrics, layout.restore(logprobs.detach()), detached)
+
+    def _columns(self, layout: Layout, batch: _Batch, live: Tensor | None) -> reference.TokenColumns:
+        kl_tokens = None
+        if self.kl_fraction is not None:
+            assert live is not None
+            kl_tokens = reference.top_covariance(live.detach(), batch.advantages, batch.mask, self.kl_fraction)
+        return reference.policy_columns(
+            self,
+            advantages=batch.advantages,
+            mask=batch.mask,
+            lengths=layout.lengths,
+            old_logprobs=batch.old_logprobs,
+            ref_logprobs=batch.ref_logprobs,
+            rollout_logprobs=batch.rollout_logprobs,
+            selection=batch.selection,
+            positive=batch.positive,
+            kl_tokens=kl_tokens,
+            group_ids=batch.group_ids,
+            n_tokens=batch.n_tokens,
+            n_sequences=batch.n_sequences,
+            logprobs=None if live is None else live.detach(),
+        )
+
+    def _fused_from_hidden(
+        self,
+        layout: Layout,
+        batch: _Batch,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        inverse: Tensor,
+        head: linear.Head,
+    ) -> LossOutput:
+        """Return the loss with its gradient formed in the forward, chunk by chunk."""
+        columns = self._columns(layout, batch, None)
+        grad = torch.is_grad_enabled()
+        needs = (
+            grad and hidden.requires_grad,
+            grad and weight.requires_grad,
+            grad and bias is not None and bias.requires_grad,
+        )
+
+        def coefficients(logprobs: Tensor, entropy: Tensor, index: Tensor) -> tuple[Tensor, Tensor | None]:
+            part = reference.TokenColumns(*(None if c is None else c[index] for c in columns))
+            return policy_gradient_coefficients(self, logprobs, entropy, part)
+
+        plan = _FusedPlan(head, needs, coefficients, layout, batch.mask, columns, self)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        loss, logprobs, entropy = _FusedFromHidden.apply(flat, weight, bias, labels.reshape(-1), inverse, plan)
+        with torch.no_grad():
+            terms = fused_policy_terms(self, logprobs, entropy, columns)
+            metrics = policy_metrics(self, batch, logprobs, entropy, columns, terms)
+        output = LossOutput(loss, metrics, layout.restore(logprobs), layout.restore(entropy))
+        return _with_path(output, 1 + int(needs[0]) + int(needs[1]))
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The inputs of a call as flat tensors: (N,) per token, (S,) per sequence."""
+
+    advantages: Tensor
+    mask: Tensor
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    rollout_logprobs: Tensor | None
+    selection: Tensor | None
+    positive: Tensor | None
+    group_ids: Tensor | None
+    n_tokens: float | Tensor | None
+    n_sequences: float | Tensor | None
+
+
+@dataclass(frozen=True)
+class _FusedPlan:
+    """What `_FusedFromHidden` needs beside its tensors."""
+
+    head: linear.Head
+    needs: tuple[bool, bool, bool]
+    coefficients: Any
+    layout: Layout
+    mask: Tensor
+    columns: reference.TokenColumns
+    spec: PolicyLoss
+
+
+class _FusedFromHidden(torch.autograd.Function):
+    """(hidden, weight, bias) -> loss, with the gradient formed in the forward; backward scales it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, inverse: Tensor, plan: _FusedPlan
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logprobs, entropy, gradients = linear.fused_gradient(
+            hidden, weight, bias, labels, inverse, plan.head, plan.needs, plan.coefficients
+        )
+        contribution = reference.token_terms(plan.spec, logprobs, entropy, plan.columns).contribution
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(logprobs, entropy)
+        return reference.total(contribution, plan.layout.lengths), logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("from_hidden is differentiable once: create_graph=True is not supported")
+        scaled = (None if g is None else (g * grads[0]).to(g.dtype) for g in ctx.saved_tensors)
+        return (*scaled, None, None, None)
+
+
+def policy_gradient_coefficients(
+    loss: PolicyLoss, logprobs: Tensor, entropy: Tensor, columns: reference.TokenColumns
+) -> tuple[Tensor, Tensor | None]:
+    """Return (dL/dlogprobs, dL/dentropy or None) of a loss that is separable over tokens, each (N,)."""
+    with torch.enable_grad():
+        leaf = logprobs.detach().requires_grad_()
+        if not loss.uses_entropy:
+            contribution = fused_policy_terms(loss, leaf, None, columns).contribution
+            (g,) = torch.autograd.grad(contribution.sum(), leaf)
+            return g, None
+        leaf_entropy = entropy.detach().requires_grad_()
+        contribution = fused_policy_terms(loss, leaf, leaf_entropy, columns).contribution
+        g, h = torch.autograd.grad(contribution.sum(), (leaf, leaf_entropy))
+    return g, h
+
+
+IGNORED = -(2**31)
+_INPUTS = (
+    "advantages", "mask", "old_logprobs", "ref_logprobs", "rollout_logprobs",
+    "n_tokens", "n_sequences", "selection", "group_ids", "scores",
+)  # fmt: skip
+
+
+def _named_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    unknown = sorted(set(inputs) - set(_INPUTS))
+    if unknown:
+        raise TypeError(f"unexpected argument {', '.join(unknown)}; known: {', '.join((*_INPUTS, 'cu_seqlens'))}")
+    return {name: inputs.get(name) for name in _INPUTS}
+
+
+def _refuse_entropy(inputs: dict[str, Any]) -> None:
+    if "entropy" in inputs:
+        raise TypeError("entropy= is computed here from the logits; pass it only to the loss on log-probs")
+    if inputs.get("mask") is None:
+        raise TypeError("mask= is needed: 1 for tokens that count")
+
+
+def _masked_labels(labels: Any, mask: Any) -> Tensor:
+    """Return the labels with `IGNORED` outside the mask; a label of -100 under a live mask stays and is refused."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
+    keep, _ = checks.keep_mask("mask", mask, labels.shape, labels.device)
+    return torch.where(keep, labels, IGNORED)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}")
+        if checks.checks_values(value):
+            checks.plain_float(name, float(value), low=0.0, open_low=True)
+        return
+    checks.plain_float(name, value, low=0.0, open_low=True)
+
+
+def _with_path(output: LossOutput, units: int) -> LossOutput:
+    one = torch.ones((), device=output.loss.device)
+    return output._replace(metrics={**output.metrics, "path/gemm_units": (one * units, one)})
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(PolicyLoss)}
+_NEEDS = {
+    "dual_clip": "it needs surrogate='clip'",
+    "max_ratio": "it needs surrogate='clip'",
+    "carrier": f"it needs a surrogate among {DIVERGENCES}",
+    "weight_low": f"it needs a surrogate among {WEIGHTED}, and carrier='logprob' for the divergences",
+    "weight_high": f"it needs a surrogate among {WEIGHTED}, and carrier='logprob' for the divergences",
+    "constant": "it needs aggregate='constant'",
+    "kl_log_ratio_clamp": "it needs kl='k1', 'k2', 'k3' or 'abs'",
+    "kl_value_clamp": "it needs kl='k1', 'k2', 'k3' or 'abs'",
+    "kl_ratio_max": "it needs kl_gradient='straight_through_ratio'",
+    "kl_ratio_anchor": "it needs kl_gradient='ratio_weighted' or 'straight_through_ratio'",
+    "kl_fraction": "it needs kl='k1', 'k2', 'k3' or 'abs'",
+    "sequence_log_ratio_max": "it needs ratio_level='sequence', 'sequence_token' or 'sequence_sum'",
+}

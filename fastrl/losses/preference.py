@@ -1,0 +1,612 @@
+"""Preference losses: DPO and its relatives as values of one frozen dataclass.
+
+    scores -> transform -> feature -> z = sign (beta feature - shift) -> link -> mean      (preference_terms.py)
+
+Everything after the sums over tokens is one number per completion: it is computed in float64 (where the device has it)
+and returned in float32, or float64 for float64 inputs. Masked positions are removed by selection.
+
+Legend: P pairs, B rows, T time, N tokens, D hidden, V vocabulary. A batch of pairs has 2P rows: the chosen ones first,
+then the rejected ones, in the same order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastrl import checks
+from fastrl.losses.output import LossOutput
+from fastrl.losses.preference_checks import validate
+from fastrl.losses.preference_rows import (
+    Counts,
+    PairRows,
+    at_least_one,
+    cast_metrics,
+    check_like,
+    check_one_reference,
+    check_rows,
+    checked_lengths,
+    choose,
+    detached,
+    halved,
+    kl_reference_point,
+    live,
+    masked_labels,
+    masked_mean,
+    pair_rows,
+    result_dtype,
+    scalar_like,
+    wide,
+)
+from fastrl.losses.preference_terms import (
+    ALIASES,
+    F_DIVERGENCES,
+    FEATURES,
+    LINKS,
+    PRESETS,
+    STYLES,
+    Scores,
+    Term,
+    alphapo,
+    identity,
+    log_odds,
+)
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """A preference loss, put together from parts; `PreferenceLoss.preset(name, ...)` gives the published ones.
+
+    Callable on sequence log-probs (`loss(...)`), per-token log-probs (`from_logprobs`), logits (`from_logits`) or
+    hidden states and the head (`from_hidden`). Gradients are with respect to the policy's numbers only. Losses are
+    means over pairs (over rows for kto, apo_zero_unpaired, bco). Summed over any split into micro-batches they are the
+    same when `n_pairs` (and `n_tokens`, for an NLL over tokens) is the global count; except aot and aot_unpaired,
+    which sort the batch, and bco without a given baseline.
+
+    Raises:
+        ValueError: when the object is built with options that contradict each other or that it would not use.
+    """
+
+    name: str = "sigmoid"
+    """For messages; what the loss computes is in the other fields."""
+    terms: tuple[Term, ...] = (Term("margin", "logistic"),)
+    """What is summed; see `preference_terms`."""
+    beta: float = 0.1
+    """Scale of the features, > 0."""
+    smoothing: str | None = "conservative"
+    """How `label_smoothing` e enters: "conservative" (1-e) link(z) + e link(-z), "robust" ((1-e) link(z) - e
+    link(-z)) / (1-2e), "target" (exo), None: not at all."""
+    label_smoothing: float = 0.0
+    """Probability that a pair is labelled the wrong way round."""
+    margin: float = 0.0
+    """Target margin (SimPO's gamma): z = beta feature - margin."""
+    f_divergence: str = "reverse_kl"
+    """"reverse_kl", "forward_kl", "js_divergence" or "alpha_divergence": the transform of the log-ratio."""
+    alpha: float | None = None
+    """Order of the alpha divergence (None: 0.5); with reference=False AlphaPO's alpha (None or 0.0: log-probs)."""
+    tau: float | None = None
+    """Modulation temperature of discopop."""
+    reduce: str = "sum"
+    """"sum" or "mean" over the tokens of a completion, before everything else."""
+    odds: bool = False
+    """Scores are log-odds of the mean log-prob."""
+    reference: bool = True
+    """Whether the reference's log-prob is subtracted."""
+    score_normalise: str | None = None
+    """"length": transformed scores are divided by the completion's length."""
+    length_desensitisation: float | None = None
+    """LD-DPO's alpha: weight of the tokens beyond the shorter completion's length (arXiv 2409.06411)."""
+    weighting: str | None = None
+    """"wpo": pairs are weighted by exp(mean_t(logp - log sum p^2)) of both rows, detached (arXiv 2406.11827, eq. 2)."""
+    sft_coef: float = 0.0
+    """Weight of the NLL of the chosen rows."""
+    sft_normalise: str | None = None
+    """NLL as the mean over pairs of the sum (None) or of the mean ("length") over tokens, or as one mean over all
+    chosen tokens ("tokens")."""
+    sft_optional: bool = False
+    """Whether calls on sequence log-probs without lengths, where no NLL over tokens can be known, leave it out
+    (cpo and orpo as presets) instead of raising."""
+    desirable_weight: float = 1.0
+    """Weight of rows whose label is true."""
+    undesirable_weight: float = 1.0
+    """Weight of rows whose label is false."""
+    shift: str | None = None
+    """What is subtracted from the rows' scores: "reference_point" (kto), "baseline" (bco), or "paired_mean": the
+    positive part of the mean score of the rows with the other label, its gradient kept."""
+    components: tuple[tuple[PreferenceLoss, float], ...] = ()
+    """A weighted sum of other losses, made by `mixture`."""
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    # --- making one -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def presets(cls) -> list[str]:
+        """Return the names `preset` knows."""
+        return list(PRESETS)
+
+    @classmethod
+    def preset(cls, name: str, *, style: str = "trl", **overrides: Any) -> PreferenceLoss:
+        """Return the published loss `name`, with `overrides` for any field.
+
+        Args:
+            name: one of `presets()`.
+            style: whose meaning of the name, where trainers differ: "ipo" averages over the length in "trl" and sums in
+                "openrlhf" and "roll"; "kto" takes a reference point in "trl" and the other rows' mean in "openrlhf".
+            overrides: fields. `gamma` is `margin`, `ld_alpha` is `length_desensitisation`, `nll_coef` is `sft_coef`,
+                `use_weighting=True` is `weighting="wpo"`; `alpha=None` and `tau=None` keep the preset's.
+
+        Raises:
+            ValueError: unknown name, style or field, or a combination that the loss does not have.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preference loss {name!r}; known: {', '.join(PRESETS)}")
+        styles = ["trl", *(known for loss, known in STYLES if loss == name)]
+        checks.one_of(f"style of {name!r}", style, styles)
+        fields = {"name": name, **PRESETS[name], **STYLES.get((name, style), {})}
+        given = _fields_of(overrides)
+        if "sft_coef" in given:
+            fields["sft_optional"] = False
+        return cls(**(fields | given))
+
+    @classmethod
+    def mixture(cls, parts: Sequence[tuple[str | PreferenceLoss, float]], **shared: Any) -> PreferenceLoss:
+        """Return the weighted sum of several losses (MPO, arXiv 2411.10442).
+
+        Args:
+            parts: (preset name or PreferenceLoss, weight).
+            shared: fields for the parts given by name. `beta`, `length_desensitisation` and `weighting` go to all; any
+                other one to those that have a use for it, at least one.
+        """
+        given = _fields_of(shared)
+        if "sft_coef" in given:
+            raise ValueError("sft_coef does not go with a mixture; add ('sft', weight) to the parts")
+        common = {k: v for k, v in given.items() if k in ("beta", "length_desensitisation", "weighting")}
+        unused = set(given) - set(common)
+        components = []
+        for part, weight in parts:
+            if isinstance(part, PreferenceLoss):
+                components.append((part, float(weight)))
+                continue
+            loss = cls.preset(part, **common)
+            for field in sorted(set(given) - set(common)):
+                try:
+                    loss = dataclasses.replace(loss, **{field: given[field]})
+                except ValueError:
+                    continue
+                unused.discard(field)
+            components.append((loss, float(weight)))
+        if not components:
+            raise ValueError("a mixture needs at least one part, got none")
+        if unused:
+            raise ValueError(f"no part of the mixture has a use for {', '.join(sorted(unused))}")
+        common.setdefault("beta", components[0][0].beta)
+        name = " + ".join(f"{weight:g} {loss.name}" for loss, weight in components)
+        reference = any(loss.reads_reference for loss, _ in components)
+        return cls(name=name, terms=(), components=tuple(components), reference=reference, **common)
+
+    @property
+    def unpaired(self) -> bool:
+        """Whether the loss is of single rows with a label."""
+        return bool(self.terms) and self.terms[0].feature == "label"
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether the loss needs the reference's log-probs."""
+        if self.components:
+            return any(loss.reads_reference for loss, _ in self.components)
+        return self.reference and bool(self.terms)
+
+    # --- entry points -----------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        chosen_logps: Tensor,  # (P,)
+        rejected_logps: Tensor,  # (P,), or any number of rows for losses of single rows
+        ref_chosen_logps: Tensor | None = None,  # (P,)
+        ref_rejected_logps: Tensor | None = None,  # (P,)
+        *,
+        chosen_lengths: Tensor | None = None,  # (P,)
+        rejected_lengths: Tensor | None = None,  # (P,)
+        reference_point: float | Tensor | None = None,
+        baseline: float | Tensor | None = None,
+        n_pairs: float | Tensor | None = None,
+        n_tokens: float | Tensor | None = None,
+    ) -> LossOutput:
+        """Return the loss of sequence log-probs.
+
+        With lengths the log-probs are sums over tokens, and the losses that average (ipo, sigmoid_norm, simpo, alphapo,
+        orpo) divide by them. Without lengths the numbers are taken as they are: already averaged for those losses.
+        The NLL of cpo and orpo is added when lengths are given.
+
+        Args:
+            chosen_logps: log-probs of the chosen (or desirable) completions; rejected_logps likewise.
+            ref_chosen_logps: the reference's, and ref_rejected_logps; needed unless the loss is reference-free.
+            chosen_lengths: tokens of each completion, and rejected_lengths.
+            reference_point: kto's z0, in log-prob units, detached; clamp it to >= 0 as the paper does.
+            baseline: bco's delta, in reward (beta log-ratio) units, detached. None: the mean reward of these rows.
+            n_pairs: the global number of pairs (rows), for micro-batches and ranks; n_tokens that of chosen tokens.
+
+        Raises:
+            ValueError: shapes that differ, a missing or unused reference, inputs that the loss does not use.
+        """
+        tensors = {
+            "chosen_logps": chosen_logps,
+            "rejected_logps": rejected_logps,
+            "ref_chosen_logps": ref_chosen_logps,
+            "ref_rejected_logps": ref_rejected_logps,
+        }
+        check_rows(tensors, same=not self.unpaired)
+        self._check_reference("ref_chosen_logps and ref_rejected_logps", ref_chosen_logps, ref_rejected_logps)
+        dtype = result_dtype(chosen_logps)
+        wide = {name: None if value is None else wide(value) for name, value in tensors.items()}
+        chosen, rejected = wide(chosen_logps), wide(rejected_logps)
+        ref_chosen, ref_rejected = detached(wide["ref_chosen_logps"]), detached(wide["ref_rejected_logps"])
+        if self.unpaired:
+            if chosen_lengths is not None or rejected_lengths is not None:
+                raise ValueError(f"lengths are not used by the loss {self.name!r}; leave them out")
+            assert ref_chosen is not None
+            assert ref_rejected is not None
+            scores = torch.cat([chosen - ref_chosen, rejected - ref_rejected])
+            labels = torch.arange(scores.numel(), device=scores.device) < chosen.numel()
+            shift = self._shift(scores, labels, reference_point, baseline)
+            return self._of_rows(scores, torch.cat([chosen, rejected]).detach(), labels, shift, n_pairs, dtype)
+        self._check_pairs_only(reference_point=reference_point, baseline=baseline)
+        for field in ("length_desensitisation", "weighting"):
+            if getattr(self, field) is not None:
+                raise ValueError(f"{field} needs the tokens: call from_logprobs, from_logits or from_hidden")
+        over_w, over_l, tokens = checked_lengths(chosen_lengths, rejected_lengths, chosen)
+        rows = PairRows(
+            chosen, rejected, ref_chosen, ref_rejected, over_w, over_l, None if over_w is None else chosen, tokens
+        )
+        return self._of_pairs(rows, n_pairs, n_tokens, dtype)
+
+    def from_logprobs(
+        self,
+        logprobs: Tensor,  # (2P, T), or (B, T) for losses of single rows
+        mask: Tensor,  # the same shape, 1 on the tokens of the completion
+        ref_logprobs: Tensor | None = None,  # the same shape
+        *,
+        log_sum_squared_probs: Tensor | None = None,  # (2P, T) log sum_v p_v^2, for weighting="wpo"
+        labels: Tensor | None = None,  # (B,) bool: desirable or not, for losses of single rows
+        kl_logprobs: Tensor | None = None,  # (B', T') log-probs of mismatched completions, for kto's reference point
+        kl_ref_logprobs: Tensor | None = None,  # (B', T')
+        kl_mask: Tensor | None = None,  # (B', T'), None: they are 0 outside the completion
+        reference_point: float | Tensor | None = None,
+        baseline: float | Tensor | None = None,
+        n_pairs: float | Tensor | None = None,
+        n_tokens: float | Tensor | None = None,
+    ) -> LossOutput:
+        """Return the loss of per-token log-probs.
+
+        Rows are the chosen completions, then the rejected ones; for kto, apo_zero_unpaired and bco any rows, with
+        `labels`. kto takes its reference point as it is, or as max(0, mean(sum kl_logprobs - sum kl_ref_logprobs)).
+        What stands under the mask has no effect. The other arguments are those of `loss(...)`.
+
+        Raises:
+            ValueError: shapes that differ, an odd number of rows, inputs that are missing or not used.
+        """
+        checks.float_tensor("logprobs", logprobs)
+        if logprobs.dim() != 2:
+            raise ValueError(f"logprobs must be (2P, T) or (B, T), got shape {tuple(logprobs.shape)}")
+        keep, poison = checks.keep_mask("mask", mask, logprobs.shape, logprobs.device)
+        self._check_reference("ref_logprobs", ref_logprobs)
+        check_like(logprobs, ref_logprobs=ref_logprobs, log_sum_squared_probs=log_sum_squared_probs)
+        if (log_sum_squared_probs is None) != (self.weighting is None):
+            raise ValueError(f"log_sum_squared_probs goes with weighting='wpo', got weighting={self.weighting!r}")
+        kl = (kl_logprobs, kl_ref_logprobs, kl_mask)
+        if self.unpaired:
+            output = self._from_row_tokens(logprobs, keep, ref_logprobs, labels, kl, reference_point, baseline, n_pairs)
+        else:
+            self._check_pairs_only(
+                labels=labels,
+                kl_logprobs=kl_logprobs,
+                kl_ref_logprobs=kl_ref_logprobs,
+                kl_mask=kl_mask,
+                reference_point=reference_point,
+                baseline=baseline,
+            )
+            rows = pair_rows(logprobs, keep, ref_logprobs, log_sum_squared_probs, self.length_desensitisation)
+            output = self._of_pairs(rows, n_pairs, n_tokens, result_dtype(logprobs))
+        return output if poison is None else output._replace(loss=output.loss + poison)
+
+    def from_logits(
+        self,
+        logits: Tensor,  # (2P, T, V), or (B, T, V) for losses of single rows
+        labels: Tensor,  # (2P, T) token ids, already aligned with the logits
+        mask: Tensor,  # (2P, T)
+        *,
+        ref_logits: Tensor | None = None,  # (2P, T, V)
+        ref_logprobs: Tensor | None = None,  # (2P, T)
+        temperature: float | Tensor = 1.0,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        backend: str = "auto",
+        desirable: Tensor | None = None,  # (B,) bool, the `labels` of from_logprobs
+        **inputs: Any,
+    ) -> LossOutput:
+        """Return the loss of logits; the reference is given as logits or as log-probs.
+
+        `inputs` are the remaining arguments of `from_logprobs`. The gradient is with respect to `logits`.
+        """
+        from fastrl.ops.token_logprobs import token_logprobs
+
+        head = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap, "backend": backend}
+        ids = masked_labels(labels, mask)
+        policy = token_logprobs(logits, ids, **head)
+        with torch.no_grad():
+            if ref_logits is not None:
+                check_one_reference(ref_logprobs, "ref_logits")
+                ref_logprobs = token_logprobs(ref_logits, ids, **head).logprobs
+            if self.weighting is not None:
+                squared = token_logprobs(logits.detach(), ids, **(head | {"temperature": halved(temperature)}))
+                inputs["log_sum_squared_probs"] = squared.logsumexp - 2.0 * policy.logsumexp
+        return self._with_tokens(policy, mask, ref_logprobs, desirable, inputs)
+
+    def from_hidden(
+        self,
+        hidden: Tensor,  # (2P, T, D), or (B, T, D) for losses of single rows
+        weight: Tensor,  # (V, D)
+        labels: Tensor,  # (2P, T) token ids, already aligned with the hidden states
+        mask: Tensor,  # (2P, T)
+        *,
+        ref_hidden: Tensor | None = None,  # (2P, T, D')
+        ref_weight: Tensor | None = None,  # (V, D'), None: `weight`, detached
+        ref_bias: Tensor | None = None,  # (V,)
+        ref_logprobs: Tensor | None = None,  # (2P, T)
+        bias: Tensor | None = None,  # (V,)
+        temperature: float | Tensor = 1.0,
+        desirable: Tensor | None = None,  # (B,) bool, the `labels` of from_logprobs
+        head: dict[str, Any] | None = None,
+        **inputs: Any,
+    ) -> LossOutput:
+        """Return the loss of hidden states and the output head, without the logits in memory.
+
+        `head` holds further options of `fastrl.ops.linear_token_logprobs` (logit_scale, softcap, chunk_tokens,
+        tail_mass, tp_group, backend), used for policy and reference alike; `inputs` are the remaining arguments of
+        `from_logprobs`. Gradients are with respect to `hidden`, `weight` and `bias`.
+        """
+        from fastrl.ops.linear_token_logprobs import linear_token_logprobs
+
+        options = {"temperature": temperature, **(head or {})}
+        ids = masked_labels(labels, mask)
+        policy = linear_token_logprobs(hidden, weight, ids, bias=bias, **options)
+        exact = options | {"tail_mass": 0.0}
+        with torch.no_grad():
+            if ref_hidden is not None:
+                check_one_reference(ref_logprobs, "ref_hidden")
+                shared = ref_weight is None
+                ref_logprobs = linear_token_logprobs(
+                    ref_hidden, weight if shared else ref_weight, ids, bias=bias if shared else ref_bias, **exact
+                ).logprobs
+            elif ref_weight is not None or ref_bias is not None:
+                raise ValueError("ref_weight and ref_bias go with ref_hidden, got ref_hidden=None")
+            if self.weighting is not None:
+                halved = exact | {"temperature": halved(temperature)}
+                squared = linear_token_logprobs(hidden, weight, ids, bias=bias, **halved)
+                inputs["log_sum_squared_probs"] = squared.logsumexp - 2.0 * policy.logsumexp
+        return self._with_tokens(policy, mask, ref_logprobs, desirable, inputs)
+
+    # --- pairs ------------------------------------------------------------------------------------------------------
+
+    def _with_tokens(
+        self, policy: Any, mask: Tensor, ref_logprobs: Tensor | None, desirable: Tensor | None, inputs: dict[str, Any]
+    ) -> LossOutput:
+        output = self.from_logprobs(policy.logprobs, mask, ref_logprobs, labels=desirable, **inputs)
+        return output._replace(logprobs=policy.logprobs.detach(), entropy=policy.entropy.detach())
+
+    def _scores(self, rows: PairRows) -> Scores:
+        """Return what the features compare: log-ratios or log-probs, transformed and normalised."""
+        rows = rows.reduced(self.reduce)
+        policy_margin = rows.chosen - rows.rejected
+        chosen, rejected, ref_margin = rows.chosen, rows.rejected, torch.zeros_like(policy_margin)
+        if self.reference and rows.ref_chosen is not None:
+            assert rows.ref_rejected is not None
+            chosen, rejected = chosen - rows.ref_chosen, rejected - rows.ref_rejected
+            ref_margin = rows.ref_chosen - rows.ref_rejected
+        if self.odds:
+            chosen, rejected = log_odds(chosen), log_odds(rejected)
+        else:
+            transform, alpha = self._transform()
+            chosen, rejected = transform(chosen, alpha), transform(rejected, alpha)
+        if self.score_normalise == "length" and rows.chosen_lengths is not None:
+            chosen, rejected = chosen / rows.chosen_lengths, rejected / rows.rejected_lengths
+        return Scores(chosen, rejected, policy_margin, ref_margin)
+
+    def _transform(self) -> tuple[Any, float]:
+        if self.f_divergence != "reverse_kl":
+            return F_DIVERGENCES[self.f_divergence], 0.5 if self.alpha is None else self.alpha
+        return (alphapo, self.alpha) if self.alpha else (identity, 0.0)
+
+    def _linked(self, link: str, z: Tensor) -> Tensor:
+        """Return link(z), with the label smoothing of the loss."""
+        function, e = LINKS[link], self.label_smoothing
+        if e == 0.0 or self.smoothing not in ("conservative", "robust"):
+            return function(z, self)
+        kept, flipped = (1.0 - e) * function(z, self), e * function(-z, self)
+        return kept + flipped if self.smoothing == "conservative" else (kept - flipped) / (1.0 - 2.0 * e)
+
+    def _pair_loss(self, rows: PairRows, counts: Counts) -> Tensor:
+        """Return the scalar loss of pairs, NLL included."""
+        if self.components:
+            return torch.stack([weight * loss._pair_loss(rows, counts) for loss, weight in self.components]).sum()
+        total = rows.chosen.new_zeros(())
+        if self.terms:
+            scores = self._scores(rows)
+            per_pair = torch.zeros_like(scores.chosen)  # (P,)
+            for term in self.terms:
+                z = term.sign * (self.beta * FEATURES[term.feature](scores) - self.margin)
+                per_pair = per_pair + term.weight * self._linked(term.link, z)
+            if rows.weights is not None:
+                per_pair = per_pair * rows.weights
+            total = per_pair.sum() / counts.pairs
+        if self.sft_coef and not (self.sft_optional and rows.chosen_total is None):
+            total = total + self.sft_coef * self._nll(rows, counts)
+        return total
+
+    def _nll(self, rows: PairRows, counts: Counts) -> Tensor:
+        if rows.chosen_total is None or rows.chosen_lengths is None:
+            raise ValueError(f"the NLL of the loss {self.name!r} needs chosen_lengths and rejected_lengths, got None")
+        if self.sft_normalise == "tokens":
+            n_tokens = rows.chosen_tokens if counts.tokens is None else counts.tokens
+            return -rows.chosen_total.sum() / at_least_one(n_tokens)
+        per_pair = rows.chosen_total / rows.chosen_lengths if self.sft_normalise == "length" else rows.chosen_total
+        return -per_pair.sum() / counts.pairs
+
+    def _of_pairs(
+        self, rows: PairRows, n_pairs: float | Tensor | None, n_tokens: float | Tensor | None, dtype: torch.dtype
+    ) -> LossOutput:
+        counts = Counts(at_least_one(rows.chosen.numel() if n_pairs is None else n_pairs), n_tokens)
+        loss = self._pair_loss(rows, counts)
+        with torch.no_grad():
+            metrics = self._pair_metrics(rows)
+        return LossOutput(loss.to(dtype), cast_metrics(metrics, dtype), None, None)
+
+    def _pair_metrics(self, rows: PairRows) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return TRL's metrics of a batch of pairs; rewards are beta times the (untransformed) score."""
+        reduced = rows.reduced(self.reduce)
+        chosen, rejected = reduced.chosen, reduced.rejected
+        if reduced.ref_chosen is not None and reduced.ref_rejected is not None:
+            chosen, rejected = chosen - reduced.ref_chosen, rejected - reduced.ref_rejected
+        elif self.alpha:
+            chosen, rejected = alphapo(chosen, self.alpha), alphapo(rejected, self.alpha)
+        chosen, rejected = self.beta * chosen, self.beta * rejected
+        count = torch.full_like(chosen.sum(), chosen.numel())
+        metrics = {
+            "rewards/chosen": (chosen.sum(), count),
+            "rewards/rejected": (rejected.sum(), count),
+            "rewards/accuracies": ((chosen > rejected).sum(), count),
+            "rewards/margins": ((chosen - rejected).sum(), count),
+            "logps/chosen": (reduced.chosen.sum(), count),
+            "logps/rejected": (reduced.rejected.sum(), count),
+        }
+        if rows.chosen_total is not None and rows.chosen_tokens is not None:
+            metrics["nll_loss"] = (-rows.chosen_total.sum(), rows.chosen_tokens)
+        if self.odds:
+            scores = self._scores(rows)
+            odds = scores.chosen - scores.rejected
+            metrics["log_odds_chosen"] = (odds.sum(), count)
+            metrics["log_odds_ratio"] = (F.logsigmoid(odds).sum(), count)
+        return metrics
+
+    # --- single rows with a label -----------------------------------------------------------------------------------
+
+    def _from_row_tokens(
+        self,
+        logprobs: Tensor,  # (B, T)
+        keep: Tensor,  # (B, T)
+        ref: Tensor | None,  # (B, T)
+        labels: Tensor | None,  # (B,)
+        kl: tuple[Tensor | None, Tensor | None, Tensor | None],
+        reference_point: float | Tensor | None,
+        baseline: float | Tensor | None,
+        n_pairs: float | Tensor | None,
+    ) -> LossOutput:
+        assert ref is not None
+        if labels is None:
+            raise ValueError(f"the loss {self.name!r} needs labels (B,): True for desirable rows, got None")
+        desirable, poison = checks.keep_mask("labels", labels, logprobs.shape[:1], logprobs.device)
+        policy = live(logprobs, keep).sum(1)
+        scores = policy - live(ref, keep).detach().sum(1)
+        if any(part is not None for part in kl):
+            if self.shift != "reference_point" or reference_point is not None:
+                raise ValueError("kl_logprobs give kto's reference point: pass them or reference_point, not both")
+            reference_point = kl_reference_point(*kl)
+        shift = self._shift(scores, desirable, reference_point, baseline)
+        output = self._of_rows(scores, policy.detach(), desirable, shift, n_pairs, result_dtype(logprobs))
+        return output if poison is None else output._replace(loss=output.loss + poison)
+
+    def _shift(
+        self,
+        scores: Tensor,  # (B,)
+        labels: Tensor,  # (B,) bool
+        reference_point: float | Tensor | None,
+        baseline: float | Tensor | None,
+    ) -> Tensor:
+        """Return what is subtracted from beta * score, () or (B,)."""
+        for field, value in (("reference_point", reference_point), ("baseline", baseline)):
+            if value is not None and self.shift != field:
+                raise ValueError(f"{field} is not used by the loss {self.name!r} (shift={self.shift!r}); leave it out")
+        if self.shift is None:
+            return scores.new_zeros(())
+        if self.shift == "paired_mean":
+            mean_w = masked_mean(scores, labels)
+            mean_l = masked_mean(scores, ~labels)
+            return self.beta * torch.where(labels, torch.relu(mean_l), torch.relu(mean_w))
+        if self.shift == "baseline":
+            if baseline is None:
+                return (self.beta * scores.detach()).sum() / max(scores.numel(), 1)
+            return scalar_like("baseline", baseline, scores)
+        if reference_point is None:
+            raise ValueError(
+                f"the loss {self.name!r} needs reference_point, or kl_logprobs and kl_ref_logprobs; "
+                "without a reference point it is apo_zero_unpaired"
+            )
+        return self.beta * scalar_like("reference_point", reference_point, scores)
+
+    def _of_rows(
+        self,
+        scores: Tensor,  # (B,) log-ratios
+        logps: Tensor,  # (B,) detached
+        labels: Tensor,  # (B,) bool
+        shift: Tensor,  # () or (B,)
+        n_rows: float | Tensor | None,
+        dtype: torch.dtype,
+    ) -> LossOutput:
+        sign = choose(labels, 1.0, -1.0, scores)
+        z = sign * (self.beta * scores - shift)
+        per_row = torch.stack([term.weight * LINKS[term.link](term.sign * z, self) for term in self.terms]).sum(0)
+        weights = choose(labels, self.desirable_weight, self.undesirable_weight, scores)
+        loss = (weights * per_row).sum() / at_least_one(scores.numel() if n_rows is None else n_rows)
+        with torch.no_grad():
+            rewards = self.beta * scores
+            metrics = {}
+            for side, rows in (("chosen", labels), ("rejected", ~labels)):
+                count = rows.sum()
+                metrics[f"rewards/{side}"] = (torch.where(rows, rewards, 0.0).sum(), count)
+                metrics[f"logps/{side}"] = (torch.where(rows, logps, 0.0).sum(), count)
+            if self.shift is not None and shift.dim() == 0:
+                name, scale = ("kl", self.beta) if self.shift == "reference_point" else ("baseline", 1.0)
+                metrics[name] = (shift / scale, torch.ones_like(shift))
+        return LossOutput(loss.to(dtype), cast_metrics(metrics, dtype), None, None)
+
+    # --- checks -----------------------------------------------------------------------------------------------------
+
+    def _check_reference(self, what: str, *tensors: Tensor | None) -> None:
+        given = [tensor is not None for tensor in tensors]
+        if self.reads_reference and not all(given):
+            raise ValueError(f"the loss {self.name!r} needs {what}; without a reference build it with reference=False")
+        if any(given) and not self.reference:
+            raise ValueError(f"the loss {self.name!r} reads no reference: leave {what} out, or use reference=True")
+        if any(given) != all(given):
+            raise ValueError(f"{what} go together, got only one of them")
+
+    def _check_pairs_only(self, **inputs: Any) -> None:
+        for name, value in inputs.items():
+            if value is not None:
+                raise ValueError(f"{name} is for losses of rows with a label (kto, bco), not for {self.name!r}")
+
+
+def _fields_of(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return overrides under the names of the fields; None for alpha or tau keeps the preset's value."""
+    known = {field.name for field in dataclasses.fields(PreferenceLoss)} - {"name", "components"}
+    fields: dict[str, Any] = {}
+    for key, value in overrides.items():
+        if key == "use_weighting":
+            key, value = "weighting", "wpo" if value else None
+        name = ALIASES.get(key, key)
+        if name not in known:
+            raise ValueError(f"unknown option {key!r}; known: {', '.join(sorted(known))}")
+        if name in fields:
+            raise ValueError(f"{name} was given twice (once as {key!r})")
+        if value is None and name in ("alpha", "tau"):
+            continue
+        fields[name] = value
+    return fields

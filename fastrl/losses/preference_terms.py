@@ -1,0 +1,264 @@
+"""The parts from which every preference loss is put together: score transforms, features, links, and the presets.
+
+    score s   log-prob of a completion (sum or mean over its tokens), minus the reference's, through a transform
+    feature   what is compared: the margin s_w - s_l of a pair, one side of it, or a row with its label
+    z         sign * (beta * feature - shift)
+    link      the scalar function of z
+    loss      mean over pairs (or rows) of the weighted sum of link(z)
+
+Legend: P pairs, B rows with a label, w chosen, l rejected.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastrl.reference import exp_linear
+
+# Beyond this distance the square link goes on as its tangent: the square of an exponential score (f-divergences) would
+# leave float32, and no score of real text comes near it.
+SQUARE_LIMIT = 1e6
+# log(1 - p) of a completion with p = 1: a mean log-prob above -ODDS_EPS is read as -ODDS_EPS, its gradient kept.
+ODDS_EPS = 1e-30
+
+
+@dataclass(frozen=True)
+class Term:
+    """One weighted link of one feature."""
+
+    feature: str
+    """A key of `FEATURES`, or "label" for losses of single rows."""
+    link: str
+    """A key of `LINKS`."""
+    sign: float = 1.0
+    weight: float = 1.0
+
+
+class Scores(NamedTuple):
+    """Sequence scores of P pairs after reference and transform, and the untransformed log-probs for the batch sorts."""
+
+    chosen: Tensor  # (P,)
+    rejected: Tensor  # (P,)
+    policy_margin: Tensor  # (P,) log pi(w) - log pi(l)
+    ref_margin: Tensor  # (P,) the same of the reference, 0 without one
+
+
+# --- transforms of a score --------------------------------------------------------------------------------------------
+
+
+def forward_kl(s: Tensor, alpha: float) -> Tensor:
+    """Return 1 - e^{-s}: f'(u) = 1 - 1/u at u = e^s (f-DPO, arXiv 2309.16240)."""
+    return 1.0 - exp_linear(-s)
+
+
+def js_divergence(s: Tensor, alpha: float) -> Tensor:
+    """Return log 2 + log sigmoid(s): f'(u) = log(2u / (u + 1)) (f-DPO, arXiv 2309.16240)."""
+    return math.log(2.0) + F.logsigmoid(s)
+
+
+def alpha_divergence(s: Tensor, alpha: float) -> Tensor:
+    """Return (e^{(a-1)s} - 1)/(a - 1), and its limit s at a = 1 (f-DPO, arXiv 2309.16240)."""
+    if abs(alpha - 1.0) < 1e-6:
+        return s
+    return (exp_linear((alpha - 1.0) * s) - 1.0) / (alpha - 1.0)
+
+
+def identity(s: Tensor, alpha: float) -> Tensor:
+    """Return s: the reverse KL of DPO."""
+    return s
+
+
+F_DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "reverse_kl": identity,
+    "forward_kl": forward_kl,
+    "js_divergence": js_divergence,
+    "alpha_divergence": alpha_divergence,
+}
+
+
+def alphapo(s: Tensor, alpha: float) -> Tensor:
+    """Return (1 - p^{-a})/a with p = e^s, and its limit s at a = 0 (AlphaPO, arXiv 2501.03884)."""
+    return s if alpha == 0.0 else (1.0 - exp_linear(-alpha * s)) / alpha
+
+
+def log_odds(s: Tensor) -> Tensor:
+    """Return log(p / (1 - p)) with p = e^s, s a mean log-prob; finite up to p = 1 (ORPO, arXiv 2403.07691)."""
+    # At p = 1 the value is held just below and the slope kept: the product with the link's slope has a finite limit.
+    s = torch.where(s > -ODDS_EPS, s - s.detach() - ODDS_EPS, s)
+    return s - torch.log(-torch.expm1(s))
+
+
+# --- features of a pair -----------------------------------------------------------------------------------------------
+
+
+def _sorted(x: Tensor) -> Tensor:
+    return torch.sort(x, dim=0, stable=True).values
+
+
+FEATURES: dict[str, Callable[[Scores], Tensor]] = {
+    "margin": lambda s: s.chosen - s.rejected,
+    "chosen": lambda s: s.chosen,
+    "rejected": lambda s: s.rejected,
+    # Distributional alignment: quantiles of the batch are compared (AOT, arXiv 2406.05882).
+    "sorted_margin": lambda s: _sorted(s.policy_margin) - _sorted(s.ref_margin),
+    "sorted_scores": lambda s: _sorted(s.chosen) - _sorted(s.rejected),
+}
+# Features of the transformed and normalised scores; the others are defined on plain log-ratios.
+MARGIN_FEATURES = ("margin",)
+
+
+# --- links ------------------------------------------------------------------------------------------------------------
+
+
+def logistic(z: Tensor, spec: Any) -> Tensor:
+    """Return -log sigmoid(z) (DPO, arXiv 2305.18290)."""
+    return -F.logsigmoid(z)
+
+
+def scaled_logistic(z: Tensor, spec: Any) -> Tensor:
+    """Return -beta log sigmoid(z / beta): beta weighs the term instead of sharpening it (ORPO, arXiv 2403.07691)."""
+    return -spec.beta * F.logsigmoid(z / spec.beta)
+
+
+def sigmoid(z: Tensor, spec: Any) -> Tensor:
+    """Return 1 - sigmoid(z) (KTO, arXiv 2402.01306; APO, arXiv 2408.06266)."""
+    return torch.sigmoid(-z)
+
+
+def hinge(z: Tensor, spec: Any) -> Tensor:
+    """Return max(0, 1 - z) (SLiC, arXiv 2305.10425; RSO, arXiv 2309.06657)."""
+    return torch.relu(1.0 - z)
+
+
+def square(z: Tensor, spec: Any) -> Tensor:
+    """Return ((z - 1/2) / beta)^2, i.e. (feature - 1/(2 beta))^2 (IPO, arXiv 2310.12036, eq. 17)."""
+    x = (z - 0.5) / spec.beta
+    limit = SQUARE_LIMIT + 1.0 / spec.beta
+    inside = x.clamp(min=-limit, max=limit)
+    return torch.where(x.abs() > limit, limit * (2.0 * x.abs() - limit), inside * inside)
+
+
+def exo(z: Tensor, spec: Any) -> Tensor:
+    """Return KL((q, 1-q) || (1-e, e)) with q = sigmoid(z), e = label_smoothing (EXO, arXiv 2402.00856, eq. 16)."""
+    log_chosen, log_rejected = math.log1p(-spec.label_smoothing), math.log(spec.label_smoothing)
+    towards = torch.sigmoid(z) * (F.logsigmoid(z) - log_chosen)
+    return towards + torch.sigmoid(-z) * (F.logsigmoid(-z) - log_rejected)
+
+
+def discopop(z: Tensor, spec: Any) -> Tensor:
+    """Return (1 - M)(-log sigmoid(z)) + M e^{-z} with M = sigmoid(z / tau) (DiscoPOP, arXiv 2406.08414, eq. 5).
+
+    M e^{-z} is one exponential: apart, e^{-z} overflows where M is zero.
+    """
+    modulation = z / spec.tau
+    exponential = exp_linear(F.logsigmoid(modulation) - z)
+    return torch.sigmoid(-modulation) * -F.logsigmoid(z) + exponential
+
+
+LINKS: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "logistic": logistic,
+    "scaled_logistic": scaled_logistic,
+    "sigmoid": sigmoid,
+    "hinge": hinge,
+    "square": square,
+    "exo": exo,
+    "discopop": discopop,
+}
+
+
+# --- presets ----------------------------------------------------------------------------------------------------------
+
+_MARGIN_LOGISTIC = (Term("margin", "logistic"),)
+# Reference-free losses: mean or sum log-probs, NLL of the chosen completion beside them where the paper has it.
+_FREE: dict[str, Any] = {"reference": False}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # DPO (arXiv 2305.18290); with label_smoothing the conservative DPO.
+    "sigmoid": {},
+    "sigmoid_norm": {"score_normalise": "length"},
+    "ipo": {"terms": (Term("margin", "square"),), "smoothing": None, "score_normalise": "length"},
+    "hinge": {"terms": (Term("margin", "hinge"),), "smoothing": None},
+    # Robust DPO (arXiv 2403.00409): an unbiased estimate under flipped labels.
+    "robust": {"smoothing": "robust"},
+    "exo_pair": {"terms": (Term("margin", "exo"),), "smoothing": "target", "label_smoothing": 1e-3},
+    # Noise contrastive alignment (arXiv 2402.05369).
+    "nca_pair": {
+        "terms": (
+            Term("chosen", "logistic"),
+            Term("chosen", "logistic", sign=-1.0, weight=0.5),
+            Term("rejected", "logistic", sign=-1.0, weight=0.5),
+        ),
+        "smoothing": None,
+    },
+    # BCO (arXiv 2404.04656) on pairs, without its baseline.
+    "bco_pair": {
+        "terms": (Term("chosen", "logistic"), Term("rejected", "logistic", sign=-1.0)),
+        "smoothing": None,
+    },
+    # SPPO with hard probabilities (arXiv 2405.00675, eq. 4.7).
+    "sppo_hard": {
+        "terms": (Term("chosen", "square"), Term("rejected", "square", sign=-1.0)),
+        "smoothing": None,
+    },
+    "aot": {"terms": (Term("sorted_margin", "logistic"),)},
+    "aot_unpaired": {"terms": (Term("sorted_scores", "logistic"),)},
+    # Anchored preference optimisation (arXiv 2408.06266, eqs. 7 and 8).
+    "apo_zero": {
+        "terms": (Term("chosen", "sigmoid"), Term("rejected", "sigmoid", sign=-1.0)),
+        "smoothing": None,
+    },
+    "apo_down": {
+        "terms": (Term("chosen", "sigmoid", sign=-1.0), Term("margin", "sigmoid")),
+        "smoothing": None,
+    },
+    "discopop": {"terms": (Term("margin", "discopop"),), "smoothing": None, "tau": 0.05},
+    "sft": {"terms": (), "smoothing": None, "sft_coef": 1.0, "sft_normalise": "tokens"},
+    # CPO (arXiv 2401.08417), SimPO (arXiv 2405.14734), AlphaPO (arXiv 2501.03884).
+    "cpo": {**_FREE, "sft_coef": 1.0, "sft_optional": True, "sft_normalise": "tokens"},
+    "simpo": {**_FREE, "reduce": "mean", "beta": 2.0, "margin": 0.5},
+    "alphapo": {**_FREE, "reduce": "mean", "beta": 2.0, "alpha": 0.25},
+    "orpo": {
+        **_FREE,
+        "terms": (Term("margin", "scaled_logistic"),),
+        "smoothing": None,
+        "reduce": "mean",
+        "odds": True,
+        "sft_coef": 1.0,
+        "sft_optional": True,
+        "sft_normalise": "tokens",
+    },
+    # Single rows with a label: KTO (arXiv 2402.01306), BCO (arXiv 2404.04656), and KTO without a reference point.
+    "kto": {"terms": (Term("label", "sigmoid"),), "smoothing": None, "shift": "reference_point"},
+    "apo_zero_unpaired": {"terms": (Term("label", "sigmoid"),), "smoothing": None},
+    "bco": {"terms": (Term("label", "logistic"),), "smoothing": None, "shift": "baseline"},
+}
+
+# Where trainers give one name two meanings. Every preset has the style "trl", the default.
+STYLES: dict[tuple[str, str], dict[str, Any]] = {
+    ("ipo", "areal"): {},
+    ("ipo", "openrlhf"): {"score_normalise": None},
+    ("ipo", "roll"): {"score_normalise": None},
+    ("sigmoid", "openrlhf"): {},
+    ("sigmoid", "roll"): {},
+    ("sigmoid", "torchtune"): {},
+    ("sigmoid", "areal"): {},
+    ("sigmoid", "nemo_rl"): {"beta": 0.05},
+    ("hinge", "torchtune"): {},
+    ("kto", "openrlhf"): {"shift": "paired_mean"},
+}
+
+# Names under which trainers know a field.
+ALIASES = {
+    "gamma": "margin",
+    "simpo_gamma": "margin",
+    "ld_alpha": "length_desensitisation",
+    "nll_coef": "sft_coef",
+    "discopop_tau": "tau",
+}

@@ -1,0 +1,187 @@
+"""Keep-masks that need the whole batch: which tokens or sequences a policy loss learns from.
+
+Each function returns a bool tensor, True = keep, of the shape of its per-token inputs. Pass it as `selection` (the
+policy term is left out, the denominator stays) or, where the trainer removes the tokens from the denominator too, as
+the mask itself: `mask & keep`. Inputs are (B, T) padded, or (N,) packed with `cu_seqlens`. Nothing is differentiated.
+
+Legend: B batch, T time, N tokens, S sequences.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastrl import checks, reference
+from fastrl.losses.layout import Layout
+
+
+def _open(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> tuple[Layout, Tensor]:
+    layout = Layout.of(x.shape, x.device, cu_seqlens)
+    return layout, checks.keep_mask("mask", mask, layout.shape, layout.device)[0].reshape(-1)
+
+
+def off_policy_sequence_mask(
+    logprobs: Tensor,
+    other_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    threshold: float,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Return False for the sequences with A < 0 and mean_t (other - logp) > threshold (DeepSeek-V3.2, eq. 9).
+
+    Args:
+        logprobs: (B, T) or (N,) of the policy.
+        other_logprobs: same shape: old or rollout log-probs.
+        advantages: per sequence or per token, as `PolicyLoss` takes them.
+        mask: same shape as `logprobs`, 0/1.
+        threshold: nats per token; TRL suggests 0.5, slime 1e-4.
+        cu_seqlens: (S+1,) for packed tokens.
+    """
+    layout, keep = _open(logprobs, mask, cu_seqlens)
+    gap = torch.where(keep, layout.tokens("other_logprobs", other_logprobs) - layout.tokens("logprobs", logprobs), 0.0)
+    drift = layout.spread(reference.segment_mean(gap.detach(), keep, layout.lengths))
+    spread = layout.tokens_or_sequences("advantages", advantages)
+    return layout.restore((spread >= 0) | (drift <= threshold))
+
+
+def high_entropy_mask(entropy: Tensor, mask: Tensor, *, fraction: float) -> Tensor:
+    """Return True for the live tokens whose entropy is at least the (1 - fraction) quantile (arXiv 2506.01939).
+
+    Args:
+        entropy: (B, T) or (N,) in nats. For a quantile over ranks, gather the live entropies first.
+        mask: same shape, 0/1.
+        fraction: share of tokens to keep, in (0, 1].
+    """
+    checks.plain_float("fraction", fraction, low=0.0, high=1.0, open_low=True)
+    keep = checks.keep_mask("mask", mask, entropy.shape, entropy.device)[0]
+    live = entropy.detach()[keep].float()
+    if live.numel() == 0:
+        return keep
+    # torch.quantile takes at most 2^24 values; the order statistic is the same linear interpolation.
+    position = (1.0 - fraction) * (live.numel() - 1)
+    ordered = live.sort().values
+    below = int(position)
+    above = min(below + 1, live.numel() - 1)
+    threshold = torch.lerp(ordered[below], ordered[above], position - below)
+    return keep & (entropy.detach() >= threshold)
+
+
+def covariance_keep_mask(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    low: float = 1.0,
+    high: float = 5.0,
+    fraction: float = 2e-4,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    generator: torch.Generator | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Return False for a random subset of the tokens of high covariance that the clip left alone (Clip-Cov).
+
+    Candidates have (A - mean A)(logp - mean logp) strictly inside (low, high) and are not clipped by
+    [1 - clip_low, 1 + clip_high]. max(1, int(fraction * live tokens)) of them are dropped at random, all of them when
+    there are no more. Cui et al. 2025, arXiv 2505.22617.
+    """
+    checks.plain_float("fraction", fraction, low=0.0, high=1.0, open_low=True)
+    layout, keep = _open(logprobs, mask, cu_seqlens)
+    lp = torch.where(keep, layout.tokens("logprobs", logprobs).detach(), 0.0)
+    old = torch.where(keep, layout.tokens("old_logprobs", old_logprobs).to(lp.dtype), 0.0)
+    spread = torch.where(keep, layout.tokens_or_sequences("advantages", advantages).to(lp.dtype), 0.0)
+    ratio = reference.exp_linear(lp - old)
+    clipped = ((spread < 0) & (ratio < 1.0 - clip_low)) | ((spread > 0) & (ratio > 1.0 + clip_high))
+    covariance = reference.covariances(lp, spread, keep)
+    candidates = (keep & ~clipped & (covariance > low) & (covariance < high)).nonzero().squeeze(-1)
+    wanted = max(1, int(fraction * int(keep.sum())))
+    if candidates.numel() > wanted:
+        order = torch.randperm(candidates.numel(), generator=generator, device=candidates.device)
+        candidates = candidates[order[:wanted]]
+    dropped = torch.zeros_like(keep)
+    dropped[candidates] = True
+    return layout.restore(~dropped)
+
+
+def rollout_divergence_mask(
+    logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    level: str = "token",
+    divergence: str = "k1",
+    low: float | None = None,
+    high: float | None = None,
+    log_ratio_clamp: float | None = 20.0,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Return True where the divergence of trainer and rollout is within bounds (verl's rejection sampling).
+
+    With y = logprobs - rollout clamped to +-log_ratio_clamp: k1 = -y, bounds on exp(k1); k2 = y^2/2; k3 = exp(y) - 1 - y.
+
+    Args:
+        logprobs: (B, T) or (N,): old log-probs of the trainer (the current ones in bypass mode).
+        rollout_logprobs: same shape.
+        mask: same shape, 0/1.
+        level: "token", or the "sequence_sum", "sequence_mean", "sequence_max" over live tokens.
+        divergence: "k1", "k2", "k3".
+        low, high: bounds; `low` only for k1.
+        log_ratio_clamp: bound of the token log-ratio, or None.
+        cu_seqlens: (S+1,) for packed tokens.
+    """
+    checks.one_of("level", level, ("token", "sequence_sum", "sequence_mean", "sequence_max"))
+    checks.one_of("divergence", divergence, ("k1", "k2", "k3"))
+    if low is not None and divergence != "k1":
+        raise ValueError(f"low={low} needs divergence='k1': {divergence!r} is never negative")
+    layout, keep = _open(logprobs, mask, cu_seqlens)
+    y = torch.where(
+        keep, layout.tokens("logprobs", logprobs) - layout.tokens("rollout_logprobs", rollout_logprobs), 0.0
+    )
+    y = reference.one_sided(
+        y.detach(), *(None, None) if log_ratio_clamp is None else (-log_ratio_clamp, log_ratio_clamp)
+    )
+    value = -y if divergence == "k1" else reference.kl_value(-y if divergence == "k3" else y, divergence)
+    if level == "sequence_max":
+        largest = torch.segment_reduce(
+            torch.where(keep, value, -torch.inf), "max", lengths=layout.lengths, unsafe=True, initial=-torch.inf
+        )
+        value = layout.spread(largest)
+    elif level != "token":
+        pooled = reference.segment_sum(torch.where(keep, value, 0.0), layout.lengths)
+        if level == "sequence_mean":
+            pooled = reference.segment_mean(value, keep, layout.lengths)
+        value = layout.spread(pooled)
+    bounded = reference.exp_linear(value) if divergence == "k1" else value
+    inside = keep.clone()
+    if low is not None:
+        inside &= bounded >= low
+    if high is not None:
+        inside &= bounded <= high
+    return layout.restore(inside)
+
+
+def second_moment_mask(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, *, threshold: float) -> Tensor:
+    """Return True for the live tokens left when those of largest (logp - rollout)^2 are dropped until the mean is small.
+
+    The fewest tokens are dropped for which the mean of the rest is below `threshold`. M2PO, arXiv 2510.01161.
+
+    Args:
+        logprobs, rollout_logprobs: (B, T) or (N,).
+        mask: same shape, 0/1.
+        threshold: bound on the mean squared log-ratio, > 0 (the paper uses 0.04).
+    """
+    checks.plain_float("threshold", threshold, low=0.0, open_low=True)
+    keep = checks.keep_mask("mask", mask, logprobs.shape, logprobs.device)[0].reshape(-1)
+    squared = (logprobs.detach() - rollout_logprobs.detach()).double().square().reshape(-1)
+    squared = torch.where(keep, squared, torch.inf)
+    ordered, order = squared.sort(stable=True)
+    live = torch.where(ordered.isinf(), 0.0, ordered)
+    means = live.cumsum(0) / torch.arange(1, live.numel() + 1, device=live.device)
+    allowed = (means < threshold) & ~ordered.isinf()
+    selected = torch.zeros_like(keep)
+    selected[order] = allowed
+    return (selected & keep).view(mask.shape)

@@ -1,0 +1,519 @@
+"""Per-token log-prob, entropy and logsumexp from hidden states and the LM head, without the N x V logits.
+
+Rows go through the head in chunks of a fixed number, the last one padded, so that every GEMM has one shape and a row's
+log-prob does not depend on the batch around it. The logits of a chunk are accumulated and kept in float32 (float64 for
+float64 inputs) and turned into their own gradient in place; dW is accumulated in float32 over the chunks and cast once.
+Rows whose label is ignored are dropped before the first GEMM.
+
+Paths, in GEMM units of 2 N V D flop:
+
+    forward only                                             1
+    training, any function of the outputs                    1 forward + 3 backward (the logits are formed again)
+    training, frozen head, function of the log-probs         2: the unit gradients (W_y - p W)/T are kept, (N, D)
+    training, loss separable over tokens (`fused_gradient`)  3, or 2 with a frozen head
+
+Legend: N tokens, D hidden, V vocabulary, C rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrl import checks
+from fastrl.ops import dispatch
+from fastrl.ops.token_logprobs import TokenLogprobs, head_scalars, once_differentiable
+
+CPU_CHUNK_TOKENS = 256
+GPU_CHUNK_TOKENS = 2048
+# A half-precision head on a CPU is widened in blocks of this many vocabulary rows, to keep the copy small.
+CPU_WIDEN_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Head:
+    """How logits become log-probs: everything of the vocabulary operation that is not a tensor."""
+
+    logit_scale: float
+    softcap: float
+    ignore_index: int
+    chunk_tokens: int
+    backend: str
+
+
+def linear_token_logprobs(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (...)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    temperature: float | Tensor | None = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    chunk_tokens: int | None = None,
+    tail_mass: float = 0.0,
+    tp_group: Any = None,
+    backend: str = "auto",
+) -> TokenLogprobs:
+    """Return log-prob of the label, entropy and logsumexp of `hidden @ weight.T + bias` without forming all logits.
+
+        z = softcap tanh(logit_scale (hidden weight^T + bias) / softcap) / temperature
+        logprobs = z_y - logsumexp(z);  entropy = -sum_v p_v log p_v, in nats
+
+    Args:
+        hidden: (..., D) hidden states, float32, bfloat16, float16 or float64.
+        weight: (V, D) LM head. A dtype other than that of `hidden` is promoted as PyTorch promotes.
+        labels: (...) int64 or int32, aligned with the hidden states: nothing is shifted here.
+        bias: (V,) or None; -inf entries ban a token.
+        temperature: a float or a tensor broadcastable to `labels`, finite and > 0. None means 1.
+        logit_scale: factor on the logits, before the softcap.
+        softcap: bound c of c tanh(x / c), or None.
+        ignore_index: label of rows to leave out; they never reach the head.
+        chunk_tokens: rows of a chunk; 256 on a CPU and 2048 elsewhere unless given. Bits depend on it, values do not.
+        tail_mass: 0.0, the exact gradient, is the only value offered.
+        tp_group: None; vocabulary-parallel heads are not offered.
+        backend: of the row kernels: "auto", "torch", "cpu" or "triton". The GEMMs are PyTorch's.
+
+    Returns:
+        `TokenLogprobs` of float32 tensors (float64 for float64 inputs) of the shape of `labels`, all differentiable once
+        with respect to `hidden`, `weight` and `bias`. Extra memory: one chunk of float32 logits (C V 4 bytes, and on a
+        CPU as much again for the `torch` rows), the gradients, V D 4 bytes for a trainable head, N D 4 bytes for a
+        frozen one.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `token_logprobs`, and for heads that hold no values or are sharded.
+    """
+    hidden, weight, labels, bias = check_head(hidden, weight, labels, bias, ignore_index)
+    head = make_head(
+        hidden,
+        logit_scale,
+        softcap,
+        ignore_index,
+        chunk_tokens=chunk_tokens,
+        tail_mass=tail_mass,
+        tp_group=tp_group,
+        backend=backend,
+    )
+    inverse = inverse_temperature(temperature, labels, hidden)
+    training = torch.is_grad_enabled()
+    trains_head = training and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    unit = training and hidden.requires_grad and not trains_head
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    outputs = _linear_token_logprobs(
+        flat,
+        weight,
+        labels.reshape(-1),
+        bias,
+        inverse,
+        head.logit_scale,
+        head.softcap,
+        head.ignore_index,
+        head.chunk_tokens,
+        head.backend,
+        unit,
+    )
+    return TokenLogprobs(*(x.view(labels.shape) for x in outputs[:3]))
+
+
+def check_head(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the tensors of the vocabulary operation in one dtype, or raise."""
+    checks.float_tensor("hidden", hidden)
+    checks.float_tensor("weight", weight)
+    if weight.numel() == 0:
+        raise ValueError(
+            f"weight is empty, shape {tuple(weight.shape)}: gather the sharded head first (ZeRO-3: GatheredParameters; "
+            "FSDP: call through the wrapped module's forward)"
+        )
+    if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight must be (V, D={hidden.shape[-1] if hidden.dim() else '?'}), got {tuple(weight.shape)}"
+        )
+    checks.same_device("weight", weight, hidden.device)
+    if bias is not None:
+        checks.float_tensor("bias", bias)
+        checks.same_shape("bias", bias, weight.shape[:1])
+        checks.same_device("bias", bias, hidden.device)
+    labels = checks.labels("labels", labels, hidden.shape[:-1], hidden.device, weight.shape[0], ignore_index)
+    if torch.is_inference(weight) and torch.is_grad_enabled() and hidden.requires_grad:
+        raise RuntimeError("weight is an inference tensor and cannot be saved for backward; pass weight.clone()")
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    return hidden.to(dtype), weight.to(dtype), labels, None if bias is None else bias.to(dtype)
+
+
+def make_head(
+    hidden: Tensor,
+    logit_scale: Any,
+    softcap: Any,
+    ignore_index: int,
+    *,
+    chunk_tokens: int | None,
+    tail_mass: float,
+    tp_group: Any,
+    backend: str,
+) -> Head:
+    """Return the validated `Head`."""
+    if tail_mass != 0.0:
+        raise ValueError(f"tail_mass must be 0.0 (the exact gradient), got {tail_mass!r}")
+    if tp_group is not None:
+        raise ValueError("tp_group must be None: vocabulary-parallel heads are not supported; gather the head first")
+    scale, cap = head_scalars(logit_scale, softcap)
+    if chunk_tokens is None:
+        chunk_tokens = CPU_CHUNK_TOKENS if hidden.device.type == "cpu" else GPU_CHUNK_TOKENS
+    elif isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be an int >= 1 or None, got {chunk_tokens!r}")
+    return Head(scale, cap, ignore_index, chunk_tokens, dispatch.choose(backend, hidden.device).backend)
+
+
+def inverse_temperature(temperature: Any, labels: Tensor, hidden: Tensor) -> Tensor:
+    """Return 1/T per token, (N,), in the dtype of the row kernels."""
+    heat = checks.temperature(temperature, labels.shape, hidden.device)
+    dtype = _wide(hidden.dtype)
+    if isinstance(heat, Tensor):
+        return heat.to(dtype).reciprocal().reshape(-1)
+    return torch.full((labels.numel(),), 1.0 / heat, dtype=dtype, device=hidden.device)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """Write the logits of one chunk (C, D) to `out` (C, V), accumulated and kept in `out`'s dtype."""
+    if hidden.dtype == out.dtype:
+        torch.mm(hidden, weight.t(), out=out)
+    elif hidden.device.type == "cuda":
+        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+    else:
+        wide = hidden.to(out.dtype)
+        for start in range(0, weight.shape[0], CPU_WIDEN_ROWS):
+            block = weight[start : start + CPU_WIDEN_ROWS].to(out.dtype)
+            out[:, start : start + CPU_WIDEN_ROWS] = wide @ block.t()
+    if bias is not None:
+        out += bias.to(out.dtype)
+    return out
+
+
+def _times_weight(gradient: Tensor, weight: Tensor) -> Tensor:
+    """Return gradient (C, V) @ weight (V, D) in the dtype of the gradient."""
+    if weight.dtype == gradient.dtype:
+        return gradient @ weight
+    if weight.device.type == "cuda":
+        return torch.mm(gradient.to(weight.dtype), weight, out_dtype=gradient.dtype)
+    total = torch.zeros((gradient.shape[0], weight.shape[1]), dtype=gradient.dtype, device=gradient.device)
+    for start in range(0, weight.shape[0], CPU_WIDEN_ROWS):
+        block = slice(start, start + CPU_WIDEN_ROWS)
+        total.addmm_(gradient[:, block], weight[block].to(gradient.dtype))
+    return total
+
+
+def _add_weight_gradient(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    """Add gradient^T (V, C) @ hidden (C, D) to `total` (V, D), which is at least float32."""
+    if hidden.dtype == total.dtype or hidden.device.type != "cuda":
+        total.addmm_(gradient.t(), hidden.to(total.dtype))
+    else:
+        total += torch.mm(gradient.to(hidden.dtype).t(), hidden, out_dtype=total.dtype)
+
+
+@dataclass
+class Chunks:
+    """The live rows of a batch, cut into chunks of a fixed number of rows; the last one is padded with zero rows."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    labels: Tensor  # (N,)
+    inverse: Tensor  # (N,)
+    head: Head
+    live: Tensor  # (L,) indices of the rows that are not ignored
+
+    @classmethod
+    def of(
+        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, inverse: Tensor, head: Head
+    ) -> Chunks:
+        """Return the chunks of the rows whose label is not ignored."""
+        live = (labels != head.ignore_index).nonzero().squeeze(-1)
+        return cls(hidden, weight, bias, labels, inverse, head, live)
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield (positions in `live`, their hidden states, their logits in a buffer that the next chunk overwrites)."""
+        n, size = self.live.numel(), self.head.chunk_tokens
+        if n == 0:
+            return
+        dtype = _wide(self.hidden.dtype)
+        buffer = torch.empty((size, self.weight.shape[0]), dtype=dtype, device=self.hidden.device)
+        for start in range(0, n, size):
+            rows = slice(start, min(start + size, n))
+            count = rows.stop - rows.start
+            states = self.hidden.index_select(0, self.live[rows])
+            padded = states
+            if count < size:
+                padded = torch.cat((states, states.new_zeros(size - count, states.shape[1])))
+            yield rows, states, chunk_logits(padded, self.weight, self.bias, buffer)[:count]
+
+    def scalars(self) -> dict[str, Any]:
+        """Return the keyword arguments of the row kernels."""
+        return {
+            "logit_scale": self.head.logit_scale,
+            "softcap": self.head.softcap,
+            "ignore_index": self.head.ignore_index,
+        }
+
+    def forward_rows(self, rows: slice, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (logprobs, entropy, logsumexp) of one chunk."""
+        index = self.live[rows]
+        kernels = dispatch.row_kernels(self.head.backend)
+        return kernels.token_logprobs_fwd(logits, self.labels[index], self.inverse[index], **self.scalars())
+
+    def backward_rows(
+        self, rows: slice, logits: Tensor, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]
+    ) -> Tensor:
+        """Turn the logits of one chunk into their gradient, in place."""
+        index = self.live[rows]
+        kernels = dispatch.row_kernels(self.head.backend)
+        return kernels.token_logprobs_bwd(
+            logits, self.labels[index], self.inverse[index], *outputs, *grads, **self.scalars(), out=logits
+        )
+
+    def scattered(self, values: Tensor) -> Tensor:
+        """Return values of the live rows (L, ...) at their places among all rows (N, ...), 0 elsewhere."""
+        full = values.new_zeros((self.labels.numel(), *values.shape[1:]))
+        return full.index_copy_(0, self.live, values)
+
+
+class Gradients:
+    """The gradients of hidden states, head and bias, gathered chunk by chunk; only those that are asked for."""
+
+    def __init__(self, chunks: Chunks, needs: tuple[bool, bool, bool]) -> None:
+        self.chunks = chunks
+        wide = _wide(chunks.hidden.dtype)
+        self.hidden = torch.zeros_like(chunks.hidden, memory_format=torch.contiguous_format) if needs[0] else None
+        self.weight = torch.zeros(chunks.weight.shape, dtype=wide, device=chunks.weight.device) if needs[1] else None
+        self.bias = torch.zeros(chunks.weight.shape[0], dtype=wide, device=chunks.weight.device) if needs[2] else None
+
+    def add(self, rows: slice, states: Tensor, dlogits: Tensor, contributes: Tensor | None = None) -> None:
+        """Add one chunk: dlogits (C, V). Rows that `contributes` (C,) marks False have a zero gradient and are left out."""
+        index = self.chunks.live[rows]
+        if contributes is not None:
+            kept = contributes.nonzero().squeeze(-1)
+            # Gathering costs a read and a write of the rows that stay; below this share the GEMMs saved pay for it.
+            if kept.numel() <= 0.8 * contributes.numel():
+                index, states, dlogits = index[kept], states[kept], dlogits[kept]
+        if index.numel() == 0:
+            return
+        if self.hidden is not None:
+            self.hidden[index] = _times_weight(dlogits, self.chunks.weight).to(self.hidden.dtype)
+        if self.weight is not None:
+            _add_weight_gradient(self.weight, dlogits, states)
+        if self.bias is not None:
+            self.bias += dlogits.sum(0)
+
+    def cast(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return (dhidden, dweight, dbias) in the dtypes of their inputs."""
+        weight = None if self.weight is None else self.weight.to(self.chunks.weight.dtype)
+        bias = None if self.bias is None or self.chunks.bias is None else self.bias.to(self.chunks.bias.dtype)
+        return self.hidden, weight, bias
+
+
+def fused_gradient(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor,  # (N,)
+    inverse: Tensor,  # (N,)
+    head: Head,
+    needs: tuple[bool, bool, bool],
+    coefficients: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]],
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """Return (logprobs (N,), entropy (N,), gradients) of a loss that is separable over tokens, in one pass.
+
+    Args:
+        hidden, weight, bias, labels, inverse, head: the vocabulary operation.
+        needs: which of the gradients of hidden, weight and bias to compute.
+        coefficients: maps (logprobs, entropy, indices), each (C,), of some rows to (dL/dlogprobs, dL/dentropy or None).
+    """
+    chunks = Chunks.of(hidden, weight, bias, labels, inverse, head)
+    gradients = Gradients(chunks, needs)
+    dtype = _wide(hidden.dtype)
+    logprobs = torch.empty(chunks.live.numel(), dtype=dtype, device=hidden.device)
+    entropy = torch.empty_like(logprobs)
+    for rows, states, logits in chunks:
+        outputs = chunks.forward_rows(rows, logits)
+        logprobs[rows], entropy[rows] = outputs[0], outputs[1]
+        g, h = coefficients(outputs[0], outputs[1], chunks.live[rows])
+        if not any(needs):
+            continue
+        contributes = None
+        if g.device.type == "cpu":
+            contributes = g != 0 if h is None else (g != 0) | (h != 0)
+        gradients.add(rows, states, chunks.backward_rows(rows, logits, outputs, (g, h, None)), contributes)
+    return chunks.scattered(logprobs), chunks.scattered(entropy), gradients.cast()
+
+
+@torch.library.custom_op("fastrl::linear_token_logprobs", mutates_args=())
+def _linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    inverse: Tensor,
+    logit_scale: float,
+    softcap: float,
+    ignore_index: int,
+    chunk_tokens: int,
+    backend: str,
+    unit: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    head = Head(logit_scale, softcap, ignore_index, chunk_tokens, backend)
+    chunks = Chunks.of(hidden, weight, bias, labels, inverse, head)
+    n, dtype = chunks.live.numel(), _wide(hidden.dtype)
+    outputs = tuple(torch.empty(n, dtype=dtype, device=hidden.device) for _ in range(3))
+    units = torch.empty((n if unit else 0, hidden.shape[1]), dtype=dtype, device=hidden.device)
+    for rows, _, logits in chunks:
+        results = chunks.forward_rows(rows, logits)
+        for out, value in zip(outputs, results, strict=True):
+            out[rows] = value
+        if unit:
+            ones = torch.ones_like(results[0])
+            units[rows] = _times_weight(chunks.backward_rows(rows, logits, results, (ones, None, None)), weight)
+    logprobs, entropy, logsumexp = (chunks.scattered(x) for x in outputs)
+    return logprobs, entropy, logsumexp, units
+
+
+@_linear_token_logprobs.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    inverse: Tensor,
+    logit_scale: float,
+    softcap: float,
+    ignore_index: int,
+    chunk_tokens: int,
+    backend: str,
+    unit: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = _wide(hidden.dtype)
+    logprobs, entropy, logsumexp = (torch.empty(labels.shape, dtype=dtype, device=hidden.device) for _ in range(3))
+    n_live = torch.library.get_ctx().new_dynamic_size() if unit else 0
+    return logprobs, entropy, logsumexp, torch.empty((n_live, hidden.shape[1]), dtype=dtype, device=hidden.device)
+
+
+@torch.library.custom_op("fastrl::linear_token_logprobs_backward", mutates_args=())
+def _linear_token_logprobs_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    inverse: Tensor,
+    logprobs: Tensor,
+    entropy: Tensor,
+    logsumexp: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_logsumexp: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    ignore_index: int,
+    chunk_tokens: int,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    head = Head(logit_scale, softcap, ignore_index, chunk_tokens, backend)
+    chunks = Chunks.of(hidden, weight, bias, labels, inverse, head)
+    gradients = Gradients(chunks, (needs[0], needs[1], needs[2]))
+    live_grads = tuple(None if g is None else g[chunks.live] for g in (grad_logprobs, grad_entropy, grad_logsumexp))
+    live_outputs = tuple(x[chunks.live] for x in (logprobs, entropy, logsumexp))
+    for rows, states, logits in chunks:
+        grads = tuple(None if g is None else g[rows] for g in live_grads)
+        outputs = tuple(x[rows] for x in live_outputs)
+        gradients.add(rows, states, chunks.backward_rows(rows, logits, outputs, grads))
+    empty = hidden.new_empty(0)
+    dhidden, dweight, dbias = gradients.cast()
+    return (
+        empty if dhidden is None else dhidden,
+        empty.clone() if dweight is None else dweight,
+        empty.clone() if dbias is None else dbias,
+    )
+
+
+@_linear_token_logprobs_backward.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    inverse: Tensor,
+    logprobs: Tensor,
+    entropy: Tensor,
+    logsumexp: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_logsumexp: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    ignore_index: int,
+    chunk_tokens: int,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(hidden) if needs[0] else hidden.new_empty(0),
+        torch.empty_like(weight) if needs[1] else hidden.new_empty(0),
+        torch.empty_like(bias) if needs[2] and bias is not None else hidden.new_empty(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, labels, bias, inverse, *scalars, ctx.unit = inputs
+    logprobs, entropy, logsumexp, units = output
+    ctx.scalars = scalars
+    ctx.save_for_backward(hidden, weight, labels, bias, inverse, logprobs, entropy, logsumexp, units)
+    ctx.mark_non_differentiable(units)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    once_differentiable()
+    grad_logprobs, grad_entropy, grad_logsumexp, _ = grads
+    none = (None,) * 6
+    needs = [bool(ctx.needs_input_grad[i]) for i in (0, 1, 3)]
+    if not any(needs) or all(g is None for g in grads):
+        return (None, None, None, None, None, *none)
+    hidden, weight, labels, bias, inverse, *outputs, units = ctx.saved_tensors
+    if ctx.unit and grad_entropy is None and grad_logsumexp is None and grad_logprobs is not None:
+        ignore_index = ctx.scalars[2]
+        live = (labels != ignore_index).nonzero().squeeze(-1)
+        scaled = grad_logprobs[live].to(units.dtype).unsqueeze(-1) * units
+        return (torch.zeros_like(hidden).index_copy_(0, live, scaled.to(hidden.dtype)), None, None, None, None, *none)
+    dhidden, dweight, dbias = _linear_token_logprobs_backward(
+        hidden,
+        weight,
+        labels,
+        bias,
+        inverse,
+        *outputs,
+        grad_logprobs,
+        grad_entropy,
+        grad_logsumexp,
+        *ctx.scalars,
+        needs,
+    )
+    return (
+        dhidden if needs[0] else None,
+        dweight if needs[1] else None,
+        None,
+        dbias if needs[2] else None,
+        None,
+        *none,
+    )
+
+
+_linear_token_logprobs.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,240 @@
+"""Per-token log-prob, entropy and logsumexp from logits: one read forward, one read and one write backward.
+
+Legend: N tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrl import checks
+from fastrl.ops import dispatch
+
+
+class TokenLogprobs(NamedTuple):
+    """Results of the vocabulary operation, each of the shape of the labels, 0 where ignored, all differentiable."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    logsumexp: Tensor
+
+
+def token_logprobs(
+    logits: Tensor,  # (..., V)
+    labels: Tensor,  # (...)
+    *,
+    temperature: float | Tensor | None = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    backend: str = "auto",
+) -> TokenLogprobs:
+    """Return log-prob of the label, entropy and logsumexp of every row of `logits`.
+
+        z = softcap tanh(logit_scale logits / softcap) / temperature
+        logprobs = z_y - logsumexp(z);  entropy = -sum_v p_v log p_v, in nats
+
+    Args:
+        logits: (..., V) float32, bfloat16, float16 or float64, of any strides. -inf entries have probability 0.
+        labels: (...) int64 or int32, already aligned with the logits: nothing is shifted here.
+        temperature: a float or a tensor broadcastable to `labels`, finite and > 0. None means 1.
+        logit_scale: factor on the logits, before the softcap.
+        softcap: bound c of c tanh(x / c), or None.
+        ignore_index: label of rows to leave out; their outputs and gradients are exactly 0 whatever the logits hold.
+        backend: "auto", "torch", "cpu" (C++), or "triton"; a named backend is used or refused.
+
+    Returns:
+        `TokenLogprobs` of float32 tensors (float64 for float64 logits) of the shape of `labels`. The gradient is with
+        respect to `logits`, through any of the three outputs, once (`create_graph=True` is refused).
+
+    Raises:
+        ValueError: shapes, devices, label values (on a CPU or inside `checked()`; elsewhere such a row is NaN), options.
+        TypeError: dtypes and tensor kinds that cannot be used.
+        RuntimeError: a named backend that cannot run here, with the reason.
+    """
+    checks.float_tensor("logits", logits)
+    if logits.dim() < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"logits must be (..., V) with V >= 1, got {tuple(logits.shape)}")
+    labels = checks.labels("labels", labels, logits.shape[:-1], logits.device, logits.shape[-1], ignore_index)
+    scale, cap = head_scalars(logit_scale, softcap)
+    heat = checks.temperature(temperature, labels.shape, logits.device)
+    chosen = dispatch.choose(backend, logits.device).backend
+    inverse, inverse_rows = _inverse(heat)
+    outputs = _token_logprobs(logits, labels, inverse_rows, inverse, scale, cap, ignore_index, chosen)
+    return TokenLogprobs(*outputs)
+
+
+def head_scalars(logit_scale: Any, softcap: Any) -> tuple[float, float]:
+    """Return (logit_scale, softcap) as floats, 0.0 standing for no softcap, or raise."""
+    scale = checks.plain_float("logit_scale", logit_scale)
+    if scale == 0.0:
+        raise ValueError("logit_scale must not be 0")
+    return scale, 0.0 if softcap is None else checks.plain_float("softcap", softcap, low=0.0, open_low=True)
+
+
+def _inverse(temperature: float | Tensor) -> tuple[float, Tensor | None]:
+    """Return 1/T as a float, or as a tensor beside the float 1."""
+    if isinstance(temperature, Tensor):
+        return (
+            1.0,
+            temperature.double().reciprocal()
+            if temperature.dtype == torch.float64
+            else temperature.float().reciprocal(),
+        )
+    return 1.0 / temperature, None
+
+
+def row_blocks(
+    logits: Tensor,  # (..., V)
+    *others: Tensor | None,  # (...)
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield views (N, V) of the logits with the matching (N,) rows of the others, without copying the logits.
+
+    One block where the leading dimensions can be viewed as one; else one block per index of the first dimension, as for
+    `logits[:, :-1]`.
+    """
+    vocabulary = logits.shape[-1]
+    flat = tuple(None if x is None else x.reshape(-1) for x in others)
+    try:
+        yield (logits.view(-1, vocabulary), *flat)
+        return
+    except RuntimeError:
+        pass
+    per_index = logits[0].numel() // vocabulary
+    for i in range(logits.shape[0]):
+        part = tuple(None if x is None else x[i * per_index : (i + 1) * per_index] for x in flat)
+        yield from row_blocks(logits[i], *part)
+
+
+@torch.library.custom_op("fastrl::token_logprobs", mutates_args=())
+def _token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    inverse_rows: Tensor | None,
+    inverse: float,
+    logit_scale: float,
+    softcap: float,
+    ignore_index: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = dispatch.row_kernels(backend)
+    parts = [
+        kernels.token_logprobs_fwd(
+            rows,
+            row_labels,
+            inverse if row_inverse is None else row_inverse,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            ignore_index=ignore_index,
+        )
+        for rows, row_labels, row_inverse in row_blocks(logits, labels, inverse_rows)
+    ]
+    outputs = parts[0] if len(parts) == 1 else tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    logprobs, entropy, logsumexp = (x.view(labels.shape) for x in outputs)
+    return logprobs, entropy, logsumexp
+
+
+@_token_logprobs.register_fake
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    inverse_rows: Tensor | None,
+    inverse: float,
+    logit_scale: float,
+    softcap: float,
+    ignore_index: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    outputs = tuple(torch.empty(labels.shape, dtype=dtype, device=logits.device) for _ in range(3))
+    return outputs[0], outputs[1], outputs[2]
+
+
+@torch.library.custom_op("fastrl::token_logprobs_backward", mutates_args=())
+def _token_logprobs_backward(
+    logits: Tensor,
+    labels: Tensor,
+    inverse_rows: Tensor | None,
+    logprobs: Tensor,
+    entropy: Tensor,
+    logsumexp: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_logsumexp: Tensor | None,
+    inverse: float,
+    logit_scale: float,
+    softcap: float,
+    ignore_index: int,
+    backend: str,
+) -> Tensor:
+    kernels = dispatch.row_kernels(backend)
+    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    given = (labels, inverse_rows, logprobs, entropy, logsumexp, grad_logprobs, grad_entropy, grad_logsumexp)
+    # The output is viewed like the input: both split along the first dimension, or neither does.
+    written = 0
+    out_rows = gradient.view(-1, logits.shape[-1])
+    for rows, row_labels, row_inverse, *rest in row_blocks(logits, *given):
+        kernels.token_logprobs_bwd(
+            rows,
+            row_labels,
+            inverse if row_inverse is None else row_inverse,
+            *rest,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            ignore_index=ignore_index,
+            out=out_rows[written : written + rows.shape[0]],
+        )
+        written += rows.shape[0]
+    return gradient
+
+
+@_token_logprobs_backward.register_fake
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    inverse_rows: Tensor | None,
+    logprobs: Tensor,
+    entropy: Tensor,
+    logsumexp: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_logsumexp: Tensor | None,
+    inverse: float,
+    logit_scale: float,
+    softcap: float,
+    ignore_index: int,
+    backend: str,
+) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def once_differentiable() -> None:
+    """Raise inside a backward pass that is itself recorded."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "fastrl operations are differentiable once: create_graph=True is not supported; "
+            "use fastrl.reference for second derivatives"
+        )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, labels, inverse_rows, *ctx.scalars = inputs
+    ctx.save_for_backward(logits, labels, inverse_rows, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    once_differentiable()
+    none = (None,) * (2 + len(ctx.scalars))
+    if not ctx.needs_input_grad[0] or all(g is None for g in grads):
+        return (None, *none)
+    logits, labels, inverse_rows, *outputs = ctx.saved_tensors
+    gradient = _token_logprobs_backward(logits, labels, inverse_rows, *outputs, *grads, *ctx.scalars)
+    return (gradient, *none)
+
+
+_token_logprobs.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,227 @@
+"""Rollouts: prompts to sampled completions, and completions to the hidden states that predict their tokens.
+
+Both directions share one idea. The completions of a group have the same prompt, so the prompt goes through the
+model once, and its key-value cache is repeated for the group, in generation and, with gradients, in training.
+With 8 completions of 8 tokens on a prompt of 32 tokens the training pass sees 96 tokens in place of 320.
+
+Prompts are padded on the left, completions on the right. No mask is ever read off the pad token (it is the
+end-of-sequence token in many models): prompts have lengths, and a completion ends with its first stop token,
+which belongs to it.
+
+Shapes: P prompts, G completions of each, B = P * G completions, T time, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrl.train.model import causal_lm
+
+CHAT_TEMPLATE = "chat"
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Completions and the prompts that they answer."""
+
+    prompt_ids: Tensor  # (P, T_prompt) padded on the left
+    prompt_mask: Tensor  # (P, T_prompt) bool
+    prompt_index: Tensor  # (B,) the row of prompt_ids that each completion answers
+    completion_ids: Tensor  # (B, T) padded on the right
+    completion_mask: Tensor  # (B, T) bool, true up to and with the first stop token
+    logprobs: Tensor  # (B, T) float32, of the sampled tokens as the sampler saw them, 0 where masked
+    truncated: Tensor  # (B,) bool, no stop token within the limit
+
+    def rows(self, start: int, stop: int) -> Rollout:
+        """Return completions `start` to `stop`, with only their own prompts and no more padding than they need."""
+        used, index = torch.unique(self.prompt_index[start:stop], return_inverse=True)
+        prompt_mask = self.prompt_mask[used]
+        first = int(prompt_mask.int().argmax(dim=1).min())
+        mask = self.completion_mask[start:stop]
+        length = max(1, int(mask.sum(dim=1).max()))
+        return Rollout(
+            prompt_ids=self.prompt_ids[used, first:],
+            prompt_mask=prompt_mask[:, first:],
+            prompt_index=index,
+            completion_ids=self.completion_ids[start:stop, :length],
+            completion_mask=mask[:, :length],
+            logprobs=self.logprobs[start:stop, :length],
+            truncated=self.truncated[start:stop],
+        )
+
+
+def encode_prompts(
+    tokenizer: Any, questions: Sequence[str], *, template: str = CHAT_TEMPLATE, system: str | None = None
+) -> list[list[int]]:
+    """Return the token ids of each question put into `template`.
+
+    `template` is "chat" for the tokenizer's own chat template, or any text that holds `{prompt}`, in which special
+    tokens may be spelt out. `system` is a system message for the chat template.
+    """
+    if template == CHAT_TEMPLATE:
+        if not tokenizer.chat_template:
+            raise ValueError("prompt_template 'chat' needs a tokenizer with a chat template; this one has none")
+        start = [{"role": "system", "content": system}] if system is not None else []
+        texts = [
+            tokenizer.apply_chat_template(
+                [*start, {"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+            )
+            for question in questions
+        ]
+    elif "{prompt}" in template:
+        if system is not None:
+            raise ValueError("system_prompt belongs to prompt_template 'chat'; write it into the template instead")
+        texts = [template.replace("{prompt}", question) for question in questions]
+    else:
+        raise ValueError(f"prompt_template must be {CHAT_TEMPLATE!r} or contain '{{prompt}}', got {template!r}")
+    encoded = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    for question, ids in zip(questions, encoded, strict=True):
+        if not ids:
+            raise ValueError(f"a prompt must have at least one token, got none for {question!r}")
+    return encoded
+
+
+def pad_left(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return `(ids, mask)`, both (P, T), with the padding on the left and the mask made from the lengths."""
+    width = max(len(ids) for ids in sequences)
+    padded = [[pad_id] * (width - len(ids)) + list(ids) for ids in sequences]
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    mask = torch.arange(width) >= (width - lengths)[:, None]
+    return torch.tensor(padded, device=device), mask.to(device)
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    temperature: float = 1.0,
+    greedy: bool = False,
+    generator: torch.Generator | None = None,
+) -> Rollout:
+    """Sample `group_size` completions of each prompt, group by group, from softmax(logits / temperature).
+
+    No top-k, top-p or penalty: the loss divides by the probabilities of the whole distribution. Rows that have
+    finished leave the batch once they are a quarter of it. `generator` lives on the model's device.
+    """
+    device = next(model.parameters()).device
+    prompt_ids, prompt_mask = pad_left(prompts, pad_id, device)
+    prompt_index = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
+    count = prompt_index.numel()
+    stops = torch.tensor(list(stop_ids), device=device)
+    completion_ids = torch.full((count, max_new_tokens), pad_id, device=device)
+    completion_mask = torch.zeros(count, max_new_tokens, dtype=torch.bool, device=device)
+    logprobs = torch.zeros(count, max_new_tokens, device=device)
+    truncated = torch.ones(count, dtype=torch.bool, device=device)
+
+    inner = causal_lm(model)
+    positions = _positions(prompt_mask)
+    out = inner(
+        input_ids=prompt_ids, attention_mask=prompt_mask.long(), position_ids=positions, use_cache=True, logits_to_keep=1
+    )
+    cache = out.past_key_values
+    cache.batch_select_indices(prompt_index)
+    logits = out.logits[prompt_index, -1]  # (B, V)
+    attention = prompt_mask[prompt_index]  # (B, T_prompt + tokens so far)
+    position = positions[prompt_index, -1]
+    live = torch.arange(count, device=device)  # rows of the outputs that the batch still holds
+    open_rows = torch.ones(count, dtype=torch.bool, device=device)
+
+    for step in range(max_new_tokens):
+        token, logprob = _choose(logits, temperature, greedy, generator)
+        rows = live[open_rows]
+        completion_ids[rows, step] = token[open_rows]
+        completion_mask[rows, step] = True
+        logprobs[rows, step] = logprob[open_rows]
+        ended = open_rows & torch.isin(token, stops)
+        truncated[live[ended]] = False
+        open_rows = open_rows & ~ended
+        left = int(open_rows.sum())
+        if left == 0 or step + 1 == max_new_tokens:
+            break
+        if left <= 0.75 * open_rows.numel():
+            keep = open_rows.nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            live, token, attention, position = live[keep], token[keep], attention[keep], position[keep]
+            open_rows = open_rows[keep]
+        attention = torch.cat([attention, attention.new_ones(attention.shape[0], 1)], dim=1)
+        position = position + 1
+        out = inner(
+            input_ids=token[:, None],
+            attention_mask=attention.long(),
+            position_ids=position[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits = out.logits[:, -1]
+
+    used = max(1, int(completion_mask.sum(dim=1).max()))
+    return Rollout(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        prompt_index=prompt_index,
+        completion_ids=completion_ids[:, :used],
+        completion_mask=completion_mask[:, :used],
+        logprobs=logprobs[:, :used],
+        truncated=truncated,
+    )
+
+
+def completion_hidden(model: Any, rollout: Rollout) -> Tensor:
+    """Return (B, T, D): the hidden state that predicts each completion token, differentiable.
+
+    The prompts go through the model once; their cache, repeated for the completions, carries the gradient back.
+    """
+    backbone = causal_lm(model).base_model
+    positions = _positions(rollout.prompt_mask)
+    prompt = backbone(
+        input_ids=rollout.prompt_ids,
+        attention_mask=rollout.prompt_mask.long(),
+        position_ids=positions,
+        use_cache=True,
+    )
+    first = prompt.last_hidden_state[rollout.prompt_index, -1:]  # (B, 1, D)
+    inputs = rollout.completion_ids[:, :-1]
+    if inputs.shape[1] == 0:
+        return first
+    cache = prompt.past_key_values
+    cache.batch_select_indices(rollout.prompt_index)
+    attention = torch.cat([rollout.prompt_mask[rollout.prompt_index], rollout.completion_mask[:, :-1]], dim=1)
+    ahead = torch.arange(1, inputs.shape[1] + 1, device=inputs.device)
+    rest = backbone(
+        input_ids=inputs,
+        attention_mask=attention.long(),
+        position_ids=positions[rollout.prompt_index, -1:] + ahead,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return torch.cat([first, rest.last_hidden_state], dim=1)
+
+
+def decode(tokenizer: Any, rollout: Rollout) -> list[str]:
+    """Return the text of each completion, without special tokens."""
+    return [
+        tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True)
+        for ids, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)
+    ]
+
+
+def _positions(prompt_mask: Tensor) -> Tensor:
+    """Return (P, T) positions that count from 0 at the first token that is not padding."""
+    return (prompt_mask.long().cumsum(dim=1) - 1).clamp_min(0)
+
+
+def _choose(logits: Tensor, temperature: float, greedy: bool, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Return the next token and its log-prob, both (B,)."""
+    probs = torch.softmax(logits.float() / temperature, dim=-1)
+    token = probs.argmax(dim=-1) if greedy else torch.multinomial(probs, 1, generator=generator)[:, 0]
+    return token, probs.gather(1, token[:, None])[:, 0].log()

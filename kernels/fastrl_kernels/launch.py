@@ -1,0 +1,57 @@
+"""What every kernel launch needs around it."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+# With the compiler free to fuse multiplications into additions, one helper could round differently in two kernels, and
+# an on-policy ratio would no longer be 1 bit for bit. Triton's own default changes from on to off in 3.10.
+COMPILE_OPTIONS = {"enable_fp_fusion": False}
+
+
+def interpreting() -> bool:
+    """Return whether kernels run in Triton's interpreter (`TRITON_INTERPRET=1`), where tensors may be on the CPU."""
+    return triton.knobs.runtime.interpret
+
+
+@contextlib.contextmanager
+def on_device_of(tensor: Tensor) -> Iterator[None]:
+    """Make the device of `tensor` current, because Triton launches on the current device.
+
+    Interpreted kernels compute in NumPy, which warns about inf - inf or log(0) where a GPU gives NaN or -inf
+    quietly: the interpreter is made as quiet as the device that it stands for.
+    """
+    with contextlib.ExitStack() as stack:
+        if tensor.device.type != "cpu":
+            stack.enter_context(torch.get_device_module(tensor.device).device(tensor.device))
+        if interpreting():
+            stack.enter_context(np.errstate(all="ignore"))
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore", RuntimeWarning)
+        yield
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one program walks a row."""
+
+    block: int
+    """Entries per step."""
+    num_warps: int
+    """Warps per program."""
+
+
+TileTable = dict[int, tuple[tuple[int, Tile], ...]]
+"""Bytes per element -> (largest row length, tile) in rising order; the last band takes every longer row."""
+
+
+def tile_for(table: TileTable, dtype: torch.dtype, length: int) -> Tile:
+    """Return the tile of the first band of `dtype` that holds rows of `length` entries."""
+    bands = table[dtype.itemsize]
+    return next((tile for largest, tile in bands if length <= largest), bands[-1][1])

@@ -1,0 +1,425 @@
+"""Per-token log-prob, entropy and log-sum-exp of a row of logits: forward one read, backward one read and one write.
+
+    z = softcap * tanh(logit_scale * x / softcap) / T        (without a softcap: logit_scale * x / T)
+    logp = z_y - lse,    lse = log sum_v e^(z_v),    entropy = -sum_v p_v log p_v
+    dz_v = g (1[v = y] - p_v) - h p_v (log p_v + entropy) + l p_v
+
+One program per row, so a row's bits depend on nothing but the row. N tokens (rows), V vocabulary entries.
+The host functions validate nothing: their caller did. What protects memory is in the kernels: a label outside [0, V)
+is never used as an address.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastrl_kernels.launch import COMPILE_OPTIONS, Tile, TileTable, on_device_of, tile_for
+from fastrl_kernels.rowmath import (
+    EXPONENT_FLOOR,
+    LN2,
+    LOG2E,
+    entry,
+    finish_row,
+    lowest,
+    one_minus_exp,
+    online_softmax_update,
+    row_frame,
+    tanh_and_slope,
+)
+
+# Bytes per logit -> (largest V, tile). Chosen for 16-byte loads and no spills; not yet tuned on a device.
+FWD_TILES: TileTable = {
+    2: ((1024, Tile(1024, 4)), (8192, Tile(2048, 4)), (2**31, Tile(4096, 8))),
+    4: ((1024, Tile(1024, 4)), (8192, Tile(2048, 4)), (2**31, Tile(4096, 8))),
+    8: ((1024, Tile(512, 4)), (2**31, Tile(1024, 4))),
+}
+BWD_TILES: TileTable = {
+    2: ((1024, Tile(1024, 4)), (8192, Tile(2048, 4)), (2**31, Tile(4096, 8))),
+    4: ((1024, Tile(1024, 4)), (8192, Tile(2048, 4)), (2**31, Tile(4096, 8))),
+    8: ((1024, Tile(512, 4)), (2**31, Tile(1024, 4))),
+}
+
+# Runtime values that change between calls without a reason to compile again. The row and vocabulary strides of the
+# logits are not among them: 16-byte loads need to know that a stride is 1 or a multiple of 16.
+_FWD_RUNTIME = ["stride_labels", "stride_inv_temperature", "V", "ignore_index"]
+_FWD_UNALIGNED = ["labels_ptr", "inv_temperature_ptr", "logprobs_ptr", "entropy_ptr", "logsumexp_ptr", "residual_ptr"]
+_BWD_RUNTIME = [*_FWD_RUNTIME, "stride_grad_logprobs", "stride_grad_entropy", "stride_grad_logsumexp"]
+_BWD_UNALIGNED = [*_FWD_UNALIGNED, "grad_logprobs_ptr", "grad_entropy_ptr", "grad_logsumexp_ptr"]
+
+
+@triton.jit
+def _row_factor(
+    row,
+    inv_temperature_ptr,  # (N,) or None
+    stride_inv_temperature,
+    inv_temperature,  # scalar, used where the pointer is None
+    factor,
+    ACC: tl.constexpr,
+):
+    """Return c, the factor from u to z, of a row; NaN where the temperature is not a positive number."""
+    if inv_temperature_ptr is not None:
+        inverse = tl.load(inv_temperature_ptr + row * stride_inv_temperature).to(ACC)
+    else:
+        inverse = tl.full((), inv_temperature, ACC)
+    c = inverse * tl.full((), factor, ACC)
+    return tl.where((inverse > 0) & (c > 0) & (c < float("inf")), c, float("nan"))
+
+
+@triton.jit(do_not_specialize=_FWD_RUNTIME, do_not_specialize_on_alignment=_FWD_UNALIGNED)
+def _token_logprobs_fwd_kernel(
+    logits_ptr,  # (N, V)
+    stride_row,
+    stride_v,
+    labels_ptr,  # (N,)
+    stride_labels,
+    inv_temperature_ptr,  # (N,) or None
+    stride_inv_temperature,
+    inv_temperature: "fp64",  # noqa: F821
+    logprobs_ptr,  # (N,)
+    entropy_ptr,  # (N,)
+    logsumexp_ptr,  # (N,)
+    residual_ptr,  # (N,) or None
+    V,
+    slope: "fp64",  # noqa: F821
+    factor: "fp64",  # noqa: F821
+    ignore_index: "i64",  # noqa: F821
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    ACC: tl.constexpr = logprobs_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + row * stride_labels).to(tl.int64)
+    if label == ignore_index:
+        tl.store(logprobs_ptr + row, 0.0)
+        tl.store(entropy_ptr + row, 0.0)
+        tl.store(logsumexp_ptr + row, 0.0)
+        if residual_ptr is not None:
+            tl.store(residual_ptr + row, 0.0)
+        return
+
+    in_vocab = (label >= 0) & (label < V)
+    label = tl.where(in_vocab, label, -1).to(tl.int32)
+    c = _row_factor(row, inv_temperature_ptr, stride_inv_temperature, inv_temperature, factor, ACC)
+    k = c * LOG2E
+    slope = tl.full((), slope, ACC)
+
+    block_ptr = logits_ptr + row * stride_row
+    x_label = tl.load(block_ptr + label.to(tl.int64) * stride_v, mask=in_vocab, other=float("-inf")).to(ACC)
+    u_label = entry(x_label, slope, HAS_SOFTCAP)
+    u_label = tl.where(in_vocab, u_label, float("-inf"))
+    # The label's entry opens the running max and stays out of the sums; -inf and NaN must not become the max.
+    m = tl.where(u_label > lowest(ACC), u_label, lowest(ACC))
+    s = tl.zeros((BLOCK_V,), ACC)
+    w = tl.zeros((BLOCK_V,), ACC)
+
+    offs_v = tl.arange(0, BLOCK_V)
+    offsets = offs_v.to(tl.int64) * stride_v
+    step = tl.full((), BLOCK_V, tl.int64) * stride_v
+    # Whole blocks carry no mask: one that depends on a V of unknown alignment would split 16-byte loads into 2-byte ones.
+    whole = V // BLOCK_V * BLOCK_V
+    for start in range(0, whole, BLOCK_V):
+        u = entry(tl.load(block_ptr + offsets).to(ACC), slope, HAS_SOFTCAP)
+        if (label >= start) & (label < start + BLOCK_V):
+            u = tl.where(start + offs_v == label, float("-inf"), u)
+        m, s, w = online_softmax_update(u, m, s, w, k)
+        block_ptr += step
+    if whole < V:
+        mask_v = whole + offs_v < V
+        u = entry(tl.load(block_ptr + offsets, mask=mask_v, other=0.0).to(ACC), slope, HAS_SOFTCAP)
+        u = tl.where(mask_v & (whole + offs_v != label), u, float("-inf"))
+        m, s, w = online_softmax_update(u, m, s, w, k)
+
+    logp, entropy, logsumexp, log_total = finish_row(u_label, m, tl.sum(s, 0), tl.sum(w, 0), c, k)
+    tl.store(logprobs_ptr + row, tl.where(in_vocab, logp, float("nan")))
+    tl.store(entropy_ptr + row, tl.where(in_vocab, entropy, float("nan")))
+    tl.store(logsumexp_ptr + row, tl.where(in_vocab, logsumexp, float("nan")))
+    if residual_ptr is not None:
+        residual = (m - row_frame(logsumexp, c)) * c + log_total
+        tl.store(residual_ptr + row, tl.where(in_vocab, residual, float("nan")))
+
+
+@triton.jit
+def _upstream(grad_ptr, row, stride, ACC: tl.constexpr):
+    """Return the row's upstream gradient, 0 where there is none."""
+    if grad_ptr is not None:
+        return tl.load(grad_ptr + row * stride).to(ACC)
+    else:
+        return tl.zeros((), ACC)
+
+
+@triton.jit
+def _grad_block(
+    x,
+    is_label,
+    grad_label,
+    slope,
+    frame,
+    bias,
+    k,
+    constant,
+    per_exponent,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """Return dx of a block: p (constant - per_exponent * log2 p), or `grad_label` at the label, times dz/dx."""
+    if HAS_SOFTCAP:
+        u, dudx = tanh_and_slope(x * slope)
+    else:
+        u = x * slope
+    t = tl.maximum(tl.fma(u - frame, k, bias), EXPONENT_FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    if HAS_ENTROPY:
+        dx = tl.exp2(t) * tl.fma(-per_exponent, t, constant)
+    else:
+        dx = tl.exp2(t) * constant
+    dx = tl.where(is_label, grad_label, dx)
+    if HAS_SOFTCAP:
+        dx = dx * dudx
+    return dx
+
+
+@triton.jit(do_not_specialize=_BWD_RUNTIME, do_not_specialize_on_alignment=_BWD_UNALIGNED)
+def _token_logprobs_bwd_kernel(
+    logits_ptr,  # (N, V)
+    stride_row,
+    stride_v,
+    out_ptr,  # (N, V), may be logits_ptr
+    stride_out_row,
+    stride_out_v,
+    labels_ptr,  # (N,)
+    stride_labels,
+    inv_temperature_ptr,  # (N,) or None
+    stride_inv_temperature,
+    inv_temperature: "fp64",  # noqa: F821
+    logprobs_ptr,  # (N,)
+    entropy_ptr,  # (N,)
+    logsumexp_ptr,  # (N,)
+    residual_ptr,  # (N,) or None
+    grad_logprobs_ptr,  # (N,) or None
+    stride_grad_logprobs,
+    grad_entropy_ptr,  # (N,) or None
+    stride_grad_entropy,
+    grad_logsumexp_ptr,  # (N,) or None
+    stride_grad_logsumexp,
+    V,
+    slope: "fp64",  # noqa: F821
+    factor: "fp64",  # noqa: F821
+    ignore_index: "i64",  # noqa: F821
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    ACC: tl.constexpr = logprobs_ptr.dtype.element_ty
+    HAS_ENTROPY: tl.constexpr = grad_entropy_ptr is not None
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + row * stride_labels).to(tl.int64)
+    out_block_ptr = out_ptr + row * stride_out_row
+    offs_v = tl.arange(0, BLOCK_V)
+    out_offsets = offs_v.to(tl.int64) * stride_out_v
+    out_step = tl.full((), BLOCK_V, tl.int64) * stride_out_v
+    whole = V // BLOCK_V * BLOCK_V
+
+    if label == ignore_index:
+        zeros = tl.zeros((BLOCK_V,), ACC).to(out_ptr.dtype.element_ty)
+        for _ in range(0, whole, BLOCK_V):
+            tl.store(out_block_ptr + out_offsets, zeros)
+            out_block_ptr += out_step
+        tl.store(out_block_ptr + out_offsets, zeros, mask=whole + offs_v < V)
+        return
+
+    in_vocab = (label >= 0) & (label < V)
+    label = tl.where(in_vocab, label, -1).to(tl.int32)
+    c = _row_factor(row, inv_temperature_ptr, stride_inv_temperature, inv_temperature, factor, ACC)
+    k = c * LOG2E
+    slope = tl.full((), slope, ACC)
+    logp = tl.load(logprobs_ptr + row)
+    logsumexp = tl.load(logsumexp_ptr + row)
+    block_ptr = logits_ptr + row * stride_row
+
+    # log2 p_v = (u_v - frame) k + bias. A log-sum-exp of 1e6 is known to 0.06 only, so that as a frame it needs the part
+    # that rounding took; without that part the label's entry, whose log-prob is known, serves where it is finer.
+    frame = row_frame(logsumexp, c)
+    if residual_ptr is not None:
+        bias = -LOG2E * tl.load(residual_ptr + row)
+    else:
+        x_label = tl.load(block_ptr + label.to(tl.int64) * stride_v, mask=in_vocab, other=0.0).to(ACC)
+        by_label = tl.abs(logp) < tl.abs(logsumexp)
+        frame = tl.where(by_label, entry(x_label, slope, HAS_SOFTCAP), frame)
+        bias = tl.where(by_label, logp * LOG2E, 0.0)
+        # In place, a fast warp would overwrite the label's entry before a slow one has read it.
+        tl.debug_barrier()
+
+    g = _upstream(grad_logprobs_ptr, row, stride_grad_logprobs, ACC)
+    h = _upstream(grad_entropy_ptr, row, stride_grad_entropy, ACC)
+    l = _upstream(grad_logsumexp_ptr, row, stride_grad_logsumexp, ACC)
+    constant = l - g
+    p_label = tl.exp(logp)
+    grad_label = g * one_minus_exp(logp) + p_label * l
+    if HAS_ENTROPY:
+        entropy = tl.load(entropy_ptr + row)
+        constant -= h * entropy
+        # p log p is 0 at p = 0, not 0 * -inf.
+        grad_label -= h * tl.where(p_label > 0, p_label * (logp + entropy), 0.0)
+    scale = tl.where(in_vocab, c * slope, float("nan"))
+    constant *= scale
+    grad_label *= scale
+    per_exponent = h * LN2 * scale
+
+    offsets = offs_v.to(tl.int64) * stride_v
+    step = tl.full((), BLOCK_V, tl.int64) * stride_v
+    for start in range(0, whole, BLOCK_V):
+        x = tl.load(block_ptr + offsets).to(ACC)
+        is_label = start + offs_v == label
+        dx = _grad_block(
+            x, is_label, grad_label, slope, frame, bias, k, constant, per_exponent, HAS_ENTROPY, HAS_SOFTCAP
+        )
+        tl.store(out_block_ptr + out_offsets, dx.to(out_ptr.dtype.element_ty))
+        block_ptr += step
+        out_block_ptr += out_step
+    if whole < V:
+        mask_v = whole + offs_v < V
+        x = tl.load(block_ptr + offsets, mask=mask_v, other=0.0).to(ACC)
+        is_label = whole + offs_v == label
+        dx = _grad_block(
+            x, is_label, grad_label, slope, frame, bias, k, constant, per_exponent, HAS_ENTROPY, HAS_SOFTCAP
+        )
+        tl.store(out_block_ptr + out_offsets, dx.to(out_ptr.dtype.element_ty), mask=mask_v)
+
+
+def _slope_and_factor(logit_scale: float, softcap: float) -> tuple[float, float]:
+    """Return (slope, factor) with z * T = factor * tanh(slope * x) under a softcap, else factor * slope * x."""
+    if softcap:
+        return logit_scale / softcap, softcap
+    return math.copysign(1.0, logit_scale), abs(logit_scale)
+
+
+def _temperature_arguments(inv_temperature: float | Tensor) -> tuple[Tensor | None, int, float]:
+    """Return the kernel's (pointer, stride, scalar) for a temperature per row or for all rows."""
+    if isinstance(inv_temperature, Tensor):
+        return inv_temperature, inv_temperature.stride(0), 1.0
+    return None, 0, float(inv_temperature)
+
+
+def _result_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def token_logprobs_fwd(
+    logits: Tensor,  # (N, V), any strides
+    labels: Tensor,  # (N,) int32 or int64
+    inv_temperature: float | Tensor,  # scalar or (N,)
+    *,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    ignore_index: int = -100,
+    residual: Tensor | None = None,  # (N,), written
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (logprobs, entropy, logsumexp), each (N,) float32, or float64 for float64 logits.
+
+    Rows whose label is `ignore_index` are 0 and their logits are not read. NaN marks a row whose label is outside
+    [0, V), whose temperature is not positive and finite, which holds NaN or +inf, or which is -inf throughout.
+
+    Args:
+        logits: the logits, of any strides.
+        labels: the entry of each row whose log-prob is wanted.
+        inv_temperature: 1 / T, for all rows or per row.
+        logit_scale: factor on the logits before the softcap; not 0.
+        softcap: bound of the softcap; 0.0 for none.
+        ignore_index: the label of rows that do not count.
+        residual: contiguous, of the result's dtype; receives the part of `logsumexp` that rounding took. With it,
+            `token_logprobs_bwd` is as accurate as a softmax computed anew; without it, the error of p relative to p is
+            about 6e-8 * min(|logprobs|, |logsumexp|) in float32.
+    """
+    n, v = logits.shape
+    logprobs, entropy, logsumexp = (torch.empty(n, dtype=_result_dtype(logits), device=logits.device) for _ in range(3))
+    if n == 0:
+        return logprobs, entropy, logsumexp
+    tile = tile_for(FWD_TILES, logits.dtype, v)
+    slope, factor = _slope_and_factor(logit_scale, softcap)
+    with on_device_of(logits):
+        _token_logprobs_fwd_kernel[(n,)](
+            logits,
+            logits.stride(0),
+            logits.stride(1),
+            labels,
+            labels.stride(0),
+            *_temperature_arguments(inv_temperature),
+            logprobs,
+            entropy,
+            logsumexp,
+            residual,
+            v,
+            slope,
+            factor,
+            ignore_index,
+            HAS_SOFTCAP=bool(softcap),
+            BLOCK_V=tile.block,
+            num_warps=tile.num_warps,
+            **COMPILE_OPTIONS,
+        )
+    return logprobs, entropy, logsumexp
+
+
+def token_logprobs_bwd(
+    logits: Tensor,  # (N, V), any strides
+    labels: Tensor,  # (N,) int32 or int64
+    inv_temperature: float | Tensor,  # scalar or (N,)
+    logprobs: Tensor,  # (N,)
+    entropy: Tensor,  # (N,)
+    logsumexp: Tensor,  # (N,)
+    grad_logprobs: Tensor | None,  # (N,), any stride
+    grad_entropy: Tensor | None,  # (N,), any stride
+    grad_logsumexp: Tensor | None,  # (N,), any stride
+    *,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    ignore_index: int = -100,
+    out: Tensor | None = None,  # (N, V), any strides, any float dtype
+    residual: Tensor | None = None,  # (N,)
+) -> Tensor:  # (N, V)
+    """Return the gradient with respect to `logits`, in their dtype and layout, or in `out`, which may be `logits`.
+
+    The arguments up to `logsumexp`, and `residual`, are those and the results of `token_logprobs_fwd`. A gradient that
+    is None counts as 0. Ignored rows get exactly 0, whatever their logits and upstream gradients; rows whose results
+    are NaN get NaN.
+    """
+    n, v = logits.shape
+    out = torch.empty_like(logits) if out is None else out
+    if grad_logprobs is None and grad_entropy is None and grad_logsumexp is None:
+        return out.zero_()
+    if n == 0:
+        return out
+    tile = tile_for(BWD_TILES, logits.dtype, v)
+    slope, factor = _slope_and_factor(logit_scale, softcap)
+    upstream = [
+        argument
+        for grad in (grad_logprobs, grad_entropy, grad_logsumexp)
+        for argument in ((grad, grad.stride(0)) if grad is not None else (None, 0))
+    ]
+    with on_device_of(logits):
+        _token_logprobs_bwd_kernel[(n,)](
+            logits,
+            logits.stride(0),
+            logits.stride(1),
+            out,
+            out.stride(0),
+            out.stride(1),
+            labels,
+            labels.stride(0),
+            *_temperature_arguments(inv_temperature),
+            logprobs.contiguous(),
+            entropy.contiguous(),
+            logsumexp.contiguous(),
+            residual,
+            *upstream,
+            v,
+            slope,
+            factor,
+            ignore_index,
+            HAS_SOFTCAP=bool(softcap),
+            BLOCK_V=tile.block,
+            num_warps=tile.num_warps,
+            **COMPILE_OPTIONS,
+        )
+    return out
