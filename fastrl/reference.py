@@ -565,6 +565,7 @@ def policy_columns(
     group_ids: Tensor | None = None,  # (S,)
     n_tokens: float | Tensor | None = None,
     n_sequences: float | Tensor | None = None,
+    constant: float | None = None,  # length in the denominator of aggregate="constant"
     logprobs: Tensor | None = None,  # (N,) stands for the old log-probs in the correction when they are absent
 ) -> TokenColumns:
     """Return the columns of the token arithmetic; everything under the mask has been replaced by zero."""
@@ -582,7 +583,7 @@ def policy_columns(
         dtype=dtype,
         n_tokens=n_tokens,
         n_sequences=n_sequences,
-        constant=spec.constant,
+        constant=constant,
         denominator_eps=spec.denominator_eps,
         group_ids=group_ids,
     )
@@ -671,42 +672,84 @@ def group_advantages(
     scale: str = "group",
     baseline: str = "group_mean",
     eps: float = 1e-4,
+    lengths: Tensor | None = None,  # (B,) for "length_weighted"
+    baseline_rewards: Tensor | None = None,  # (B,) for "given", NaN = missing
 ) -> GroupAdvantages:
-    """Return (R - baseline) / (std + eps) with the statistics of each group's known rewards.
+    """Return (R - baseline) / (scale + eps) with the statistics of each group's known rewards.
 
-    baseline "group_mean" (GRPO, arXiv 2402.03300), "leave_one_out" n/(n-1) (R - mean) (RLOO, arXiv 2402.14740), "none".
-    scale "group": unbiased std of the group; "batch": of all known rewards; "none" (Dr. GRPO, arXiv 2503.20783).
-    Missing rewards are left out of every statistic and get advantage 0, as do groups of one and of equal rewards.
+    baseline "group_mean" (GRPO, arXiv 2402.03300), "leave_one_out" n/(n-1) (R - mean) (RLOO, arXiv 2402.14740),
+    "length_weighted" sum L R / sum L (OPO, arXiv 2505.23585), "given" (ReMax, arXiv 2310.10505), "none".
+    scale "group": unbiased std of the group; "batch": of all known rewards; "leave_one_out": of the other rewards of the
+    group, no division where that is 0 (NeMo-RL); "group_mean": mean of the group (MaxRL, arXiv 2602.02710); "none"
+    (Dr. GRPO, arXiv 2503.20783).
+
+    Missing rewards are left out of every statistic and get advantage 0. Groups of one and of equal rewards get exactly 0
+    unless neither baseline nor scale comes from the group. Sums are taken in float64, in a fixed order.
     """
     known = ~rewards.isnan()
-    live = torch.where(known, rewards, 0.0)
+    wide = torch.where(known, rewards, 0.0).to(_accumulator(rewards))
+    order = group.argsort(stable=True)
+    sizes = torch.zeros(n_groups, dtype=torch.int64, device=group.device).index_add(0, group, torch.ones_like(group))
 
     def per_group(x: Tensor) -> Tensor:
-        return torch.zeros(n_groups, dtype=x.dtype, device=x.device).index_add(0, group, x)
+        return segment_sum(x[order], sizes)
 
-    count = per_group(known.to(rewards.dtype))
-    mean = per_group(live) / count.clamp(min=1.0)
-    centred = torch.where(known, rewards - mean[group], 0.0)
-    std = (per_group(centred.square()) / (count - 1.0).clamp(min=1.0)).sqrt()
-    infinity = torch.full((n_groups,), math.inf, dtype=rewards.dtype, device=rewards.device)
-    smallest = infinity.scatter_reduce(0, group, torch.where(known, rewards, math.inf), "amin")
-    largest = (-infinity).scatter_reduce(0, group, torch.where(known, rewards, -math.inf), "amax")
+    count = per_group(known.to(wide.dtype))
+    mean = per_group(wide) / count.clamp(min=1.0)
+    from_mean = torch.where(known, wide - mean[group], 0.0)
+    squares = per_group(from_mean.square())
+    infinity = torch.full((n_groups,), math.inf, dtype=wide.dtype, device=rewards.device)
+    smallest = infinity.scatter_reduce(0, group, torch.where(known, wide, math.inf), "amin")
+    largest = (-infinity).scatter_reduce(0, group, torch.where(known, wide, -math.inf), "amax")
     varied = largest > smallest
-    std = torch.where(varied, std, 0.0)
-    if baseline == "leave_one_out":
-        centred = centred * (count / (count - 1.0).clamp(min=1.0))[group]
-    elif baseline == "none":
-        centred = live
-    if baseline != "none":
-        centred = torch.where(varied[group], centred, 0.0)
+    std = torch.where(varied, (squares / (count - 1.0).clamp(min=1.0)).sqrt(), 0.0)
+
+    n, mates = count[group], varied[group]
+    leave_one_out = from_mean * n / (n - 1.0).clamp(min=1.0)
+    if baseline == "group_mean":
+        centred = from_mean
+    elif baseline == "leave_one_out":
+        centred = leave_one_out
+    elif baseline == "length_weighted":
+        assert lengths is not None
+        weight = torch.where(known, lengths.to(wide.dtype), 0.0)
+        weights = per_group(weight)
+        weighted = torch.where(weights > 0, per_group(weight * from_mean) / weights.clamp(min=1.0), 0.0)
+        centred = from_mean - weighted[group]
+    elif baseline == "given":
+        assert baseline_rewards is not None
+        known = known & ~baseline_rewards.isnan()
+        centred = wide - baseline_rewards.to(wide.dtype)
+    else:
+        centred = wide
+    if baseline not in ("given", "none"):
+        centred = torch.where(mates, centred, 0.0)
     if scale == "group":
-        centred = torch.where(varied[group], centred / (std[group] + eps), 0.0)
+        centred = torch.where(mates, centred / (std[group] + eps), 0.0)
     elif scale == "batch":
-        n_known = known.sum()
-        overall = live.sum() / n_known.clamp(min=1)
-        spread_all = torch.where(known, rewards - overall, 0.0).square().sum() / (n_known - 1).clamp(min=1)
-        centred = centred / (spread_all.sqrt() + eps)
-    return GroupAdvantages(torch.where(known, centred, 0.0), mean, std, count)
+        n_known = (~rewards.isnan()).sum()
+        from_batch = torch.where(rewards.isnan(), 0.0, wide - wide.sum() / n_known.clamp(min=1))
+        centred = centred / ((from_batch.square().sum() / (n_known - 1).clamp(min=1)).sqrt() + eps)
+    elif scale == "leave_one_out":
+        others = leave_one_out_std(from_mean, squares[group], n)
+        centred = torch.where(mates, torch.where(others > 0, centred / (others + eps), centred), 0.0)
+    elif scale == "group_mean":
+        divisor = mean[group] + eps
+        centred = torch.where(mates & (divisor != 0), centred / divisor, 0.0)
+    advantages = torch.where(known, centred, 0.0)
+    return GroupAdvantages(*(x.to(rewards.dtype) for x in (advantages, mean, std, count)))
+
+
+def leave_one_out_std(
+    from_mean: Tensor,  # (B,) R - group mean
+    squares: Tensor,  # (B,) sum of (R - group mean)^2 over the group
+    count: Tensor,  # (B,) size of the group
+) -> Tensor:
+    """Return the unbiased standard deviation (B,) of the other rewards of the group; 0 where fewer than two are left."""
+    rest = squares - from_mean.square() * count / (count - 1.0).clamp(min=1.0)
+    # What cancellation leaves of equal rewards is zero, not a tiny deviation to divide by.
+    rest = torch.where(rest > 8.0 * torch.finfo(rest.dtype).eps * squares, rest, 0.0)
+    return torch.where(count > 2, (rest / (count - 2.0).clamp(min=1.0)).sqrt(), 0.0)
 
 
 def top_covariance(logprobs: Tensor, advantages: Tensor, mask: Tensor, fraction: float) -> Tensor:

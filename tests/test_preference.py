@@ -588,7 +588,7 @@ def test_from_vocabulary(path: str, name: str) -> None:
         got = loss.from_logits(poisoned @ weight.T, bad_labels, mask, backend="torch", **refs, **more)
     else:
         refs = {"ref_hidden": ref_hidden} if loss.reference else {}
-        got = loss.from_hidden(poisoned, weight, bad_labels, mask, head={"backend": "torch"}, **refs, **more)
+        got = loss.from_hidden(poisoned, weight, bad_labels, mask, backend="torch", **refs, **more)
     torch.testing.assert_close(got.loss, want.loss)
     (grad,) = torch.autograd.grad(got.loss, hidden)
     torch.testing.assert_close(grad, want_grad)

@@ -5,7 +5,6 @@
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/error.h>
 #include <tvm/ffi/function.h>
-#include <tvm/ffi/string.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -144,6 +143,8 @@ bool has_openmp() {
 }  // namespace
 }  // namespace fastrl
 
+// The export macros expand to functions that leave a parameter unused.
+#pragma GCC diagnostic ignored "-Wunused-parameter"
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(token_logprobs_fwd, fastrl::token_logprobs_fwd);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(token_logprobs_bwd, fastrl::token_logprobs_bwd);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(supports_isa, fastrl::supports_isa);

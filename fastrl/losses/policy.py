@@ -20,7 +20,14 @@ from fastrl.losses.layout import Layout
 from fastrl.losses.output import LossOutput
 from fastrl.losses.policy_metrics import policy_metrics
 from fastrl.losses.policy_presets import PRESETS, preset_fields
-from fastrl.ops import linear_token_logprobs as linear
+from fastrl.ops.linear_token_logprobs import (
+    Head,
+    check_head,
+    fused_gradient,
+    inverse_temperature,
+    linear_token_logprobs,
+    make_head,
+)
 from fastrl.ops.policy import fused_policy_terms
 from fastrl.ops.token_logprobs import token_logprobs
 
@@ -177,7 +184,8 @@ class PolicyLoss:
     """"token_mean", "sequence_mean", "sequence_sum", "constant", "token_sum", "prompt_mean"; all but "prompt_mean" are
     invariant to splitting the batch when `n_tokens` or `n_sequences` are the global counts."""
     constant: float | None = None
-    """Length in the denominator of aggregate="constant" (Dr. GRPO)."""
+    """Length in the denominator of aggregate="constant" (Dr. GRPO): the longest completion allowed. None: the padded
+    length T of the batch, as verl takes it, which then matters; refused for packed tokens."""
     denominator_eps: float = 0.0
     """Added to each length in aggregate="sequence_mean", as verl and OpenRLHF do (1e-8)."""
 
@@ -273,10 +281,6 @@ class PolicyLoss:
         if self.denominator_eps != 0.0 and self.aggregate != "sequence_mean":
             raise ValueError(
                 f"denominator_eps={self.denominator_eps} has no effect here: it needs aggregate='sequence_mean'"
-            )
-        if self.aggregate == "constant" and self.constant is None:
-            raise ValueError(
-                "aggregate='constant' needs constant=, the length in the denominator (the longest completion allowed)"
             )
         ratio_free = (*RATIO_FREE, *OWN_SEQUENCE_RATIO)
         if self.ratio_level == "none" and self.surrogate not in ratio_free:
@@ -446,12 +450,12 @@ class PolicyLoss:
         """
         _refuse_entropy(inputs)
         masked = _masked_labels(labels, inputs.get("mask"))
-        hidden, weight, masked, bias = linear.check_head(hidden, weight, masked, bias, IGNORED)
+        hidden, weight, masked, bias = check_head(hidden, weight, masked, bias, IGNORED)
         options = {"chunk_tokens": chunk_tokens, "tail_mass": tail_mass, "tp_group": tp_group, "backend": backend}
-        head = linear.make_head(hidden, logit_scale, softcap, IGNORED, **options)
+        head = make_head(hidden, logit_scale, softcap, IGNORED, **options)
         known_before = inputs.get("old_logprobs") is not None or self.correction is None
         if self.couples_sequences or not known_before:
-            result = linear.linear_token_logprobs(
+            result = linear_token_logprobs(
                 hidden, weight, masked, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
                 ignore_index=IGNORED, **options,
             )  # fmt: skip
@@ -460,7 +464,7 @@ class PolicyLoss:
             return _with_path(output, 2 if frozen else 4)
         layout = Layout.of(masked.shape, masked.device, inputs.pop("cu_seqlens", None), "labels")
         batch = self._batch(layout, _wide(hidden.dtype), **_named_inputs(inputs))
-        inverse = linear.inverse_temperature(temperature, masked, hidden)
+        inverse = inverse_temperature(temperature, masked, hidden)
         return self._fused_from_hidden(layout, batch, hidden, weight, bias, masked, inverse, head)
 
     def _batch(self, layout: Layout, dtype: torch.dtype, **inputs: Any) -> _Batch:
@@ -472,7 +476,7 @@ class PolicyLoss:
             flat[name] = (
                 None if value is None else layout.tokens(name, checks.float_tensor(name, value)).detach().to(dtype)
             )
-        self._check_needed(inputs)
+        self._check_needed(layout, inputs)
         advantages = inputs["advantages"]
         if advantages is None:
             spread = torch.ones(layout.n_tokens, dtype=dtype, device=layout.device)
@@ -504,7 +508,7 @@ class PolicyLoss:
             **flat,
         )
 
-    def _check_needed(self, inputs: dict[str, Any]) -> None:
+    def _check_needed(self, layout: Layout, inputs: dict[str, Any]) -> None:
         if inputs["advantages"] is None and self.surrogate not in ("nll", "dft"):
             raise ValueError(f"surrogate={self.surrogate!r} needs advantages=")
         if self.kl is not None and self.kl_to == "ref" and inputs["ref_logprobs"] is None:
@@ -513,6 +517,8 @@ class PolicyLoss:
         if self.correction is not None or uses_rollout or (self.kl is not None and self.kl_to == "rollout"):
             if inputs["rollout_logprobs"] is None:
                 raise ValueError("rollout_logprobs= is needed by the correction, ratio_anchor or kl_to of this loss")
+        if self.aggregate == "constant" and self.constant is None and layout.packed:
+            raise ValueError("aggregate='constant' of packed tokens needs constant=, the longest completion allowed")
         if self.aggregate == "prompt_mean" and inputs["group_ids"] is None:
             raise ValueError("aggregate='prompt_mean' needs group_ids=, the prompt of each sequence")
 
@@ -550,6 +556,7 @@ class PolicyLoss:
             group_ids=batch.group_ids,
             n_tokens=batch.n_tokens,
             n_sequences=batch.n_sequences,
+            constant=self.constant if self.constant is not None else layout.shape[-1],
             logprobs=None if live is None else live.detach(),
         )
 
@@ -562,7 +569,7 @@ class PolicyLoss:
         bias: Tensor | None,
         labels: Tensor,
         inverse: Tensor,
-        head: linear.Head,
+        head: Head,
     ) -> LossOutput:
         """Return the loss with its gradient formed in the forward, chunk by chunk."""
         columns = self._columns(layout, batch, None)
@@ -607,7 +614,7 @@ class _Batch:
 class _FusedPlan:
     """What `_FusedFromHidden` needs beside its tensors."""
 
-    head: linear.Head
+    head: Head
     needs: tuple[bool, bool, bool]
     coefficients: Any
     layout: Layout
@@ -623,7 +630,7 @@ class _FusedFromHidden(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, inverse: Tensor, plan: _FusedPlan
     ) -> tuple[Tensor, Tensor, Tensor]:
-        logprobs, entropy, gradients = linear.fused_gradient(
+        logprobs, entropy, gradients = fused_gradient(
             hidden, weight, bias, labels, inverse, plan.head, plan.needs, plan.coefficients
         )
         contribution = reference.token_terms(plan.spec, logprobs, entropy, plan.columns).contribution

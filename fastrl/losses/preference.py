@@ -33,7 +33,7 @@ from fastrl.losses.preference_rows import (
     check_rows,
     checked_lengths,
     choose,
-    detached,
+    constant,
     halved,
     kl_reference_point,
     live,
@@ -57,6 +57,7 @@ from fastrl.losses.preference_terms import (
     identity,
     log_odds,
 )
+from fastrl.ops import linear_token_logprobs, token_logprobs
 
 
 @dataclass(frozen=True)
@@ -246,9 +247,8 @@ class PreferenceLoss:
         check_rows(tensors, same=not self.unpaired)
         self._check_reference("ref_chosen_logps and ref_rejected_logps", ref_chosen_logps, ref_rejected_logps)
         dtype = result_dtype(chosen_logps)
-        wide = {name: None if value is None else wide(value) for name, value in tensors.items()}
         chosen, rejected = wide(chosen_logps), wide(rejected_logps)
-        ref_chosen, ref_rejected = detached(wide["ref_chosen_logps"]), detached(wide["ref_rejected_logps"])
+        ref_chosen, ref_rejected = constant(ref_chosen_logps), constant(ref_rejected_logps)
         if self.unpaired:
             if chosen_lengths is not None or rejected_lengths is not None:
                 raise ValueError(f"lengths are not used by the loss {self.name!r}; leave them out")
@@ -325,7 +325,7 @@ class PreferenceLoss:
         *,
         ref_logits: Tensor | None = None,  # (2P, T, V)
         ref_logprobs: Tensor | None = None,  # (2P, T)
-        temperature: float | Tensor = 1.0,
+        temperature: float | Tensor | None = 1.0,
         logit_scale: float = 1.0,
         softcap: float | None = None,
         backend: str = "auto",
@@ -336,9 +336,12 @@ class PreferenceLoss:
 
         `inputs` are the remaining arguments of `from_logprobs`. The gradient is with respect to `logits`.
         """
-        from fastrl.ops.token_logprobs import token_logprobs
-
-        head = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap, "backend": backend}
+        head: dict[str, Any] = {
+            "temperature": temperature,
+            "logit_scale": logit_scale,
+            "softcap": softcap,
+            "backend": backend,
+        }
         ids = masked_labels(labels, mask)
         policy = token_logprobs(logits, ids, **head)
         with torch.no_grad():
@@ -346,7 +349,8 @@ class PreferenceLoss:
                 check_one_reference(ref_logprobs, "ref_logits")
                 ref_logprobs = token_logprobs(ref_logits, ids, **head).logprobs
             if self.weighting is not None:
-                squared = token_logprobs(logits.detach(), ids, **(head | {"temperature": halved(temperature)}))
+                head["temperature"] = halved(temperature)
+                squared = token_logprobs(logits, ids, **head)
                 inputs["log_sum_squared_probs"] = squared.logsumexp - 2.0 * policy.logsumexp
         return self._with_tokens(policy, mask, ref_logprobs, desirable, inputs)
 
@@ -362,35 +366,41 @@ class PreferenceLoss:
         ref_bias: Tensor | None = None,  # (V,)
         ref_logprobs: Tensor | None = None,  # (2P, T)
         bias: Tensor | None = None,  # (V,)
-        temperature: float | Tensor = 1.0,
+        temperature: float | Tensor | None = 1.0,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        chunk_tokens: int | None = None,
+        tail_mass: float = 0.0,
+        tp_group: Any = None,
+        backend: str = "auto",
         desirable: Tensor | None = None,  # (B,) bool, the `labels` of from_logprobs
-        head: dict[str, Any] | None = None,
         **inputs: Any,
     ) -> LossOutput:
         """Return the loss of hidden states and the output head, without the logits in memory.
 
-        `head` holds further options of `fastrl.ops.linear_token_logprobs` (logit_scale, softcap, chunk_tokens,
-        tail_mass, tp_group, backend), used for policy and reference alike; `inputs` are the remaining arguments of
-        `from_logprobs`. Gradients are with respect to `hidden`, `weight` and `bias`.
+        The options are those of `fastrl.ops.linear_token_logprobs`, used for policy and reference alike; `inputs` are
+        the remaining arguments of `from_logprobs`. Gradients are with respect to `hidden`, `weight` and `bias`.
         """
-        from fastrl.ops.linear_token_logprobs import linear_token_logprobs
-
-        options = {"temperature": temperature, **(head or {})}
+        exact: dict[str, Any] = {
+            "temperature": temperature,
+            "logit_scale": logit_scale,
+            "softcap": softcap,
+            "chunk_tokens": chunk_tokens,
+            "tp_group": tp_group,
+            "backend": backend,
+        }
+        if (ref_hidden is None and ref_weight is not None) or (ref_weight is None and ref_bias is not None):
+            raise ValueError("ref_bias goes with ref_weight, and ref_weight with ref_hidden")
         ids = masked_labels(labels, mask)
-        policy = linear_token_logprobs(hidden, weight, ids, bias=bias, **options)
-        exact = options | {"tail_mass": 0.0}
+        policy = linear_token_logprobs(hidden, weight, ids, bias=bias, tail_mass=tail_mass, **exact)
         with torch.no_grad():
             if ref_hidden is not None:
                 check_one_reference(ref_logprobs, "ref_hidden")
-                shared = ref_weight is None
-                ref_logprobs = linear_token_logprobs(
-                    ref_hidden, weight if shared else ref_weight, ids, bias=bias if shared else ref_bias, **exact
-                ).logprobs
-            elif ref_weight is not None or ref_bias is not None:
-                raise ValueError("ref_weight and ref_bias go with ref_hidden, got ref_hidden=None")
+                ref_head = (weight, bias) if ref_weight is None else (ref_weight, ref_bias)
+                ref_logprobs = linear_token_logprobs(ref_hidden, ref_head[0], ids, bias=ref_head[1], **exact).logprobs
             if self.weighting is not None:
-                halved = exact | {"temperature": halved(temperature)}
-                squared = linear_token_logprobs(hidden, weight, ids, bias=bias, **halved)
+                exact["temperature"] = halved(temperature)
+                squared = linear_token_logprobs(hidden, weight, ids, bias=bias, **exact)
                 inputs["log_sum_squared_probs"] = squared.logsumexp - 2.0 * policy.logsumexp
         return self._with_tokens(policy, mask, ref_logprobs, desirable, inputs)
 
@@ -467,7 +477,7 @@ class PreferenceLoss:
         loss = self._pair_loss(rows, counts)
         with torch.no_grad():
             metrics = self._pair_metrics(rows)
-        return LossOutput(loss.to(dtype), cast_metrics(metrics, dtype), None, None)
+        return LossOutput(loss.to(dtype), cast_metrics(metrics), None, None)
 
     def _pair_metrics(self, rows: PairRows) -> dict[str, tuple[Tensor, Tensor]]:
         """Return TRL's metrics of a batch of pairs; rewards are beta times the (untransformed) score."""
@@ -575,7 +585,7 @@ class PreferenceLoss:
             if self.shift is not None and shift.dim() == 0:
                 name, scale = ("kl", self.beta) if self.shift == "reference_point" else ("baseline", 1.0)
                 metrics[name] = (shift / scale, torch.ones_like(shift))
-        return LossOutput(loss.to(dtype), cast_metrics(metrics, dtype), None, None)
+        return LossOutput(loss.to(dtype), cast_metrics(metrics), None, None)
 
     # --- checks -----------------------------------------------------------------------------------------------------
 

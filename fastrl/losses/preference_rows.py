@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,6 +91,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def result_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of the loss: float64 for float64 inputs, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -104,30 +105,35 @@ def choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
     return torch.where(condition, like.new_tensor(yes), like.new_tensor(no))
 
 
-def detached(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach()
+def constant(x: Tensor | None) -> Tensor | None:
+    """Return x in the accumulation dtype, without its graph."""
+    return None if x is None else wide(x.detach())
 
 
 def at_least_one(count: float | Tensor | None) -> float | Tensor:
+    """Return a count that may be divided by; None counts as 1."""
     if count is None:
         return 1.0
-    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1.0)
+    return max(float(count), 1.0) if isinstance(count, (int, float)) else count.clamp(min=1)
 
 
 def masked_mean(x: Tensor, rows: Tensor) -> Tensor:
+    """Return the mean of the rows kept, 0 where there are none."""
     return torch.where(rows, x, 0.0).sum() / rows.sum().clamp(min=1)
 
 
-def cast_metrics(metrics: dict[str, tuple[Tensor, Tensor]], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
-    return {name: (total.detach().to(dtype), count.detach().to(dtype)) for name, (total, count) in metrics.items()}
+def cast_metrics(metrics: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the (sum, count) pairs detached, in the accumulation dtype."""
+    return {name: (wide(total.detach()), wide(count.detach())) for name, (total, count) in metrics.items()}
 
 
 def scalar_like(name: str, value: float | Tensor, like: Tensor) -> Tensor:
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{name} must be one number, got shape {tuple(value.shape)}")
-        return value.detach().reshape(()).to(like)
-    return like.new_tensor(checks.plain_float(name, value))
+    """Return one number as a detached 0-d tensor like `like`, or raise."""
+    if isinstance(value, (int, float)):
+        return like.new_tensor(checks.plain_float(name, value))
+    if value.numel() != 1:
+        raise ValueError(f"{name} must be one number, got shape {tuple(value.shape)}")
+    return value.detach().reshape(()).to(like)
 
 
 def kl_reference_point(logprobs: Tensor | None, ref: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -173,6 +179,7 @@ def check_rows(tensors: dict[str, Tensor | None], *, same: bool) -> None:
 
 
 def check_like(logprobs: Tensor, **tensors: Tensor | None) -> None:
+    """Raise unless the tensors that are given have the shape and the device of `logprobs`."""
     for name, value in tensors.items():
         if value is not None:
             checks.float_tensor(name, value)
@@ -181,6 +188,7 @@ def check_like(logprobs: Tensor, **tensors: Tensor | None) -> None:
 
 
 def check_one_reference(ref_logprobs: Tensor | None, other: str) -> None:
+    """Raise where the reference is given twice."""
     if ref_logprobs is not None:
         raise ValueError(f"the reference comes from ref_logprobs or from {other}, got both")
 
@@ -193,6 +201,6 @@ def masked_labels(labels: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask != 0, labels, IGNORE_INDEX)
 
 
-def halved(temperature: float | Tensor) -> float | Tensor:
+def halved(temperature: float | Tensor | None) -> float | Tensor:
     """Return the temperature at which the partition sum of p^2 is taken: log sum p^2 = lse(2z) - 2 lse(z)."""
-    return temperature / 2.0
+    return 0.5 if temperature is None else temperature / 2.0

@@ -1,6 +1,7 @@
 """Which backend runs the vocabulary operation, and why.
 
-A named backend is used or refused. "auto" takes the fastest one that is known to be right on the device and can say why.
+A named backend is used or refused. "auto" takes the fastest one that is known to be right on the device, and
+`explain` says why.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ def triton_available(device: torch.device) -> tuple[bool, str]:
 
 def cpu_available() -> tuple[bool, str]:
     """Return whether the C++ row kernels can be used, and why not."""
+    if importlib.util.find_spec("fastrl.csrc_loader") is None:
+        return False, "not built yet"
     from fastrl import csrc_loader
 
     return csrc_loader.cpu_available()

@@ -81,9 +81,9 @@ def linear_token_logprobs(
 
     Returns:
         `TokenLogprobs` of float32 tensors (float64 for float64 inputs) of the shape of `labels`, all differentiable once
-        with respect to `hidden`, `weight` and `bias`. Extra memory: one chunk of float32 logits (C V 4 bytes, and on a
-        CPU as much again for the `torch` rows), the gradients, V D 4 bytes for a trainable head, N D 4 bytes for a
-        frozen one.
+        with respect to `hidden`, `weight` and `bias`. Extra memory: one chunk of float32 logits, C V 4 bytes (the `torch`
+        rows take up to nine tiles of 32 rows beside it); the gradients, of which a trainable head's is V D 4 bytes until
+        it is cast; for a frozen head the unit gradients, N D 4 bytes; and the live rows of one chunk.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `token_logprobs`, and for heads that hold no values or are sharded.

@@ -52,8 +52,8 @@ def tanh_and_slope(a):
     """Return tanh(a) and 1 - tanh(a)^2, each with a relative error of a few roundings."""
     magnitude = tl.abs(a)
     z = a * a
-    # Lambert's continued fraction a / (1 + z / (3 + z / (5 + ...))), cut off after 6 levels (2e-9 of tanh at |a| = 1) or 8
-    # (4e-17 at 0.7), in the form |a| (1 - z * above / below): what is subtracted is small, and so are its roundings.
+    # Lambert's continued fraction a / (1 + z / (3 + z / (5 + ...))), cut off after 6 levels (2e-9 at |a| = 1) or
+    # 8 (4e-17 at 0.7), in the form |a| (1 - z * above / below): what is subtracted is small, and so are its roundings.
     if a.dtype == tl.float64:
         near = magnitude < 0.7
         above = tl.fma(z, tl.fma(z, z + 594.0, 45045.0), 675675.0)
@@ -118,10 +118,11 @@ def row_frame(logsumexp, c):
 
 @triton.jit
 def finish_row(u_label, m, s_others, w_others, c, k):
-    """Return logp, entropy, log-sum-exp and its part of it without the max, of a row.
+    """Return logp, entropy, log-sum-exp and its part without the max, of a row.
 
-    The sums are those over all entries but the label's. Keeping the label apart is what makes logp = -log1p(S_others / e_y) exact in relative terms as p -> 1. `m` must be
-    the max over all entries, the label's included. A row without any mass (all -inf) is NaN.
+    The sums are those over all entries but the label's: keeping the label apart makes logp = -log1p(S_others / e_y)
+    exact in relative terms as p -> 1. `m` must be the max over all entries, the label's included. A row without any
+    mass (all -inf) is NaN.
     """
     t_label = exponent(u_label - m, k)
     e_label = tl.exp2(t_label)

@@ -30,15 +30,16 @@ from fastrl_kernels.rowmath import (
     tanh_and_slope,
 )
 
-# Bytes per logit -> (largest V, tile). Chosen for 16-byte loads and no spills; not yet tuned on a device.
+# Bytes per logit -> (largest V, tile). Chosen for 16-byte loads and no spills (the backward with a softcap spills at 16
+# entries per thread); not yet tuned on a device.
 FWD_TILES: TileTable = {
     2: ((1024, Tile(1024, 4)), (8192, Tile(2048, 4)), (2**31, Tile(4096, 8))),
     4: ((1024, Tile(1024, 4)), (8192, Tile(2048, 4)), (2**31, Tile(4096, 8))),
     8: ((1024, Tile(512, 4)), (2**31, Tile(1024, 4))),
 }
 BWD_TILES: TileTable = {
-    2: ((1024, Tile(1024, 4)), (8192, Tile(2048, 4)), (2**31, Tile(4096, 8))),
-    4: ((1024, Tile(1024, 4)), (8192, Tile(2048, 4)), (2**31, Tile(4096, 8))),
+    2: ((8192, Tile(1024, 4)), (2**31, Tile(2048, 8))),
+    4: ((8192, Tile(1024, 4)), (2**31, Tile(2048, 8))),
     8: ((1024, Tile(512, 4)), (2**31, Tile(1024, 4))),
 }
 
@@ -118,7 +119,7 @@ def _token_logprobs_fwd_kernel(
     offs_v = tl.arange(0, BLOCK_V)
     offsets = offs_v.to(tl.int64) * stride_v
     step = tl.full((), BLOCK_V, tl.int64) * stride_v
-    # Whole blocks carry no mask: one that depends on a V of unknown alignment would split 16-byte loads into 2-byte ones.
+    # Whole blocks carry no mask: one that depends on a V of unknown alignment splits 16-byte loads into 2-byte ones.
     whole = V // BLOCK_V * BLOCK_V
     for start in range(0, whole, BLOCK_V):
         u = entry(tl.load(block_ptr + offsets).to(ACC), slope, HAS_SOFTCAP)
@@ -237,8 +238,8 @@ def _token_logprobs_bwd_kernel(
     logsumexp = tl.load(logsumexp_ptr + row)
     block_ptr = logits_ptr + row * stride_row
 
-    # log2 p_v = (u_v - frame) k + bias. A log-sum-exp of 1e6 is known to 0.06 only, so that as a frame it needs the part
-    # that rounding took; without that part the label's entry, whose log-prob is known, serves where it is finer.
+    # log2 p_v = (u_v - frame) k + bias. A log-sum-exp of 1e6 is known to 0.06 only: as a frame it needs the part that
+    # rounding took; without that part the label's entry, whose log-prob is known, serves where it is finer.
     frame = row_frame(logsumexp, c)
     if residual_ptr is not None:
         bias = -LOG2E * tl.load(residual_ptr + row)

@@ -1,0 +1,254 @@
+"""Compile every kernel for every target without a GPU, as the host functions would launch it, and report what it needs.
+
+    python tests/compile_offline.py            # JSON on stdout
+    python tests/compile_offline.py --write    # and replace tests/data/kernel_resources.json
+
+Triton decides when a module is imported whether its kernels are compiled or interpreted, hence a process of its own,
+without TRITON_INTERPRET. The launch itself is replaced: arguments go through Triton's own specialisation, so that what
+is compiled here is what a device would get, and the number of distinct keys is the number of compilations there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="fastrl-triton-"))
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from fastrl_kernels import advantages, token_logprobs
+
+TABLE = Path(__file__).parent / "data" / "kernel_resources.json"
+TARGETS = {
+    "cuda:80": GPUTarget("cuda", 80, 32),
+    "cuda:90": GPUTarget("cuda", 90, 32),
+    "cuda:100": GPUTarget("cuda", 100, 32),
+    "hip:gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch that a host function made."""
+
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(hash=False)
+
+    def specialised(self, target: GPUTarget) -> tuple[Any, Any, list[Any], Any]:
+        """Return (backend, bound arguments, specialisation, options) as Triton's own launcher computes them."""
+        backend = make_backend(target)
+        binder = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
+        kwargs = self.kwargs | {"debug": False}
+        return backend, *binder(*self.args, **kwargs)
+
+    def key(self, target: GPUTarget) -> str:
+        """Return what decides whether this launch compiles anew."""
+        _, _, specialization, options = self.specialised(target)
+        return f"{self.kernel.__name__} {specialization} {options}"
+
+    def compile(self, target: GPUTarget) -> Any:
+        """Compile the kernel of this launch."""
+        backend, bound, specialization, _ = self.specialised(target)
+        options, signature, constexprs, attrs = self.kernel._pack_args(
+            backend, self.kwargs | {"debug": False}, bound, specialization, None
+        )
+        return triton.compile(ASTSource(self.kernel, signature, constexprs, attrs), target, options.__dict__)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Collect launches instead of making them."""
+    launches: list[Launch] = []
+    original = JITFunction.run
+
+    def run(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
+        launches.append(Launch(self, grid, args, kwargs))
+
+    JITFunction.run = run
+    try:
+        yield launches
+    finally:
+        JITFunction.run = original
+
+
+def launch_token_logprobs(
+    dtype: torch.dtype,
+    v: int,
+    full: bool,
+    *,
+    n: int = 2,
+    temperature: float = 0.7,
+    scale: float = 1.0,
+    cap: float = 30.0,
+    shift: int = 0,
+) -> None:
+    """Launch forward and backward of the plain log-prob, or with softcap, entropy and a temperature per row."""
+    logits, labels = torch.empty(n, v, dtype=dtype), torch.zeros(n + 1, dtype=torch.int64)[shift:][:n]
+    options: dict[str, Any] = {"logit_scale": scale, "softcap": cap if full else 0.0, "residual": torch.empty(n)}
+    inv_temperature = torch.empty(n) if full else 1.0 / temperature
+    results = token_logprobs.token_logprobs_fwd(logits, labels, inv_temperature, **options)
+    upstream = (torch.ones(n), torch.ones(n), torch.ones(n)) if full else (torch.ones(n), None, None)
+    token_logprobs.token_logprobs_bwd(logits, labels, inv_temperature, *results, *upstream, **options)
+
+
+def launch_without_residual(dtype: torch.dtype) -> None:
+    """Launch the backward that takes its frame from the label's entry, in place."""
+    n, v = 2, 8192
+    logits, labels, row = torch.empty(n, v, dtype=dtype), torch.zeros(n, dtype=torch.int64), torch.empty(n)
+    token_logprobs.token_logprobs_bwd(logits, labels, 1.0, row, row, row, row, row, row, out=logits)
+
+
+def launch_advantages(dtype: torch.dtype, baseline: str, scale: str, *, n: int = 64, size: int = 8) -> None:
+    """Launch the group-normalised advantages."""
+    rewards, order = torch.empty(n, dtype=dtype), torch.arange(n)
+    offsets = torch.arange(0, n + 1, size)
+    batch = torch.ones(1) if scale == "batch" else None
+    advantages.group_advantages_fwd(rewards, order, offsets, baseline=baseline, scale=scale, batch_std=batch)
+
+
+# A new kernel is one entry: a name, and a call of its host function for a dtype.
+CASES: dict[str, Callable[[torch.dtype], None]] = {
+    "token_logprobs/full/V=1024": lambda dtype: launch_token_logprobs(dtype, 1024, True),
+    "token_logprobs/full/V=8192": lambda dtype: launch_token_logprobs(dtype, 8192, True),
+    "token_logprobs/full/V=151936": lambda dtype: launch_token_logprobs(dtype, 151936, True),
+    "token_logprobs/plain/V=151936": lambda dtype: launch_token_logprobs(dtype, 151936, False),
+    "token_logprobs/no residual/V=8192": launch_without_residual,
+    "advantages/mean/group": lambda dtype: launch_advantages(dtype, "group_mean", "group"),
+    "advantages/leave one out/batch": lambda dtype: launch_advantages(dtype, "leave_one_out", "batch"),
+}
+
+
+def lengths_and_scalars() -> dict[str, int]:
+    """Return the number of compilations over 50 lengths x 10 temperatures, and over vocabulary sizes."""
+    target = TARGETS["cuda:90"]
+    counts = {}
+    with recorded() as launches:
+        for n in range(1, 51):
+            for i in range(10):
+                options = {
+                    "n": n,
+                    "temperature": 0.3 + 0.17 * i,
+                    "scale": 0.5 + 0.1 * i,
+                    "cap": 10.0 + i,
+                    "shift": i % 2,
+                }
+                launch_token_logprobs(torch.bfloat16, 4096, True, **options)
+                launch_token_logprobs(torch.bfloat16, 4096, False, **options)
+    # Forward and backward, plain and full.
+    counts["token_logprobs: 50 lengths, 10 temperatures, scales and softcaps"] = len({x.key(target) for x in launches})
+    with recorded() as launches:
+        for v in (32000, 50257, 65537, 129920, 151936, 152064, 248320, 262144):
+            launch_token_logprobs(torch.bfloat16, v, False)
+    # Forward and backward, row stride divisible by 16 or not.
+    counts["token_logprobs: 8 vocabulary sizes"] = len({x.key(target) for x in launches})
+    with recorded() as launches:
+        for size in range(2, 52):
+            launch_advantages(torch.float32, "group_mean", "group", n=size * 7, size=size)
+    counts["advantages: 50 group sizes and batch sizes"] = len({x.key(target) for x in launches})
+    return counts
+
+
+def cuda_resources(cubin: bytes) -> dict[str, int]:
+    """Return registers, stack, spilled and shared bytes of a cubin."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+    return {"registers": found["REG"], "spills": found["STACK"] + found["LOCAL"], "shared": found["SHARED"]}
+
+
+def hip_resources(assembly: str) -> dict[str, int]:
+    """Return vector registers, spills (registers and scratch bytes) and shared bytes of an AMD kernel."""
+
+    def value(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", assembly).group(1))
+
+    spills = value("vgpr_spill_count") + value("sgpr_spill_count") + value("private_segment_fixed_size")
+    return {"registers": value("vgpr_count"), "spills": spills, "shared": value("group_segment_fixed_size")}
+
+
+def address_faults(ttir: str) -> list[str]:
+    """Return the uses of the row index and the pointer offsets that are not 64-bit, and any grid axis but the first."""
+    faults = [line.strip() for line in ttir.splitlines() if re.search(r"get_program_id [yz]", line)]
+    for name in re.findall(r"(%\w+) = tt.get_program_id", ttir):
+        uses = [line.strip() for line in ttir.splitlines() if re.search(rf"{name}\b(?! = )", line)]
+        faults += [use for use in uses if "arith.extsi" not in use]
+    faults += [line.strip() for line in ttir.splitlines() if re.search(r"tt\.addptr.*(, i32|xi32>)( loc.*)?$", line)]
+    return faults
+
+
+def compile_case(case: str, dtype: str, target: str) -> dict[str, dict[str, Any]]:
+    """Compile the launches of one case for one target; returns kernel -> resources."""
+    with recorded() as launches:
+        CASES[case](DTYPES[dtype])
+    report = {}
+    for launch in launches:
+        compiled = launch.compile(TARGETS[target])
+        if target.startswith("cuda"):
+            resources: dict[str, Any] = cuda_resources(compiled.asm["cubin"])
+            resources["vector_loads"] = "ld.global.v4" in compiled.asm["ptx"]
+        else:
+            resources = hip_resources(compiled.asm["amdgcn"])
+            resources["vector_loads"] = "load_dwordx4" in compiled.asm["amdgcn"]
+        resources["warps"] = compiled.metadata.num_warps
+        resources["address_faults"] = address_faults(compiled.asm["ttir"])
+        report[f"{case} {launch.kernel.__name__} {dtype} {target}"] = resources
+    return report
+
+
+def report() -> dict[str, Any]:
+    """Compile everything and count compilations."""
+    jobs = [(case, dtype, target) for case in CASES for dtype in DTYPES for target in TARGETS]
+    with ProcessPoolExecutor(2) as pool:
+        results = list(pool.map(compile_case, *zip(*jobs, strict=True), chunksize=8))
+    resources = {name: value for result in results for name, value in sorted(result.items())}
+    return {"triton": triton.__version__, "resources": resources, "compilations": lengths_and_scalars()}
+
+
+def table(full: dict[str, Any]) -> dict[str, Any]:
+    """Return the committed part of a report: registers, shared bytes and warps of each kernel."""
+    rows = {
+        name: {key: value[key] for key in ("registers", "shared", "warps")} for name, value in full["resources"].items()
+    }
+    return {"triton": full["triton"], "resources": rows}
+
+
+def main() -> None:
+    """Print the report, and write the table where asked to."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help=f"replace {TABLE.name}")
+    arguments = parser.parse_args()
+    full = report()
+    if arguments.write:
+        lines = [f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in table(full)["resources"].items()]
+        text = ",\n".join(lines)
+        TABLE.write_text(f'{{\n  "triton": {json.dumps(full["triton"])},\n  "resources": {{\n{text}\n  }}\n}}\n')
+    json.dump(full, sys.stdout, indent=1)
+
+
+if __name__ == "__main__":
+    main()
