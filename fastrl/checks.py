@@ -1,8 +1,9 @@
 """Argument checks of the public functions, and the switch for the checks that would need a device to wait.
 
-A public function validates once; inner code trusts it. Checks of values (labels in range, masks of 0 and 1,
-finite temperatures) cost nothing on a CPU and are always made there. On other devices they would stop the host until the
-device has caught up, so they are made only inside `checked()`; outside it a bad value gives NaN, never a plausible number.
+A public function validates once; inner code trusts it. Checks of values (labels in range, masks of 0 and 1, finite
+temperatures) cost nothing on a CPU and are always made there. On other devices they would stop the host until the
+device has caught up, so they are made only inside `checked()`; outside it a bad value gives NaN, never a plausible
+number.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EXP_LIMIT = 64.0
+# e^32 x 1e4 squared is 6e35: a ratio times a k3 estimate still fits float32.
+EXP_LIMIT = 32.0
 LOG_RATIO_LIMIT = 1e4
 VESPO_LOG_WEIGHT_MIN, VESPO_LOG_WEIGHT_MAX = math.log(1e-8), 20.0
 BINARY_KL_EPS = 1e-8
@@ -679,12 +680,12 @@ def group_advantages(
 
     baseline "group_mean" (GRPO, arXiv 2402.03300), "leave_one_out" n/(n-1) (R - mean) (RLOO, arXiv 2402.14740),
     "length_weighted" sum L R / sum L (OPO, arXiv 2505.23585), "given" (ReMax, arXiv 2310.10505), "none".
-    scale "group": unbiased std of the group; "batch": of all known rewards; "leave_one_out": of the other rewards of the
-    group, no division where that is 0 (NeMo-RL); "group_mean": mean of the group (MaxRL, arXiv 2602.02710); "none"
-    (Dr. GRPO, arXiv 2503.20783).
+    scale "group": unbiased std of the group; "batch": of all known rewards; "leave_one_out": of the other rewards of
+    the group, no division where that is 0 (NeMo-RL); "group_mean": mean of the group (MaxRL, arXiv 2602.02710);
+    "none" (Dr. GRPO, arXiv 2503.20783).
 
-    Missing rewards are left out of every statistic and get advantage 0. Groups of one and of equal rewards get exactly 0
-    unless neither baseline nor scale comes from the group. Sums are taken in float64, in a fixed order.
+    Missing rewards are left out of every statistic and get advantage 0. Groups of one and of equal rewards get
+    exactly 0 unless neither baseline nor scale comes from the group. Sums are taken in float64, in a fixed order.
     """
     known = ~rewards.isnan()
     wide = torch.where(known, rewards, 0.0).to(_accumulator(rewards))
@@ -701,7 +702,8 @@ def group_advantages(
     infinity = torch.full((n_groups,), math.inf, dtype=wide.dtype, device=rewards.device)
     smallest = infinity.scatter_reduce(0, group, torch.where(known, wide, math.inf), "amin")
     largest = (-infinity).scatter_reduce(0, group, torch.where(known, wide, -math.inf), "amax")
-    varied = largest > smallest
+    # A difference, not largest > smallest: rewards that are all infinite are not equal but undefined.
+    varied = (count > 1) & (largest - smallest != 0)
     std = torch.where(varied, (squares / (count - 1.0).clamp(min=1.0)).sqrt(), 0.0)
 
     n, mates = count[group], varied[group]
@@ -727,9 +729,7 @@ def group_advantages(
     if scale == "group":
         centred = torch.where(mates, centred / (std[group] + eps), 0.0)
     elif scale == "batch":
-        n_known = (~rewards.isnan()).sum()
-        from_batch = torch.where(rewards.isnan(), 0.0, wide - wide.sum() / n_known.clamp(min=1))
-        centred = centred / ((from_batch.square().sum() / (n_known - 1).clamp(min=1)).sqrt() + eps)
+        centred = centred / (batch_std(rewards) + eps)
     elif scale == "leave_one_out":
         others = leave_one_out_std(from_mean, squares[group], n)
         centred = torch.where(mates, torch.where(others > 0, centred / (others + eps), centred), 0.0)
@@ -740,12 +740,21 @@ def group_advantages(
     return GroupAdvantages(*(x.to(rewards.dtype) for x in (advantages, mean, std, count)))
 
 
+def batch_std(rewards: Tensor) -> Tensor:
+    """Return the unbiased standard deviation () of the known (not NaN) rewards (B,); 0 for fewer than two of them."""
+    known = ~rewards.isnan()
+    wide = torch.where(known, rewards, 0.0).to(_accumulator(rewards))
+    n = known.sum()
+    from_mean = torch.where(known, wide - wide.sum() / n.clamp(min=1), 0.0)
+    return (from_mean.square().sum() / (n - 1).clamp(min=1)).sqrt()
+
+
 def leave_one_out_std(
     from_mean: Tensor,  # (B,) R - group mean
     squares: Tensor,  # (B,) sum of (R - group mean)^2 over the group
     count: Tensor,  # (B,) size of the group
 ) -> Tensor:
-    """Return the unbiased standard deviation (B,) of the other rewards of the group; 0 where fewer than two are left."""
+    """Return the unbiased standard deviation (B,) of the group's other rewards; 0 where fewer than two are left."""
     rest = squares - from_mean.square() * count / (count - 1.0).clamp(min=1.0)
     # What cancellation leaves of equal rewards is zero, not a tiny deviation to divide by.
     rest = torch.where(rest > 8.0 * torch.finfo(rest.dtype).eps * squares, rest, 0.0)

@@ -104,7 +104,7 @@ SMOOTH = ("clip", "reinforce", "importance", "nll", "sapo", "geometric")
 @pytest.mark.parametrize("surrogate", SMOOTH)
 @pytest.mark.parametrize("level", ["token", "sequence", "sequence_sum"])
 def test_policy_loss_gradcheck(surrogate: str, level: str) -> None:
-    """Autograd against finite differences; the other surrogates stop a gradient by definition, golden cases judge them."""
+    """Autograd against finite differences; the other surrogates stop a gradient, and golden cases judge them."""
     assert surrogate in SURROGATES
     x = _inputs()
     spec = PolicyLoss(

@@ -196,7 +196,7 @@ def _alive(pid: int) -> bool:
 
 
 def test_functions_that_cannot_be_sent_are_refused():
-    with pytest.raises(TypeError, match="lambda.* cannot be sent to the reward worker"):
+    with pytest.raises(TypeError, match=r"lambda.* cannot be sent to the reward worker"):
         RewardSet({"f": lambda p, c: 1.0}, {"f": 1.0})
     with RewardSet({"f": Unloadable()}, {"f": 1.0}) as rewards, pytest.raises(RuntimeError, match="could not load"):
         rewards([QUESTION], ["x"])
@@ -281,7 +281,20 @@ def test_tag_count():
         *((number, 1.0) for number in ("5", "-5", "+5", " 5\n", "1,234", "12.0", "1,234,567.89", "007")),
         *(
             (other, 0.0)
-            for other in ("", "5.", ".5", "1,23", "12,3456", "5 6", "5 apples", "٥", "５", "--5", "1e5", "5\n6")
+            for other in (
+                "",
+                "5.",
+                ".5",
+                "1,23",
+                "12,3456",
+                "5 6",
+                "5 apples",
+                "\u0665",
+                "\uff15",
+                "--5",
+                "1e5",
+                "5\n6",
+            )
         ),
     ],
 )
@@ -348,10 +361,10 @@ def test_language_consistency():
     latin = LanguageConsistency()
     assert latin(QUESTION, "two plus 2 is four !") == 1.0
     assert latin(QUESTION, "two плюс two мы") == 0.5
-    assert latin(QUESTION, "mixедword") == 0.0
+    assert latin(QUESTION, "mix\u0435dword") == 0.0
     assert latin(QUESTION, "42 + 1") == 0.0
     assert LanguageConsistency("cjk")(QUESTION, "答案 是 four") == pytest.approx(2 / 3)
-    with pytest.raises(ValueError, match="script must be one of .*LATIN.*, got 'ENGLISH'"):
+    with pytest.raises(ValueError, match=r"script must be one of .*LATIN.*, got 'ENGLISH'"):
         LanguageConsistency("ENGLISH")
 
 
@@ -387,7 +400,7 @@ def test_length_rewards_by_name(task):
     }
     with build_rewards(names, task, timeout_s=None) as rewards:
         batch = rewards(batch_problems, completions, torch.tensor([4, 8, 20]))
-        with pytest.raises(ValueError, match="kimi_length.* need lengths, the 3 token counts, got none"):
+        with pytest.raises(ValueError, match=r"kimi_length.* need lengths, the 3 token counts, got none"):
             rewards(batch_problems, completions)
     assert list(batch.components) == list(names)
     kimi, overlong, cosine = batch.components.values()

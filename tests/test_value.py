@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -33,6 +34,8 @@ def run(case: Case, leaves: dict[str, Tensor]) -> tuple[Tensor, LossOutput]:
 
 @pytest.mark.parametrize("case", VALUE, ids=[case.id for case in VALUE])
 def test_golden_float64(case: Case) -> None:
+    # The peer adds its epsilon to lengths of at least 1: that much of a relative difference is its own.
+    case = dataclasses.replace(case, rtol=case.rtol + (case.hyper["denominator_eps"] or 0.0))
     leaves = case.leaves(torch.float64)
     loss, output = run(case, leaves)
     case.check("loss", loss)

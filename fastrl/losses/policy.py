@@ -137,7 +137,7 @@ class PolicyLoss:
     clip_high: float | None = 0.2
     """The same above 1."""
     weight_low: float | None = None
-    """Lower bound of the detached weight of clipped_weight, masked_weight, topr, and of divergence_* with logprob carrier."""
+    """Lower bound of the detached weight of clipped_weight, masked_weight, topr, divergence_* with logprob carrier."""
     weight_high: float | None = None
     """Upper bound of the same."""
     carrier: str | None = None
@@ -359,7 +359,7 @@ class PolicyLoss:
 
         Args:
             logprobs: (B, T) padded, or (N,) packed with `cu_seqlens`; nats.
-            advantages: per sequence (B,), (B, 1), (S,) or per token (B, T), (N,); constants. Not needed by "nll" and "dft".
+            advantages: per sequence (B,), (B, 1), (S,) or per token (B, T), (N,); constants. Not for "nll" and "dft".
             mask: 0/1, bool, int or float; tokens outside cannot matter, whatever they hold.
             old_logprobs: log-probs of the policy that the ratio is taken to; None: on-policy, the detached `logprobs`.
             ref_logprobs: of the reference policy, for kl_to="ref".
@@ -514,9 +514,9 @@ class PolicyLoss:
         if self.kl is not None and self.kl_to == "ref" and inputs["ref_logprobs"] is None:
             raise ValueError(f"kl={self.kl!r} with kl_to='ref' needs ref_logprobs=")
         uses_rollout = self.ratio_anchor == "rollout" or self.kl_ratio_anchor == "rollout"
-        if self.correction is not None or uses_rollout or (self.kl is not None and self.kl_to == "rollout"):
-            if inputs["rollout_logprobs"] is None:
-                raise ValueError("rollout_logprobs= is needed by the correction, ratio_anchor or kl_to of this loss")
+        uses_rollout = uses_rollout or self.correction is not None or (self.kl is not None and self.kl_to == "rollout")
+        if uses_rollout and inputs["rollout_logprobs"] is None:
+            raise ValueError("rollout_logprobs= is needed by the correction, ratio_anchor or kl_to of this loss")
         if self.aggregate == "constant" and self.constant is None and layout.packed:
             raise ValueError("aggregate='constant' of packed tokens needs constant=, the longest completion allowed")
         if self.aggregate == "prompt_mean" and inputs["group_ids"] is None:

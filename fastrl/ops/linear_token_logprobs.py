@@ -80,10 +80,10 @@ def linear_token_logprobs(
         backend: of the row kernels: "auto", "torch", "cpu" or "triton". The GEMMs are PyTorch's.
 
     Returns:
-        `TokenLogprobs` of float32 tensors (float64 for float64 inputs) of the shape of `labels`, all differentiable once
-        with respect to `hidden`, `weight` and `bias`. Extra memory: one chunk of float32 logits, C V 4 bytes (the `torch`
-        rows take up to nine tiles of 32 rows beside it); the gradients, of which a trainable head's is V D 4 bytes until
-        it is cast; for a frozen head the unit gradients, N D 4 bytes; and the live rows of one chunk.
+        `TokenLogprobs` of float32 tensors (float64 for float64 inputs) of the shape of `labels`, all differentiable
+        once with respect to `hidden`, `weight` and `bias`. Extra memory: one chunk of float32 logits, C V 4 bytes
+        (the `torch` rows take ten tiles of 32 rows beside it); the gradients, of which a trainable head's is V D 4
+        bytes until it is cast; for a frozen head the unit gradients, N D 4 bytes; and the live rows of one chunk.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `token_logprobs`, and for heads that hold no values or are sharded.
@@ -298,7 +298,7 @@ class Gradients:
         self.bias = torch.zeros(chunks.weight.shape[0], dtype=wide, device=chunks.weight.device) if needs[2] else None
 
     def add(self, rows: slice, states: Tensor, dlogits: Tensor, contributes: Tensor | None = None) -> None:
-        """Add one chunk: dlogits (C, V). Rows that `contributes` (C,) marks False have a zero gradient and are left out."""
+        """Add one chunk, dlogits (C, V); rows that `contributes` (C,) marks False have a zero gradient."""
         index = self.chunks.live[rows]
         if contributes is not None:
             kept = contributes.nonzero().squeeze(-1)

@@ -1,16 +1,244 @@
-"""The token arithmetic of the policy loss: plain PyTorch, or one fused kernel where Triton runs."""
+"""The token arithmetic of the policy loss: one fused kernel where Triton runs, else plain PyTorch.
+
+N tokens. Both realisations give the same results and gradients; `fastrl.reference.token_terms` states the formulas.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastrl import reference
+from fastrl.ops import dispatch
+from fastrl.ops.token_logprobs import once_differentiable
+
+BACKENDS = ("auto", "torch", "triton")
+CONSTANTS = (
+    "advantages",
+    "weights",
+    "kl_weights",
+    "entropy_weights",
+    "anchor",
+    "kl_anchor",
+    "kl_ratio_anchor",
+    "positive",
+)
+NUMBERS = (
+    "low",
+    "high",
+    "max_ratio",
+    "dual_clip",
+    "weight_low",
+    "weight_high",
+    "tau_pos",
+    "tau_neg",
+    "k_pos",
+    "k_neg",
+    "lambda_pos",
+    "lambda_neg",
+    "log_ratio_bound",
+    "kl_log_ratio_bound",
+    "kl_value_bound",
+    "kl_ratio_max",
+)
 
 
 def fused_policy_terms(
-    spec: Any, logprobs: Tensor, entropy: Tensor | None, columns: reference.TokenColumns
+    spec: Any,  # PolicyLoss
+    logprobs: Tensor,  # (N,)
+    entropy: Tensor | None,  # (N,)
+    columns: reference.TokenColumns,
+    *,
+    backend: str = "auto",
 ) -> reference.TokenTerms:
-    """Return what every token adds to the loss; see `fastrl.reference.token_terms`."""
-    return reference.token_terms(spec, logprobs, entropy, columns)
+    """Return what every token adds to the loss; see `fastrl.reference.token_terms`.
+
+    Args:
+        spec: the loss, a `PolicyLoss`.
+        logprobs: (N,) float32 or float64; whatever stood under the mask is already replaced.
+        entropy: (N,) entropies, needed where `columns.entropy_weights` is given.
+        columns: the constants of the arithmetic, and the log-ratio of the sequence, through which gradients flow.
+        backend: "auto" takes Triton on GPUs and PyTorch elsewhere; "torch" and "triton" are used or refused.
+
+    Returns:
+        `TokenTerms`. `contribution` carries the gradient with respect to `logprobs`, `entropy` and
+        `columns.sequence_log_ratio`; from the kernel, once (`create_graph=True` is refused).
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if not _on_triton(backend, logprobs.device):
+        return reference.token_terms(spec, logprobs, entropy, columns)
+    if columns.entropy_weights is None:
+        entropy = None
+    elif entropy is None:
+        raise ValueError("entropy_weights in the columns need entropy=, per token; got None")
+    pooled = columns.sequence_log_ratio
+    needs_gradient = any(x is not None and x.requires_grad for x in (logprobs, entropy, pooled))
+    contribution, surrogate, ratio, below, above, kl, dual, _, _ = _policy_terms(
+        logprobs,
+        entropy,
+        pooled,
+        [getattr(columns, name) for name in CONSTANTS],
+        *_axes(spec),
+        _numbers(spec),
+        torch.is_grad_enabled() and needs_gradient,
+    )
+    return reference.TokenTerms(
+        contribution=contribution,
+        surrogate=surrogate.detach(),
+        kl=None if spec.kl is None else kl.detach(),
+        ratio=ratio.detach(),
+        clipped_low=below,
+        clipped_high=above,
+        dual_clipped=dual if spec.surrogate == "clip" and spec.dual_clip is not None else None,
+    )
+
+
+def _on_triton(backend: str, device: torch.device) -> bool:
+    """Return whether the kernel runs: "auto" never interprets it."""
+    if backend == "auto":
+        return device.type in dispatch.GPU_TYPES and dispatch.triton_available(device)[0]
+    return dispatch.choose(backend, device).backend == "triton"
+
+
+def _axes(spec: Any) -> tuple[str, str, str, str, str]:
+    """Return (surrogate, carrier, kl, kl_gradient, kl_ratio) as the kernel names them."""
+    kl_ratio = "loss"
+    if spec.kl_ratio_anchor is not None:
+        kl_ratio = "own"
+    elif spec.ratio_level == "none":
+        kl_ratio = "anchor"
+    return spec.surrogate, spec.carrier or "", spec.kl or "", spec.kl_gradient, kl_ratio
+
+
+def _numbers(spec: Any) -> list[float]:
+    """Return `NUMBERS` of a loss; open bounds are infinite."""
+    low, high = _bounds(spec)
+    limit = reference.LOG_RATIO_LIMIT
+    values = {
+        "low": low,
+        "high": high,
+        "max_ratio": _or(spec.max_ratio, math.inf),
+        "dual_clip": _or(spec.dual_clip, math.inf),
+        "weight_low": _or(spec.weight_low, -math.inf),
+        "weight_high": _or(spec.weight_high, math.inf),
+        "log_ratio_bound": min(_or(spec.log_ratio_clamp, limit), limit),
+        "kl_log_ratio_bound": min(_or(spec.kl_log_ratio_clamp, limit), limit),
+        "kl_value_bound": _or(spec.kl_value_clamp, math.inf),
+        "kl_ratio_max": _or(spec.kl_ratio_max, math.inf),
+    }
+    return [float(values[name] if name in values else getattr(spec, name)) for name in NUMBERS]
+
+
+def _bounds(spec: Any) -> tuple[float, float]:
+    """Return what the surrogate clips or drops by: the ratio for "clip", else the log-ratio or the divergence."""
+    low, high = spec.clip_low, spec.clip_high
+    if spec.surrogate == "divergence_tv_symmetric":
+        low = high = low if high is None else high
+    centre = 1.0 if spec.surrogate == "clip" else 0.0
+    return (-math.inf if low is None else centre - low), (math.inf if high is None else centre + high)
+
+
+def _or(value: float | None, otherwise: float) -> float:
+    return otherwise if value is None else value
+
+
+# A custom op returns tensors only: what a loss does not have comes back empty.
+@torch.library.custom_op("fastrl::policy_terms", mutates_args=())
+def _policy_terms(
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    sequence_log_ratio: Tensor | None,
+    constants: Sequence[Tensor | None],
+    surrogate: str,
+    carrier: str,
+    kl: str,
+    kl_gradient: str,
+    kl_ratio: str,
+    numbers: Sequence[float],
+    gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from fastrl_kernels import policy
+
+    results = policy.policy_terms(
+        policy.PolicyAxes(surrogate, carrier, kl, kl_gradient, kl_ratio),
+        policy.PolicyNumbers(**dict(zip(NUMBERS, numbers, strict=True))),
+        logprobs,
+        entropy,
+        sequence_log_ratio,
+        policy.PolicyColumns(**dict(zip(CONSTANTS, constants, strict=True))),
+        gradient=gradient,
+    )
+    return (
+        results.contribution,
+        results.surrogate,
+        results.ratio,
+        results.clipped_low,
+        results.clipped_high,
+        *(
+            logprobs.new_empty(0) if x is None else x
+            for x in (results.kl, results.dual_clipped, results.grad_logprobs, results.grad_sequence)
+        ),
+    )
+
+
+@_policy_terms.register_fake
+def _(
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    sequence_log_ratio: Tensor | None,
+    constants: Sequence[Tensor | None],
+    surrogate: str,
+    carrier: str,
+    kl: str,
+    kl_gradient: str,
+    kl_ratio: str,
+    numbers: Sequence[float],
+    gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def row(wanted: bool = True) -> Tensor:
+        return logprobs.new_empty(logprobs.shape if wanted else 0)
+
+    def flags() -> Tensor:
+        return torch.empty(logprobs.shape, dtype=torch.bool, device=logprobs.device)
+
+    dual = surrogate == "clip" and dict(zip(NUMBERS, numbers, strict=True))["dual_clip"] < math.inf
+    return (
+        row(),
+        row(),
+        row(),
+        flags(),
+        flags(),
+        row(kl != ""),
+        flags() if dual else row(False),
+        row(gradient),
+        row(gradient and sequence_log_ratio is not None),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, _, sequence_log_ratio, constants, *_ = inputs
+    ctx.coupled = sequence_log_ratio is not None
+    ctx.save_for_backward(*output[-2:], constants[CONSTANTS.index("entropy_weights")])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    once_differentiable()
+    upstream, rest = grads[0], (None,) * 8
+    if upstream is None:
+        return (None, None, None, *rest)
+    grad_logprobs, grad_sequence, entropy_weights = ctx.saved_tensors
+    return (
+        upstream * grad_logprobs if ctx.needs_input_grad[0] else None,
+        upstream * -entropy_weights if ctx.needs_input_grad[1] else None,
+        upstream * grad_sequence if ctx.needs_input_grad[2] else None,
+        *rest,
+    )
+
+
+_policy_terms.register_autograd(_backward, setup_context=_setup_context)

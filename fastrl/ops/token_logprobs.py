@@ -52,7 +52,7 @@ def token_logprobs(
         respect to `logits`, through any of the three outputs, once (`create_graph=True` is refused).
 
     Raises:
-        ValueError: shapes, devices, label values (on a CPU or inside `checked()`; elsewhere such a row is NaN), options.
+        ValueError: shapes, devices, options, label values (on a CPU or inside `checked()`; elsewhere the row is NaN).
         TypeError: dtypes and tensor kinds that cannot be used.
         RuntimeError: a named backend that cannot run here, with the reason.
     """

@@ -236,14 +236,17 @@ def _drops(logp, anchor, advantages, low, high, SURROGATE: tl.constexpr):
         return (distance > -low) & ~positive & (p < q), (distance > high) & positive & (p > q)
     elif SURROGATE == "divergence_tv":
         # A bound that stands alone holds for every sign of the advantage.
-        every = (low == float("-inf")) != (high == float("inf"))
+        alone = (low == float("-inf")) != (high == float("inf"))
+        every = tl.zeros_like(p) + tl.where(alone, 1.0, 0.0).to(p.dtype) > 0
         return (p - q < low) & (~positive | every), (p - q > high) & (positive | every)
     else:
         return p - q < low, p - q > high
 
 
 @triton.jit
-def _detached_weight(logp, anchor, ratio, advantages, positive, low, high, weight_low, weight_high, SURROGATE: tl.constexpr):
+def _detached_weight(
+    logp, anchor, ratio, advantages, positive, low, high, weight_low, weight_high, SURROGATE: tl.constexpr
+):
     """Return the weight of -A logp that carries no gradient, and where it was bounded below and above."""
     weight = _between(ratio, weight_low, weight_high)
     below = ratio < weight_low
@@ -427,7 +430,9 @@ def _policy_fwd_kernel(
         kept = tl.where(below | above, 0.0, 1.0).to(ACC)
         surrogate, d_ratio = tl.where(below | above, 0.0, -advantages * ratio), -kept * advantages
     else:
-        positive = _load(positive_ptr, offs, mask, never) != 0
+        positive = advantages > 0
+        if positive_ptr is not None:
+            positive = tl.load(positive_ptr + offs, mask=mask, other=0) != 0
         weight, below, above = _detached_weight(
             logp, anchor, ratio, advantages, positive, low, high, weight_low, weight_high, SURROGATE
         )

@@ -1,0 +1,326 @@
+"""Distillation: the divergence of a student from a teacher over the whole vocabulary, without either one's logits.
+
+Rows go through both heads in chunks. The gradient is formed in the forward, chunk by chunk, while the logits are there;
+the backward only scales it. Masked rows are dropped before the first GEMM.
+
+Legend: N tokens, D hidden (S student's, T teacher's), V vocabulary, C rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrl import checks
+from fastrl.losses.divergence import Rows, divergence_rows
+from fastrl.losses.output import LossOutput
+from fastrl.losses.preference_rows import at_least_one, result_dtype
+from fastrl.ops.linear_token_logprobs import Chunks, Gradients, Head, check_head, make_head
+from fastrl.ops.token_logprobs import once_differentiable
+
+IGNORE_INDEX = -100
+# Several tiles of C x V live at once (logits, log-probs and probabilities of both models): fewer rows than elsewhere.
+CPU_CHUNK_TOKENS = 256
+GPU_CHUNK_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Which divergence: everything of the row arithmetic that is not a tensor."""
+
+    beta: float
+    temperature: float
+    top_k: int | None
+    gradient: bool
+
+    def rows(self, student: Tensor, teacher: Tensor) -> Rows:
+        """Return the divergence of a chunk of logits (C, V); the temperature is in them already."""
+        return divergence_rows(student, teacher, self.beta, self.top_k, self.gradient)
+
+
+def distillation_loss(
+    student_hidden: Tensor,  # (..., DS)
+    student_weight: Tensor,  # (V, DS)
+    teacher_hidden: Tensor,  # (..., DT)
+    teacher_weight: Tensor,  # (V, DT)
+    mask: Tensor,  # (...)
+    *,
+    beta: float,
+    temperature: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_bias: Tensor | None = None,  # (V,)
+    teacher_bias: Tensor | None = None,  # (V,)
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    n_tokens: float | Tensor | None = None,
+    chunk_tokens: int | None = None,
+    top_k: int | None = None,
+) -> LossOutput:
+    """Return the generalised Jensen-Shannon divergence of two heads, as a mean over live tokens.
+
+        z = softcap tanh(logit_scale (hidden weight^T + bias) / softcap) / temperature        for each model
+        beta = 0: KL(T || S)    beta = 1: KL(S || T)    else: beta KL(T || M) + (1 - beta) KL(S || M)
+        M = (1 - beta) S + beta T;  loss = sum over live tokens / n_tokens
+
+    in nats, not scaled by temperature^2 (GKD, arXiv 2306.13649). The cross-entropy with the teacher's probabilities is
+    beta = 0 plus the teacher's entropy, and has its gradient. The gradient is with respect to `student_hidden`,
+    `student_weight` and `student_bias`; those that require none cost nothing, and the teacher gets none. Extra
+    memory: about eight tiles of chunk_tokens x V, and the gradients (float32 for the head). Reverse KL is infinite, and
+    its gradient NaN, where the teacher bans (-inf) an entry that the student does not.
+
+    Args:
+        student_hidden, teacher_hidden: hidden states at the same tokens; the widths may differ.
+        student_weight, teacher_weight: heads over the same vocabulary.
+        mask: 0/1 or bool; rows where it is 0 have no effect and reach neither head.
+        beta: in [0, 1].
+        temperature: of both models, > 0.
+        student_softcap, teacher_softcap: bound c of c tanh(x / c), or None.
+        student_bias, teacher_bias: (V,), or None; -inf entries ban a token.
+        student_logit_scale, teacher_logit_scale: factors on the logits, before the softcap.
+        n_tokens: the global number of live tokens, for micro-batches and ranks.
+        chunk_tokens: rows of a chunk; 256 on a CPU and 512 elsewhere unless given.
+        top_k: compare the teacher's K likeliest entries and the rest as one bucket; None: every entry.
+
+    Returns:
+        LossOutput with metrics divergence and student_entropy; `.entropy` is the student's, per token.
+
+    Raises:
+        ValueError: different vocabularies or token shapes, numbers out of range.
+    """
+    how = _divergence(beta, temperature, top_k)
+    labels, poison = _live_labels(mask, student_hidden)
+    student = check_head(student_hidden, student_weight, labels, student_bias, IGNORE_INDEX)
+    if tuple(teacher_hidden.shape[:-1]) != tuple(labels.shape):
+        raise ValueError(
+            f"teacher_hidden must be (..., DT) at the student's tokens {tuple(labels.shape)}, "
+            f"got shape {tuple(teacher_hidden.shape)}"
+        )
+    teacher_bias = None if teacher_bias is None else teacher_bias.detach()
+    teacher = check_head(teacher_hidden.detach(), teacher_weight.detach(), labels, teacher_bias, IGNORE_INDEX)
+    _same_vocabulary(student[1].shape[0], teacher[1].shape[0])
+    checks.same_device("teacher_hidden", teacher[0], student[0].device)
+    if chunk_tokens is None:
+        chunk_tokens = CPU_CHUNK_TOKENS if student[0].device.type == "cpu" else GPU_CHUNK_TOKENS
+    heads = [
+        make_head(
+            hidden, scale, cap, IGNORE_INDEX, chunk_tokens=chunk_tokens, tail_mass=0.0, tp_group=None, backend="torch"
+        )
+        for hidden, scale, cap in (
+            (student[0], student_logit_scale, student_softcap),
+            (teacher[0], teacher_logit_scale, teacher_softcap),
+        )
+    ]
+    total, entropy = _LinearDistillation.apply(
+        _flat(student[0]),
+        student[1],
+        student[3],
+        _flat(teacher[0]),
+        teacher[1],
+        teacher[3],
+        labels.reshape(-1),
+        heads,
+        how,
+    )
+    return _output(total, entropy.view(labels.shape), labels, n_tokens, poison)
+
+
+def distillation_loss_from_logits(
+    student_logits: Tensor,  # (..., V)
+    teacher_logits: Tensor,  # (..., V)
+    mask: Tensor,  # (...)
+    *,
+    beta: float,
+    temperature: float = 1.0,
+    n_tokens: float | Tensor | None = None,
+    chunk_tokens: int | None = None,
+    top_k: int | None = None,
+) -> LossOutput:
+    """Return `distillation_loss` of logits that are there already; the gradient is with respect to `student_logits`.
+
+    Extra memory: about eight tiles of chunk_tokens x V, and the gradient in the dtype of `student_logits`.
+    """
+    how = _divergence(beta, temperature, top_k)
+    checks.float_tensor("student_logits", student_logits)
+    checks.float_tensor("teacher_logits", teacher_logits)
+    if student_logits.dim() < 1 or student_logits.shape[:-1] != teacher_logits.shape[:-1]:
+        raise ValueError(
+            f"teacher_logits must be (..., V) at the student's tokens {tuple(student_logits.shape[:-1])}, "
+            f"got shape {tuple(teacher_logits.shape)}"
+        )
+    _same_vocabulary(student_logits.shape[-1], teacher_logits.shape[-1])
+    checks.same_device("teacher_logits", teacher_logits, student_logits.device)
+    labels, poison = _live_labels(mask, student_logits)
+    if chunk_tokens is None:
+        chunk_tokens = CPU_CHUNK_TOKENS if student_logits.device.type == "cpu" else GPU_CHUNK_TOKENS
+    checks.plain_float("chunk_tokens", chunk_tokens, low=1)
+    total, entropy = _LogitDistillation.apply(student_logits, teacher_logits.detach(), labels, int(chunk_tokens), how)
+    return _output(total, entropy, labels, n_tokens, poison)
+
+
+def sampled_distillation_advantages(
+    logprobs: Tensor,  # any shape
+    teacher_logprobs: Tensor,  # the same shape
+) -> Tensor:
+    """Return teacher - student log-prob of the sampled tokens, detached: the advantages of on-policy distillation.
+
+    With a policy-gradient surrogate their expectation is the gradient of -KL(S || T) per token, without a vocabulary
+    pass of the teacher beyond its log-prob (arXiv 2306.13649, section 3).
+
+    Raises:
+        ValueError: shapes or devices that differ.
+    """
+    checks.float_tensor("logprobs", logprobs)
+    checks.float_tensor("teacher_logprobs", teacher_logprobs)
+    checks.same_shape("teacher_logprobs", teacher_logprobs, logprobs.shape)
+    checks.same_device("teacher_logprobs", teacher_logprobs, logprobs.device)
+    dtype = result_dtype(logprobs)
+    return teacher_logprobs.detach().to(dtype) - logprobs.detach().to(dtype)
+
+
+# --- from hidden states -----------------------------------------------------------------------------------------------
+
+
+def _capped(logits: Tensor, head: Head, inverse: float) -> tuple[Tensor, Tensor | float]:
+    """Return (z, dz/dlogits) of raw logits (C, V), which are overwritten."""
+    if head.softcap == 0.0:
+        factor = head.logit_scale * inverse
+        # One multiplication each, in the order of the definition: scale, then divide by the temperature.
+        return logits.mul_(head.logit_scale).mul_(inverse), factor
+    bent = logits.mul_(head.logit_scale / head.softcap).tanh_()
+    slope = (1.0 - bent * bent).mul_(head.logit_scale * inverse)
+    return bent.mul_(head.softcap).mul_(inverse), slope
+
+
+class _LinearDistillation(torch.autograd.Function):
+    """Sum over live rows of the divergence, and the student's entropy per row; the gradient is formed on the way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # (N, DS)
+        weight: Tensor,  # (V, DS)
+        bias: Tensor | None,  # (V,)
+        teacher_hidden: Tensor,  # (N, DT)
+        teacher_weight: Tensor,  # (V, DT)
+        teacher_bias: Tensor | None,  # (V,)
+        labels: Tensor,  # (N,)
+        heads: list[Head],
+        how: Divergence,
+    ) -> tuple[Tensor, Tensor]:
+        inverse = torch.empty(0, device=hidden.device)
+        student = Chunks.of(hidden, weight, bias, labels, inverse, heads[0])
+        teacher = Chunks(teacher_hidden, teacher_weight, teacher_bias, labels, inverse, heads[1], student.live)
+        needs_hidden, needs_weight, needs_bias = (needed and how.gradient for needed in ctx.needs_input_grad[:3])
+        needs = (needs_hidden, needs_weight, needs_bias)
+        gradients = Gradients(student, needs)
+        dtype = result_dtype(hidden)
+        total = torch.zeros((), dtype=torch.float64 if hidden.device.type != "mps" else dtype, device=hidden.device)
+        entropy = torch.empty(student.live.numel(), dtype=dtype, device=hidden.device)
+        for (rows, states, logits), (_, _, teacher_logits) in zip(student, teacher, strict=True):
+            z, slope = _capped(logits, heads[0], 1.0 / how.temperature)
+            z_teacher, _ = _capped(teacher_logits, heads[1], 1.0 / how.temperature)
+            result = how.rows(z, z_teacher.to(dtype))
+            total += result.divergence.sum(dtype=total.dtype)
+            entropy[rows] = result.entropy
+            if result.gradient is not None and any(needs):
+                gradients.add(rows, states, result.gradient.mul_(slope))
+        ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        entropy = student.scattered(entropy)
+        ctx.mark_non_differentiable(entropy)
+        return total.to(dtype), entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        once_differentiable()
+        scaled = [
+            None if gradient is None else (gradient * grad_total).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None, None, None, None, None, None)
+
+
+# --- from logits ------------------------------------------------------------------------------------------------------
+
+
+class _LogitDistillation(torch.autograd.Function):
+    """The same from logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,  # (..., V)
+        teacher_logits: Tensor,  # (..., V)
+        labels: Tensor,  # (...)
+        chunk_tokens: int,
+        how: Divergence,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = result_dtype(logits)
+        live = (labels != IGNORE_INDEX).nonzero()  # (L, leading dimensions)
+        gradient = torch.zeros_like(logits) if how.gradient and ctx.needs_input_grad[0] else None
+        total = torch.zeros((), dtype=torch.float64 if logits.device.type != "mps" else dtype, device=logits.device)
+        entropy = torch.zeros(labels.shape, dtype=dtype, device=logits.device)
+        for rows in live.split(chunk_tokens) if len(live) else ():
+            at = tuple(rows.unbind(-1))
+            z, z_teacher = (x[at].to(dtype).reshape(len(rows), -1) / how.temperature for x in (logits, teacher_logits))
+            result = how.rows(z, z_teacher)
+            total += result.divergence.sum(dtype=total.dtype)
+            entropy[at] = result.entropy.reshape(entropy[at].shape)
+            if gradient is not None and result.gradient is not None:
+                gradient[at] = (result.gradient / how.temperature).to(gradient.dtype).reshape(gradient[at].shape)
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(entropy)
+        return total.to(dtype), entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        once_differentiable()
+        (gradient,) = ctx.saved_tensors
+        return (None if gradient is None else (gradient * grad_total).to(gradient.dtype), None, None, None, None)
+
+
+# --- small helpers ----------------------------------------------------------------------------------------------------
+
+
+def _flat(hidden: Tensor) -> Tensor:
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+def _same_vocabulary(student: int, teacher: int) -> None:
+    if student != teacher:
+        raise ValueError(f"student and teacher must share a vocabulary, got V={student} and V={teacher}")
+
+
+def _divergence(beta: float, temperature: float, top_k: int | None) -> Divergence:
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k must be an int >= 1 or None, got {top_k!r}")
+    return Divergence(
+        beta=checks.plain_float("beta", beta, low=0.0, high=1.0),
+        temperature=checks.plain_float("temperature", temperature, low=0.0, open_low=True),
+        top_k=top_k,
+        gradient=torch.is_grad_enabled(),
+    )
+
+
+def _live_labels(mask: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return (labels that mark the masked rows as ignored, poison of a mask that is neither 0 nor 1)."""
+    checks.float_tensor("student_hidden or student_logits", values)
+    keep, poison = checks.keep_mask("mask", mask, values.shape[:-1], values.device)
+    return torch.where(keep, 0, IGNORE_INDEX), poison
+
+
+def _output(
+    total: Tensor, entropy: Tensor, labels: Tensor, n_tokens: float | Tensor | None, poison: Tensor | None
+) -> LossOutput:
+    count = (labels != IGNORE_INDEX).sum()
+    loss = total / at_least_one(count if n_tokens is None else n_tokens)
+    wide = torch.float32 if entropy.device.type == "mps" else torch.float64
+    metrics = {
+        "divergence": (total.detach().to(wide), count.to(wide)),
+        "student_entropy": (entropy.sum(dtype=wide), count.to(wide)),
+    }
+    return LossOutput(loss if poison is None else loss + poison, metrics, None, entropy)

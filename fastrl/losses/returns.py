@@ -1,0 +1,320 @@
+"""Returns and advantages from token rewards: discounted sums, generalised advantage estimation, whitening.
+
+Token tensors are (B, T) with a 0/1 `mask` (B, T), or packed (N,) with `cu_seqlens` (S+1,); a packed batch gives the same
+numbers as a padded one. Nothing is differentiated. The dtype of the results is that of the rewards, at least float32.
+
+A recurrence x_t = b_t + c_t x_{t+1} is solved by doubling the reach of every position (Hillis and Steele 1986): log2(T)
+whole-tensor steps in place of T steps over columns of B values, and no wait for the device.
+
+What counts under the mask. NaN and inf there are replaced by 0 before anything is computed. Finite values there do not
+reach a live position where masked tokens are skipped ("skip", `carry_over_masked=True`). The plain recurrences of some
+trainers use the mask only at the end, so that a finite reward or value in a masked gap takes part; each function says so.
+
+Legend: B batch, T time, N tokens, S sequences.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrl import checks
+from fastrl.losses.layout import Layout
+
+MASKED = ("skip", "through", "reset")
+
+
+class Tokens:
+    """Token values of one batch as flat (N,) tensors; reads and restores the caller's shape."""
+
+    def __init__(self, rewards: Any, mask: Any, cu_seqlens: Tensor | None) -> None:
+        checks.float_tensor("token_rewards", rewards)
+        self.layout = Layout.of(rewards.shape, rewards.device, cu_seqlens, "token_rewards")
+        self.dtype = rewards.dtype if rewards.dtype == torch.float64 else torch.float32
+        keep, poison = checks.keep_mask("mask", mask, self.layout.shape, self.layout.device)
+        self.mask = keep.reshape(-1)
+        self.poison = poison
+        self.rewards = self.flat("token_rewards", rewards)
+        if poison is not None:
+            self.rewards = self.rewards + poison
+        segment = torch.arange(self.layout.n_sequences, device=self.layout.device)
+        self.segment = self.layout.spread(segment)
+        last = torch.ones_like(self.mask)
+        last[:-1] = self.segment[1:] != self.segment[:-1]
+        self.last = last
+
+    def flat(self, name: str, values: Any) -> Tensor:
+        """Return detached (N,) values of the working dtype, those under the mask finite."""
+        checks.float_tensor(name, values)
+        x = self.layout.tokens(name, values).detach().to(self.dtype)
+        return torch.where(self.mask | x.isfinite(), x, 0.0)
+
+    def next(self, x: Tensor) -> Tensor:
+        """Return x_{t+1} within the sequence, 0 after its last token."""
+        following = torch.zeros_like(x)
+        following[:-1] = x[1:]
+        return torch.where(self.last, 0.0, following)
+
+    def reach(self) -> int:
+        """Return an upper bound of the length of a sequence."""
+        return self.layout.n_tokens if self.layout.packed else self.layout.shape[1]
+
+    def scan(self, b: Tensor, c: Tensor) -> Tensor:
+        """Return x with x_t = b_t + c_t x_{t+1} inside each sequence, x = b at its last token."""
+        return reverse_scan(b, torch.where(self.last, 0.0, c), self.reach())
+
+
+def reverse_scan(
+    b: Tensor,  # (N,)
+    c: Tensor,  # (N,) 0 where a sequence ends
+    reach: int,
+) -> Tensor:
+    """Return x (N,) with x_t = b_t + c_t x_{t+1}, where no run of non-zero `c` is longer than `reach`."""
+    x, c = b.clone(), c.clone()
+    step = 1
+    while step < min(reach, b.numel()):
+        # Selected, not multiplied: a NaN behind the end of the sequence must not come through a factor of zero.
+        ahead = torch.where(c[:-step] != 0, c[:-step] * x[step:], 0.0)
+        carried = c[:-step] * c[step:]
+        x = torch.cat([x[:-step] + ahead, x[-step:]])
+        c = torch.cat([carried, torch.zeros_like(c[-step:])])
+        step *= 2
+    return x
+
+
+def masked_whiten(
+    x: Tensor,  # (B, T) or any shape
+    mask: Tensor,  # same shape, 0/1
+    eps: float = 1e-8,
+) -> Tensor:
+    """Return (x - mean) / sqrt(var + eps) with the statistics of the live entries, 0 outside the mask.
+
+    var is unbiased, as in verl, SkyRL and OpenRLHF; fewer than two live entries give 0. Sums are taken in float64. For
+    whitening over ranks, gather the live entries first.
+    """
+    checks.float_tensor("x", x)
+    checks.plain_float("eps", eps, low=0.0)
+    keep, poison = checks.keep_mask("mask", mask, x.shape, x.device)
+    whitened = torch.where(keep, _whitened(torch.where(keep, x.detach(), 0.0), keep, eps), 0.0)
+    return whitened if poison is None else whitened + poison
+
+
+def _whitened(x: Tensor, keep: Tensor, eps: float) -> Tensor:
+    """Return `x` shifted and scaled by the statistics of its live entries, the others too; `x` is finite there."""
+    dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+    wide = x.to(torch.float64 if x.device.type != "mps" else torch.float32)
+    n = keep.sum()
+    centred = wide - torch.where(keep, wide, 0.0).sum() / n.clamp(min=1)
+    variance = torch.where(keep, centred, 0.0).square().sum() / (n - 1).clamp(min=1)
+    live = torch.where(n > 1, centred * torch.rsqrt(variance + eps), 0.0)
+    return torch.where(variance > 0, live, torch.where(keep, 0.0, live)).to(dtype)
+
+
+def discounted_returns(
+    token_rewards: Tensor,  # (B, T) or (N,)
+    mask: Tensor,  # same shape, 0/1
+    *,
+    gamma: float,
+    masked: str = "skip",
+    cu_seqlens: Tensor | None = None,  # (S+1,)
+) -> Tensor:
+    """Return the discounted sums G_t = r_t + gamma G_{t+1} of each sequence, of the shape of the rewards.
+
+    Args:
+        token_rewards: reward of each token, typically all of it on the last one.
+        mask: 1 for tokens of the policy, 0 for prompts, tool output and padding.
+        gamma: discount in [0, 1].
+        masked: "skip" leaves masked tokens out: they neither discount nor pay, and their return is 0 (verl's
+            REINFORCE++). "through": they discount and their finite reward counts. "reset": as "through", but a masked
+            token passes nothing on to the tokens before it (SkyRL's REINFORCE++), so that a gap cuts the sequence.
+        cu_seqlens: offsets of packed sequences.
+    """
+    checks.one_of("masked", masked, MASKED)
+    checks.plain_float("gamma", gamma, low=0.0, high=1.0)
+    tokens = Tokens(token_rewards, mask, cu_seqlens)
+    return tokens.layout.restore(_returns(tokens, gamma, masked))
+
+
+def _returns(tokens: Tokens, gamma: float, masked: str) -> Tensor:
+    discount = torch.full_like(tokens.rewards, gamma)
+    if masked == "through":
+        return tokens.scan(tokens.rewards, discount)
+    if masked == "reset":
+        # `c` of position t passes on x_{t+1}: a masked successor passes nothing.
+        return tokens.scan(tokens.rewards, torch.where(_next_live(tokens), discount, 0.0))
+    live = tokens.scan(torch.where(tokens.mask, tokens.rewards, 0.0), torch.where(tokens.mask, discount, 1.0))
+    return torch.where(tokens.mask, live, 0.0)
+
+
+def _next_live(tokens: Tokens) -> Tensor:
+    return tokens.next(tokens.mask.to(tokens.dtype)) != 0
+
+
+def gae(
+    rewards: Tensor,  # (B, T) or (N,)
+    values: Tensor,  # same shape
+    mask: Tensor,  # same shape, 0/1
+    *,
+    gamma: float,
+    lam: float | Tensor,
+    whiten: bool = False,
+    carry_over_masked: bool = False,
+    whiten_eps: float = 1e-8,
+    cu_seqlens: Tensor | None = None,  # (S+1,)
+) -> tuple[Tensor, Tensor]:
+    """Return (advantages, returns) of generalised advantage estimation (arXiv 1506.02438, eq. 16).
+
+        delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  returns = A + V
+
+    V and A after the last position are 0. Returns are formed before whitening. Masked positions hold what the
+    recurrence gives there, as in the trainers named below; select with the mask before use.
+
+    Args:
+        rewards: token rewards.
+        values: value estimates of the critic, no gradient.
+        mask: 1 for tokens of the policy.
+        gamma: discount in [0, 1].
+        lam: in [0, 1], or one per sequence as (B,), (B, 1) or packed (S,); see `length_adaptive_lambda`.
+        whiten: whiten the advantages over the live tokens (unbiased variance), masked positions shifted alike.
+        carry_over_masked: True skips masked tokens: the next value and advantage of a token are those of the next live
+            one, and a masked position carries the advantage of the live one after it (verl, NeMo-RL, AReaL). Values
+            and rewards under the mask then matter to no live position. False is the plain recurrence over all
+            positions, where finite rewards and values under the mask take part (slime, SkyRL, OpenRLHF): zero them
+            first if they should not.
+        whiten_eps: added to the variance.
+        cu_seqlens: offsets of packed sequences.
+
+    Raises:
+        ValueError, TypeError: shapes that differ, gamma or lam outside [0, 1].
+    """
+    checks.plain_float("gamma", gamma, low=0.0, high=1.0)
+    checks.plain_float("whiten_eps", whiten_eps, low=0.0)
+    tokens = Tokens(rewards, mask, cu_seqlens)
+    v = tokens.flat("values", values)
+    live, r = tokens.mask, tokens.rewards
+    decay = gamma * _lam(tokens, lam)
+    if carry_over_masked:
+        # The value of the next live token, 0 where there is none: masked positions hand it on.
+        held = tokens.scan(torch.where(live, v, 0.0), torch.where(live, 0.0, 1.0))
+        delta = torch.where(live, r + gamma * tokens.next(held) - v, 0.0)
+        advantages = tokens.scan(delta, torch.where(live, decay, 1.0))
+    else:
+        advantages = tokens.scan(r + gamma * tokens.next(v) - v, decay)
+    returns = advantages + v
+    if whiten:
+        advantages = _whitened(advantages, live, whiten_eps)
+    return tokens.layout.restore(advantages), tokens.layout.restore(returns)
+
+
+def _lam(tokens: Tokens, lam: float | Tensor) -> Tensor:
+    """Return lambda per token (N,), or raise."""
+    if not isinstance(lam, Tensor):
+        return torch.full_like(tokens.rewards, checks.plain_float("lam", lam, low=0.0, high=1.0))
+    checks.float_tensor("lam", lam)
+    if checks.checks_values(lam) and not bool(((lam >= 0) & (lam <= 1)).all()):
+        raise ValueError(f"lam must be in [0, 1], got {lam[~((lam >= 0) & (lam <= 1))][:4].tolist()}")
+    layout = tokens.layout
+    checks.same_device("lam", lam, layout.device)
+    if lam.dim() == 0:
+        return lam.detach().to(tokens.dtype).expand(layout.n_tokens)
+    allowed = {(layout.n_sequences,)} | (set() if layout.packed else {(layout.n_sequences, 1)})
+    if tuple(lam.shape) not in allowed:
+        raise ValueError(f"lam must be a number or have shape {' or '.join(map(str, sorted(allowed)))}, got {tuple(lam.shape)}")
+    return layout.spread(lam.detach().to(tokens.dtype).reshape(-1))
+
+
+def length_adaptive_lambda(lengths: Tensor, alpha: float = 0.05) -> Tensor:
+    """Return lam = 1 - 1 / (alpha length), at least 0, per sequence (VAPO, arXiv 2504.05118, eq. 9).
+
+    Args:
+        lengths: (B,) tokens of each sequence.
+        alpha: > 0; the paper uses 0.05, which gives lam > 0 above 20 tokens.
+    """
+    checks.plain_float("alpha", alpha, low=0.0, open_low=True)
+    if not isinstance(lengths, Tensor) or lengths.dim() != 1:
+        got = tuple(lengths.shape) if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise ValueError(f"lengths must be a tensor of shape (B,), got {got}")
+    wide = lengths.to(lengths.dtype if lengths.is_floating_point() else torch.float32)
+    return (1.0 - 1.0 / (alpha * wide).clamp(min=1.0)).clamp(min=0.0)
+
+
+def td_lambda_returns(
+    rewards: Tensor,  # (B, T) or (N,)
+    values: Tensor,  # same shape
+    mask: Tensor,  # same shape, 0/1
+    *,
+    gamma: float,
+    lam: float | Tensor,
+    carry_over_masked: bool = False,
+    cu_seqlens: Tensor | None = None,  # (S+1,)
+) -> Tensor:
+    """Return the lambda-returns G_t = r_t + gamma ((1 - lam) V_{t+1} + lam G_{t+1}), the targets of the critic.
+
+    They are the returns of `gae`, whose arguments these are. VAPO's decoupled GAE (arXiv 2504.05118) takes them with
+    lam = 1 for the critic, and the advantages of `gae` with a smaller lam for the policy.
+    """
+    return gae(rewards, values, mask, gamma=gamma, lam=lam, carry_over_masked=carry_over_masked, cu_seqlens=cu_seqlens)[1]
+
+
+def reinforce_plus_plus_advantages(
+    token_rewards: Tensor,  # (B, T) or (N,)
+    mask: Tensor,  # same shape, 0/1
+    *,
+    gamma: float = 1.0,
+    kl: Tensor | None = None,
+    kl_coef: float = 0.0,
+    masked: str = "skip",
+    whiten_eps: float = 1e-8,
+    cu_seqlens: Tensor | None = None,  # (S+1,)
+) -> tuple[Tensor, Tensor]:
+    """Return (advantages, returns): the discounted return of r_t - kl_coef kl_t, whitened over the batch's live tokens.
+
+    REINFORCE++, arXiv 2501.03262. masked="skip" is verl's, "reset" SkyRL's (see `discounted_returns`). Advantages are
+    0 outside the mask.
+
+    Args:
+        token_rewards: reward of each token.
+        mask: 1 for tokens of the policy.
+        gamma: discount in [0, 1].
+        kl: same shape: KL estimate of each token (`kl_estimate`), subtracted from its reward at live tokens.
+        kl_coef: its coefficient; needs `kl` unless 0.
+        masked: what masked tokens do to the return.
+        whiten_eps: added to the variance.
+        cu_seqlens: offsets of packed sequences.
+    """
+    checks.one_of("masked", masked, MASKED)
+    checks.plain_float("gamma", gamma, low=0.0, high=1.0)
+    checks.plain_float("whiten_eps", whiten_eps, low=0.0)
+    checks.plain_float("kl_coef", kl_coef, low=0.0)
+    if (kl is None) != (kl_coef == 0.0):
+        raise ValueError(f"kl and kl_coef go together, got kl {'missing' if kl is None else 'given'} and kl_coef={kl_coef}")
+    tokens = Tokens(token_rewards, mask, cu_seqlens)
+    if kl is not None:
+        tokens.rewards = tokens.rewards - torch.where(tokens.mask, kl_coef * tokens.flat("kl", kl), 0.0)
+    returns = _returns(tokens, gamma, masked)
+    advantages = torch.where(tokens.mask, _whitened(returns, tokens.mask, whiten_eps), 0.0)
+    return tokens.layout.restore(advantages), tokens.layout.restore(returns)
+
+
+def remax_advantages(
+    token_rewards: Tensor,  # (B, T) or (N,)
+    baseline_rewards: Tensor,  # (B,) or (S,)
+    mask: Tensor,  # same shape as token_rewards, 0/1
+    *,
+    cu_seqlens: Tensor | None = None,  # (S+1,)
+) -> tuple[Tensor, Tensor]:
+    """Return (advantages, returns): the sum of the rewards to come minus the reward of the greedy completion.
+
+    ReMax, arXiv 2310.10505, token by token as verl has it: masked tokens pay nothing, and hold the return in `returns`
+    but 0 - b + G, like the live ones, only where live; advantages are G_t - b at live tokens, G_t elsewhere.
+    `group_advantages(rewards, baseline="given", scale="none")` is the form with one reward per completion.
+    """
+    tokens = Tokens(token_rewards, mask, cu_seqlens)
+    checks.float_tensor("baseline_rewards", baseline_rewards)
+    base = tokens.layout.spread(tokens.layout.sequences("baseline_rewards", baseline_rewards).detach().to(tokens.dtype))
+    paid = torch.where(tokens.mask, tokens.rewards, 0.0)
+    returns = tokens.scan(paid, torch.ones_like(paid))
+    advantages = returns - torch.where(tokens.mask, base, 0.0)
+    return tokens.layout.restore(advantages), tokens.layout.restore(returns)

