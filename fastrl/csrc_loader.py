@@ -312,7 +312,7 @@ def token_logprobs_bwd(
     given, logits = logits, _logits(logits)
     n = logits.shape[0]
     dtype = _result_dtype(logits)
-    out = torch.empty(logits.shape, dtype=logits.dtype) if out is None else _out(out, given)
+    result = torch.empty(logits.shape, dtype=logits.dtype) if out is None else _out(out, given)
     arguments = _shared(logits, labels, inv_temperature, logit_scale, softcap, ignore_index)
     saved = [_rows(name, x, n) for name, x in (("logprobs", logprobs), ("entropy", entropy), ("logsumexp", logsumexp))]
     absent = torch.empty(0, dtype=dtype)
@@ -326,8 +326,8 @@ def token_logprobs_bwd(
     ]
     if n > 0:
         saved_logprobs = saved[0].to(dtype).contiguous()
-        cpu_module().token_logprobs_bwd(*arguments, saved_logprobs, *grads, out.detach(), *_how_to_run())
-    return out
+        cpu_module().token_logprobs_bwd(*arguments, saved_logprobs, *grads, result.detach(), *_how_to_run())
+    return result
 
 
 def _result_dtype(logits: Tensor) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -314,35 +315,50 @@ def test_only_the_asked_gradients() -> None:
     assert not distillation_loss(**x, beta=0.5).loss.requires_grad
 
 
-class Shapes(TorchDispatchMode):
-    """Record the shapes of all tensors that are made."""
+class Storages(TorchDispatchMode):
+    """Record the shapes of all tensors that are made, and the most bytes that were alive at once in large ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, smallest: int) -> None:
         super().__init__()
-        self.seen: set[tuple[int, ...]] = set()
+        self.smallest = smallest
+        self.shapes: set[tuple[int, ...]] = set()
+        self.alive: dict[int, int] = {}
+        self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for x in result if isinstance(result, tuple | list) else [result]:
             if isinstance(x, Tensor):
-                self.seen.add(tuple(x.shape))
+                self.shapes.add(tuple(x.shape))
+                self.watch(x.untyped_storage())
         return result
 
+    def watch(self, storage: Any) -> None:
+        key = storage._cdata
+        if storage.nbytes() >= self.smallest and key not in self.alive:
+            self.alive[key] = storage.nbytes()
+            weakref.finalize(storage, self.alive.pop, key, None)
+        self.peak = max(self.peak, sum(self.alive.values()))
 
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("top_k", [None, 5])
-def test_no_vocabulary_sized_temporary(top_k: int | None, frozen: bool) -> None:
-    """Nothing of N x V elements is made, nor a gradient of a frozen head."""
-    n, v, chunk = 64, 101, 8
+def test_no_vocabulary_sized_temporary(top_k: int | None, frozen: bool, beta: float) -> None:
+    """No tensor of N x V elements nor gradient of a frozen head is made; ten tiles of chunk x V and a bit suffice."""
+    n, v, chunk = 64, 1001, 8
     x = batch(torch.float32, (n,), v)
     x["student_hidden"].requires_grad_()
     x["student_weight"].requires_grad_(not frozen)
-    live = int(x["mask"].sum())
-    with Shapes() as shapes:
-        distillation_loss(**x, beta=0.5, chunk_tokens=chunk, top_k=top_k).loss.backward()
-    assert live > 2 * chunk
-    assert max(math.prod(shape) for shape in shapes.seen if v in shape) == chunk * v
-    assert ((v, 6) in shapes.seen) is not frozen
+    tile = 4 * chunk * v
+    caps = {"student_softcap": 5.0, "teacher_softcap": 5.0}
+    with Storages(smallest=tile // 8) as storages:
+        distillation_loss(**x, beta=beta, chunk_tokens=chunk, top_k=top_k, **caps).loss.backward()
+    assert int(x["mask"].sum()) > 2 * chunk
+    assert max(math.prod(shape) for shape in storages.shapes if v in shape) == chunk * v
+    assert ((v, 6) in storages.shapes) is not frozen
+    gradients = 0 if frozen else 3 * 4 * v * 6
+    assert storages.peak <= 10.5 * tile + gradients
 
 
 @pytest.mark.parametrize("n", [(0,), (2, 0), (2, 3)])

@@ -365,18 +365,18 @@ def test_ignored_rows_cannot_matter(with_residual: bool, seed: int) -> None:
 @pytest.mark.parametrize("label", [-1, -99, 40, 41, 2**31 - 1, 2**31, 2**62, -(2**62)])
 def test_bad_labels_are_nan_and_never_read(label: int, seed: int) -> None:
     # The logits stand between guards: an entry next to the row would give a finite log-prob.
-    guarded = torch.zeros(3, 80, device=DEVICE)
-    guarded[:, 20:60] = torch.randn(3, 40, device=DEVICE)
+    guarded = torch.zeros(4, 80, device=DEVICE)
+    guarded[:, 20:60] = torch.randn(4, 40, device=DEVICE)
     logits = guarded[:, 20:60]
-    labels = torch.tensor([3, label, 5], device=DEVICE)
-    upstream = tuple(torch.ones(3, 3, device=DEVICE).unbind(0))
-    out = torch.zeros(3, 80, device=DEVICE)
+    labels = torch.tensor([3, label, 5, IGNORE], device=DEVICE)
+    upstream = tuple(torch.ones(3, 4, device=DEVICE).unbind(0))
+    out = torch.ones(4, 80, device=DEVICE)
     results = kernel(logits, labels, 1.0, upstream, out=out[:, 20:60])
     for result in results:
         assert bool(result[1].isnan().all())
-        assert bool(result[::2].isfinite().all())
-    assert bool((out[:, :20] == 0).all())
-    assert bool((out[:, 60:] == 0).all())
+        assert bool(result[[0, 2, 3]].isfinite().all())
+    assert bool((out[:, :20] == 1).all())
+    assert bool((out[:, 60:] == 1).all())
 
 
 def test_custom_ignore_index(seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Every kernel compiles for every target without a GPU, spills nothing, and is not compiled again per length or scalar."""
+"""Every kernel compiles for every target without a GPU, spills nothing, and is not compiled again per length."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_nothing_spills(report: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_row_addresses_are_64_bit(report: dict[str, Any]) -> None:
-    """The row index is widened before it meets a stride, every pointer offset is 64-bit, and rows are on grid axis 0."""
+    """The row index is widened before it meets a stride, every pointer offset is 64-bit, rows are on grid axis 0."""
     faults = {name: value["address_faults"] for name, value in report["resources"].items() if value["address_faults"]}
     assert not faults
 
@@ -51,7 +51,7 @@ def test_rows_of_logits_are_read_in_16_bytes(report: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_compilations_do_not_grow_with_lengths_or_scalars(report: dict[str, Any]) -> None:
     wanted = {
-        # Forward and backward, each plain and with everything, whatever the length, T, scale, softcap or alignment of labels.
+        # Forward and backward, each plain and with everything, at any length, T, scale, softcap, alignment.
         "token_logprobs: 50 lengths, 10 temperatures, scales and softcaps": 4,
         # Forward and backward, for row strides that are a multiple of 16 and for others.
         "token_logprobs: 8 vocabulary sizes": 4,

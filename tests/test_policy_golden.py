@@ -7,6 +7,7 @@ import torch
 from golden import Case, cases
 from torch import Tensor
 
+from fastrl.losses.output import LossOutput
 from fastrl.losses.policy import PolicyLoss, RolloutCorrection
 from fastrl.losses.selection import (
     covariance_keep_mask,
@@ -62,7 +63,7 @@ def selection_of(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"mask": keep}
 
 
-def call(case: Case, loss: PolicyLoss, inputs: dict[str, Tensor]) -> Tensor:
+def arguments_of(case: Case, loss: PolicyLoss, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     hyper = case.hyper
     names = ("logprobs", "advantages", "mask", "old_logprobs", "ref_logprobs", "rollout_logprobs", "entropy", "scores")
     arguments = {name: inputs[name] for name in names if name in inputs}
@@ -73,14 +74,22 @@ def call(case: Case, loss: PolicyLoss, inputs: dict[str, Tensor]) -> Tensor:
         arguments["group_ids"] = inputs["group_ids"]
     if "old_logprobs" in arguments and hyper["ratio_anchor"] == "self" and hyper["kl_to"] != "old":
         del arguments["old_logprobs"]
-    arguments |= selection_of(case, inputs)
+    return arguments | selection_of(case, inputs)
+
+
+def output_of(case: Case, loss: PolicyLoss, inputs: dict[str, Tensor]) -> LossOutput:
+    return loss(**arguments_of(case, loss, inputs))
+
+
+def call(case: Case, loss: PolicyLoss, inputs: dict[str, Tensor]) -> Tensor:
+    hyper, arguments = case.hyper, arguments_of(case, loss, inputs)
     if hyper["aggregate"] == "microbatch_token_mean":
         size = hyper["micro_batch_size"]
         rows = inputs["mask"].shape[0]
         parts = [{k: v[i : i + size] for k, v in arguments.items()} for i in range(0, rows, size)]
         value = sum(loss(**part).loss for part in parts) / len(parts)
     else:
-        value = loss(**arguments).loss
+        value = output_of(case, loss, inputs).loss
     value = value * hyper.get("scale", 1.0)
     if hyper.get("positive_nll_coef"):
         right = (inputs["rewards"] > 0).unsqueeze(1) & (inputs["mask"] != 0)
@@ -97,6 +106,19 @@ def test_policy_matches_trainer_in_float64(case: Case) -> None:
     case.check_gradients(inputs)
 
 
+@pytest.mark.parametrize("case", cases("policy"), ids=lambda case: case.id)
+def test_policy_matches_trainer_in_float32(case: Case) -> None:
+    """The same in float32, to the tolerance that the index states for float32 steps."""
+    case = dataclasses.replace(case, rtol=max(case.rtol, FLOAT32_RTOL), atol=max(case.atol, FLOAT32_ATOL))
+    inputs = case.leaves(torch.float32)
+    loss = call(case, build(case), inputs)
+    assert loss.dtype == torch.float32
+    case.check("loss", loss)
+    loss.backward()
+    case.check_gradients(inputs)
+
+
+FLOAT32_RTOL, FLOAT32_ATOL = 5e-5, 2e-6
 METRICS = {
     "clip_fraction": "clip_fraction",
     "clip_fraction_low": "clip_fraction_low",
@@ -105,4 +127,26 @@ METRICS = {
     "approx_kl_old": "approx_kl_old",
     "kl_mean": "kl",
     "entropy_mean": "entropy",
+    "rollout_kl": "rollout_kl",
 }
+
+
+def same_definition(case: Case, name: str) -> bool:
+    """Clip fractions of sequence ratios are means over sequences in TRL; elsewhere the gates of other surrogates differ."""
+    if not name.startswith(("clip_", "dual_")):
+        return True
+    token_clip = case.hyper["surrogate"] == "clip" and case.hyper["ratio_level"] == "token"
+    return token_clip and case.hyper.get("selection", None) is None and case.peer != "SkyRL"
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in cases("policy") if set(c.metrics) & set(METRICS)], ids=lambda case: case.id
+)
+def test_metrics_match_trainer(case: Case) -> None:
+    inputs = case.leaves(torch.float64)
+    metrics = output_of(case, build(case), inputs).metrics
+    for theirs, ours in METRICS.items():
+        if theirs not in case.metrics or not same_definition(case, theirs):
+            continue
+        total, count = metrics[ours]
+        assert (total / count).item() == pytest.approx(case.metrics[theirs], rel=1e-6, abs=1e-9), theirs

@@ -70,8 +70,8 @@ def test_every_preset_runs_and_masked_data_cannot_matter(name: str) -> None:
 
 def test_presets_listed_by_the_contract_exist() -> None:
     listed = (
-        "sft rft dft reinforce rloo gpg ppo grpo dr_grpo dapo bnpo gspo gspo_token gmpo cispo sapo vespo luspo opmd topr "
-        "dppo_tv dppo_kl clip_cov kl_cov"
+        "sft rft dft reinforce rloo gpg ppo grpo dr_grpo dapo bnpo gspo gspo_token gmpo cispo sapo vespo luspo opmd "
+        "topr dppo_tv dppo_kl clip_cov kl_cov"
     )
     assert set(listed.split()) <= set(PolicyLoss.presets())
 
@@ -341,7 +341,7 @@ def test_unknown_names_list_the_known_ones() -> None:
         PolicyLoss.preset("GRPO")
     with pytest.raises(ValueError, match=r"no style 'xyz'; styles that differ from the paper: trl"):
         PolicyLoss.preset("grpo", style="xyz")
-    with pytest.raises(ValueError, match="unknown field clip_hi of PolicyLoss; known: .*clip_high"):
+    with pytest.raises(ValueError, match=r"unknown field clip_hi of PolicyLoss; known: .*clip_high"):
         PolicyLoss.preset("dapo", clip_hi=0.3)
 
 
@@ -419,14 +419,16 @@ def test_from_hidden_path_is_reported() -> None:
     labels, mask = torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3)
     inputs = {"advantages": torch.ones(2), "mask": mask, "old_logprobs": torch.zeros(2, 3)}
 
-    def units(name: str, head: Tensor, **fields: object) -> float:
-        output = PolicyLoss.preset(name, **fields).from_hidden(hidden, head, labels, **inputs)
+    def units(name: str, head: Tensor, **options: object) -> float:
+        output = PolicyLoss.preset(name).from_hidden(hidden, head, labels, **inputs, **options)
         return output.metrics["path/gemm_units"][0].item()
 
     assert units("dapo", weight) == 3
     assert units("dapo", weight.detach()) == 2
-    assert units("gspo", weight) == 4
+    assert units("gspo", weight) == 3
+    assert units("gspo", weight, chunk_tokens=1) == 3
     assert units("gspo", weight.detach()) == 2
+    assert units("kl_cov", weight) == 4
     with torch.no_grad():
         assert units("dapo", weight) == 1
 
@@ -445,6 +447,33 @@ def test_zero_advantage_rows_skip_the_gradient_gemms() -> None:
     assert not [s for s in shapes if s[0] == [32, 9]], "no full chunk goes through dX"
     output.loss.backward()
     assert int((hidden.grad[0] != 0).any(-1).sum()) == 1
+
+
+@pytest.mark.parametrize("name", ["gspo", "vespo", "gmpo", "luspo"])
+@pytest.mark.parametrize("chunk", [1, 2, 8])
+def test_sequences_longer_than_a_block_form_their_logits_twice(name: str, chunk: int) -> None:
+    """Blocks of whole sequences, sequences longer than a block, and a call on log-probs agree."""
+    inputs = batch(5, 12)
+    hidden, weight = torch.randn(5, 12, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
+    labels = torch.randint(0, 9, (5, 12))
+    spec = PolicyLoss.preset(name, entropy_coef=0.05)
+    others = {k: v for k, v in inputs.items() if k not in ("logprobs", "entropy")}
+    results = []
+    for path in ("hidden", "logprobs"):
+        leaf, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if path == "hidden":
+            output = spec.from_hidden(leaf, head, labels, chunk_tokens=chunk, backend="torch", **others)
+            units = output.metrics["path/gemm_units"][0].item()
+        else:
+            result = fastrl.linear_token_logprobs(leaf, head, labels, backend="torch")
+            output = spec(result.logprobs, entropy=result.entropy, **others)
+        output.loss.backward()
+        results.append((output.loss.detach(), leaf.grad, head.grad))
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+    lengths = inputs["mask"].sum(1)
+    long = lengths[lengths > 4 * chunk].sum() / lengths.sum()
+    assert units == pytest.approx(3.0 + long.item())
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -475,7 +504,7 @@ def test_returned_logprobs_are_detached() -> None:
 
 
 def test_product_of_the_axes_is_computed_or_refused() -> None:
-    """Every combination of the named axes either raises at construction or gives finite values equal to the reference."""
+    """Every combination of the named axes raises at construction or gives finite values equal to the reference."""
     inputs = batch(dtype=torch.float64)
     computed = refused = 0
     axes = itertools.product(

@@ -350,6 +350,14 @@ def test_nll(normalise: str | None) -> None:
     torch.testing.assert_close(both - plain, 0.7 * want)
 
 
+def test_mean_scores_with_a_reference() -> None:
+    """The mean log-ratio: policy and reference are divided by the same length."""
+    logprobs, mask, ref = token_batch()
+    one = PreferenceLoss.preset("sigmoid", reduce="mean").from_logprobs(logprobs, mask, ref).loss
+    other = PreferenceLoss.preset("sigmoid_norm").from_logprobs(logprobs, mask, ref).loss
+    torch.testing.assert_close(one, other, rtol=1e-13, atol=0)
+
+
 def test_orpo_and_cpo_add_the_nll_where_tokens_are_known() -> None:
     logprobs, mask, _ = token_batch()
     nll = -torch.where(mask, logprobs, 0)[:3].sum() / mask[:3].sum()
@@ -652,6 +660,7 @@ def test_mixture_refusals() -> None:
 def test_refused_at_call() -> None:
     c, r, rc, rr = scores(4)
     dpo, simpo, kto = (PreferenceLoss.preset(name) for name in ("sigmoid", "simpo", "kto"))
+    vanilla = PreferenceLoss.preset("kto", style="openrlhf")
     logprobs, mask, ref = token_batch()
     refusals: list[tuple[str, Callable]] = [
         ("needs ref_chosen_logps and ref_rejected_logps", lambda: dpo(c, r)),
@@ -664,7 +673,8 @@ def test_refused_at_call() -> None:
             r"chosen_lengths must have shape",
             lambda: simpo(c, r, chosen_lengths=torch.ones(3), rejected_lengths=torch.ones(4)),
         ),
-        ("needs reference_point", lambda: kto(c, r, rc, rr)),
+        ("reference_point is not used", lambda: vanilla(c, r, rc, rr, reference_point=0.0)),
+        ("n_pairs or n_tokens must be", lambda: dpo(c, r, rc, rr, n_pairs=-1)),
         ("baseline is not used", lambda: kto(c, r, rc, rr, reference_point=0.0, baseline=0.0)),
         ("reference_point is for losses of rows", lambda: dpo(c, r, rc, rr, reference_point=0.0)),
         ("needs the tokens", lambda: PreferenceLoss.preset("sigmoid", ld_alpha=0.5)(c, r, rc, rr)),
@@ -684,6 +694,45 @@ def test_refused_at_call() -> None:
     for message, call in refusals:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_kto_without_a_reference_point_takes_the_other_rows() -> None:
+    c, r, rc, rr = scores(5)
+    w, x = c - rc, r - rr
+    want = torch.cat(
+        [1 - torch.sigmoid(0.1 * (w - x.mean().relu())), 1 - torch.sigmoid(0.1 * (w.mean().relu() - x))]
+    ).mean()
+    for style in ("trl", "openrlhf"):
+        got = PreferenceLoss.preset("kto", style=style)(c, r, rc, rr).loss
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            torch.autograd.grad(got, (c, r)), torch.autograd.grad(want, (c, r), retain_graph=True)
+        )
+
+
+def test_metrics() -> None:
+    """Sums and counts, so that the quotient of sums over micro-batches is the mean of the whole."""
+    logprobs, mask, ref = token_batch(pairs=4)
+    loss = PreferenceLoss.preset("sigmoid", beta=0.2)
+    metrics = loss.from_logprobs(logprobs, mask, ref).metrics
+    s = torch.where(mask, logprobs - ref, 0).sum(1)
+    w, x = 0.2 * s[:4], 0.2 * s[4:]
+    wanted = {
+        "rewards/chosen": w.mean(),
+        "rewards/rejected": x.mean(),
+        "rewards/margins": (w - x).mean(),
+        "rewards/accuracies": (w > x).double().mean(),
+        "logps/chosen": torch.where(mask, logprobs, 0).sum(1)[:4].mean(),
+        "logps/rejected": torch.where(mask, logprobs, 0).sum(1)[4:].mean(),
+        "nll_loss": -logprobs[:4][mask[:4]].mean(),
+        "nonfinite": torch.zeros((), dtype=torch.float64),
+    }
+    assert set(metrics) == set(wanted)
+    for name, (total, count) in metrics.items():
+        assert not total.requires_grad
+        torch.testing.assert_close(total / count, wanted[name])
+    logprobs[1, 1] = -math.inf
+    assert [float(x) for x in loss.from_logprobs(logprobs, mask, ref).metrics["nonfinite"]] == [1.0, 4.0]
 
 
 def test_ids_of_golden_families() -> None:

@@ -69,7 +69,7 @@ def distillation_loss(
     in nats, not scaled by temperature^2 (GKD, arXiv 2306.13649). The cross-entropy with the teacher's probabilities is
     beta = 0 plus the teacher's entropy, and has its gradient. The gradient is with respect to `student_hidden`,
     `student_weight` and `student_bias`; those that require none cost nothing, and the teacher gets none. Extra
-    memory: about eight tiles of chunk_tokens x V, and the gradients (float32 for the head). Reverse KL is infinite, and
+    memory: up to ten tiles of chunk_tokens x V, and the gradients (float32 for the head). Reverse KL is infinite, and
     its gradient NaN, where the teacher bans (-inf) an entry that the student does not.
 
     Args:
@@ -141,7 +141,7 @@ def distillation_loss_from_logits(
 ) -> LossOutput:
     """Return `distillation_loss` of logits that are there already; the gradient is with respect to `student_logits`.
 
-    Extra memory: about eight tiles of chunk_tokens x V, and the gradient in the dtype of `student_logits`.
+    Extra memory: up to ten tiles of chunk_tokens x V, and the gradient in the dtype of `student_logits`.
     """
     how = _divergence(beta, temperature, top_k)
     checks.float_tensor("student_logits", student_logits)
@@ -184,15 +184,13 @@ def sampled_distillation_advantages(
 # --- from hidden states -----------------------------------------------------------------------------------------------
 
 
-def _capped(logits: Tensor, head: Head, inverse: float) -> tuple[Tensor, Tensor | float]:
-    """Return (z, dz/dlogits) of raw logits (C, V), which are overwritten."""
+def _capped(logits: Tensor, head: Head, inverse: float, slope: bool) -> tuple[Tensor, Tensor | float]:
+    """Return (z, dz/dlogits where asked for) of raw logits (C, V), which are overwritten."""
     if head.softcap == 0.0:
-        factor = head.logit_scale * inverse
-        # One multiplication each, in the order of the definition: scale, then divide by the temperature.
-        return logits.mul_(head.logit_scale).mul_(inverse), factor
+        return logits.mul_(head.logit_scale).mul_(inverse), head.logit_scale * inverse
     bent = logits.mul_(head.logit_scale / head.softcap).tanh_()
-    slope = (1.0 - bent * bent).mul_(head.logit_scale * inverse)
-    return bent.mul_(head.softcap).mul_(inverse), slope
+    slopes = bent.square().neg_().add_(1.0).mul_(head.logit_scale * inverse) if slope else 1.0
+    return bent.mul_(head.softcap).mul_(inverse), slopes
 
 
 class _LinearDistillation(torch.autograd.Function):
@@ -221,13 +219,15 @@ class _LinearDistillation(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64 if hidden.device.type != "mps" else dtype, device=hidden.device)
         entropy = torch.empty(student.live.numel(), dtype=dtype, device=hidden.device)
         for (rows, states, logits), (_, _, teacher_logits) in zip(student, teacher, strict=True):
-            z, slope = _capped(logits, heads[0], 1.0 / how.temperature)
-            z_teacher, _ = _capped(teacher_logits, heads[1], 1.0 / how.temperature)
+            z, slope = _capped(logits, heads[0], 1.0 / how.temperature, any(needs))
+            z_teacher, _ = _capped(teacher_logits, heads[1], 1.0 / how.temperature, False)
             result = how.rows(z, z_teacher.to(dtype))
             total += result.divergence.sum(dtype=total.dtype)
             entropy[rows] = result.entropy
             if result.gradient is not None and any(needs):
                 gradients.add(rows, states, result.gradient.mul_(slope))
+            # The tiles of this chunk go before those of the next are made.
+            del result, slope
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         entropy = student.scattered(entropy)

@@ -29,7 +29,7 @@ class Rows(NamedTuple):
 
 def _weighted(p: Tensor, x: Tensor) -> Tensor:
     """Return p x, 0 where p is 0 whatever x is; NaN stays."""
-    return torch.where(p == 0, 0.0, p * x)
+    return (p * x).masked_fill_(p == 0, 0.0)
 
 
 def _normalise(logits: Tensor) -> Tensor:

@@ -18,16 +18,10 @@ from torch import Tensor
 from fastrl import checks, reference
 from fastrl.losses.layout import Layout
 from fastrl.losses.output import LossOutput
+from fastrl.losses.policy_hidden import Batch, fused_from_hidden, with_path
 from fastrl.losses.policy_metrics import policy_metrics
 from fastrl.losses.policy_presets import PRESETS, preset_fields
-from fastrl.ops.linear_token_logprobs import (
-    Head,
-    check_head,
-    fused_gradient,
-    inverse_temperature,
-    linear_token_logprobs,
-    make_head,
-)
+from fastrl.ops.linear_token_logprobs import check_head, inverse_temperature, linear_token_logprobs, make_head
 from fastrl.ops.policy import fused_policy_terms
 from fastrl.ops.token_logprobs import token_logprobs
 
@@ -369,11 +363,13 @@ class PolicyLoss:
                 sequences with a live token), so that micro-batches and ranks add up.
             selection: 0/1 keep-mask on the policy term, per token or per sequence; the denominator stays.
             group_ids: (B,) prompt of each sequence, for aggregate="prompt_mean".
-            scores: (B,) or per token: TOPR takes the token as positive where the score is > 0; the advantage's sign otherwise.
+            scores: (B,) or per token: TOPR takes the token as positive where the score is > 0; without it, where the
+                advantage is.
             cu_seqlens: (S+1,) offsets of packed sequences.
 
         Returns:
-            `LossOutput`; metrics are (sum, count) tensors on the device, to be added over micro-batches and divided once.
+            `LossOutput`; metrics are (sum, count) tensors on the device, to be added over micro-batches and divided
+            once.
         """
         checks.float_tensor("logprobs", logprobs)
         layout = Layout.of(logprobs.shape, logprobs.device, cu_seqlens)
@@ -443,31 +439,33 @@ class PolicyLoss:
     ) -> LossOutput:
         """Return the loss from hidden states and the LM head, without the logits of more than one chunk of tokens.
 
-        A loss that is separable over tokens takes 3 GEMM units (2 with a frozen head): its gradient is formed in the
-        forward. One that couples tokens takes the log-probs first and forms the logits again in the backward (4 units;
-        2 with a frozen head and no entropy term). `metrics["path/gemm_units"]` says which ran. `LossOutput.logprobs`
-        and `.entropy` are detached. The gradient is with respect to `hidden`, `weight` and `bias`, for any upstream factor.
+        The gradient is formed in the forward: 3 GEMM units (2 with a frozen head), chunk by chunk, or for a loss that
+        couples the tokens of a sequence in blocks of whole sequences; a sequence longer than 4 chunks has its logits
+        formed twice (4 units). `metrics["path/gemm_units"]` says what ran, as the mean over live tokens.
+        `LossOutput.logprobs` and `.entropy` are detached. The gradient is with respect to `hidden`, `weight` and
+        `bias`, for any upstream factor.
         """
         _refuse_entropy(inputs)
         masked = _masked_labels(labels, inputs.get("mask"))
         hidden, weight, masked, bias = check_head(hidden, weight, masked, bias, IGNORED)
         options = {"chunk_tokens": chunk_tokens, "tail_mass": tail_mass, "tp_group": tp_group, "backend": backend}
         head = make_head(hidden, logit_scale, softcap, IGNORED, **options)
-        known_before = inputs.get("old_logprobs") is not None or self.correction is None
-        if self.couples_sequences or not known_before:
+        frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad)) and not self.uses_entropy
+        # A correction without old log-probs takes the current ones, and KL-Cov ranks the whole batch: log-probs first.
+        needs_all = self.kl_fraction is not None or (self.correction is not None and inputs.get("old_logprobs") is None)
+        if needs_all or (self.couples_sequences and frozen):
             result = linear_token_logprobs(
                 hidden, weight, masked, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
                 ignore_index=IGNORED, **options,
             )  # fmt: skip
             output = self(result.logprobs, entropy=result.entropy, **inputs)
-            frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad)) and not self.uses_entropy
-            return _with_path(output, 2 if frozen else 4)
+            return with_path(output, 2.0 if frozen else 4.0)
         layout = Layout.of(masked.shape, masked.device, inputs.pop("cu_seqlens", None), "labels")
         batch = self._batch(layout, _wide(hidden.dtype), **_named_inputs(inputs))
         inverse = inverse_temperature(temperature, masked, hidden)
-        return self._fused_from_hidden(layout, batch, hidden, weight, bias, masked, inverse, head)
+        return fused_from_hidden(self, layout, batch, hidden, weight, bias, masked, inverse, head)
 
-    def _batch(self, layout: Layout, dtype: torch.dtype, **inputs: Any) -> _Batch:
+    def _batch(self, layout: Layout, dtype: torch.dtype, **inputs: Any) -> Batch:
         """Return the batch as flat columns, or raise for inputs that the loss needs or that do not fit."""
         mask, poison = checks.keep_mask("mask", inputs["mask"], layout.shape, layout.device)
         flat: dict[str, Tensor | None] = {}
@@ -497,7 +495,7 @@ class PolicyLoss:
         group_ids = None if inputs["group_ids"] is None else layout.sequences("group_ids", inputs["group_ids"])
         _check_count("n_tokens", inputs["n_tokens"])
         _check_count("n_sequences", inputs["n_sequences"])
-        return _Batch(
+        return Batch(
             advantages=spread,
             mask=mask.reshape(-1),
             selection=selection,
@@ -522,12 +520,12 @@ class PolicyLoss:
         if self.aggregate == "prompt_mean" and inputs["group_ids"] is None:
             raise ValueError("aggregate='prompt_mean' needs group_ids=, the prompt of each sequence")
 
-    def _evaluate(self, layout: Layout, batch: _Batch, logprobs: Tensor, entropy: Tensor | None) -> LossOutput:
+    def _evaluate(self, layout: Layout, batch: Batch, logprobs: Tensor, entropy: Tensor | None) -> LossOutput:
         """Return the loss from flat log-probs: plain PyTorch, or the fused kernel where it runs."""
         dtype = _wide(logprobs.dtype)
         live = torch.where(batch.mask, logprobs.to(dtype), 0.0)
         live_entropy = None if entropy is None else torch.where(batch.mask, entropy.to(dtype), 0.0)
-        columns = self._columns(layout, batch, live)
+        columns = self.columns(layout, batch, live)
         columns = reference.pooled_columns(self, live, columns, batch.mask, layout.lengths)
         terms = fused_policy_terms(self, live, live_entropy, columns)
         loss = reference.total(terms.contribution, layout.lengths)
@@ -537,7 +535,8 @@ class PolicyLoss:
         detached = None if entropy is None else layout.restore(entropy.detach())
         return LossOutput(loss, metrics, layout.restore(logprobs.detach()), detached)
 
-    def _columns(self, layout: Layout, batch: _Batch, live: Tensor | None) -> reference.TokenColumns:
+    def columns(self, layout: Layout, batch: Batch, live: Tensor | None) -> reference.TokenColumns:
+        """Return the columns of the token arithmetic; `live` are the log-probs, where the columns depend on them."""
         kl_tokens = None
         if self.kl_fraction is not None:
             assert live is not None
@@ -559,107 +558,6 @@ class PolicyLoss:
             constant=self.constant if self.constant is not None else layout.shape[-1],
             logprobs=None if live is None else live.detach(),
         )
-
-    def _fused_from_hidden(
-        self,
-        layout: Layout,
-        batch: _Batch,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        inverse: Tensor,
-        head: Head,
-    ) -> LossOutput:
-        """Return the loss with its gradient formed in the forward, chunk by chunk."""
-        columns = self._columns(layout, batch, None)
-        grad = torch.is_grad_enabled()
-        needs = (
-            grad and hidden.requires_grad,
-            grad and weight.requires_grad,
-            grad and bias is not None and bias.requires_grad,
-        )
-
-        def coefficients(logprobs: Tensor, entropy: Tensor, index: Tensor) -> tuple[Tensor, Tensor | None]:
-            part = reference.TokenColumns(*(None if c is None else c[index] for c in columns))
-            return policy_gradient_coefficients(self, logprobs, entropy, part)
-
-        plan = _FusedPlan(head, needs, coefficients, layout, batch.mask, columns, self)
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        loss, logprobs, entropy = _FusedFromHidden.apply(flat, weight, bias, labels.reshape(-1), inverse, plan)
-        with torch.no_grad():
-            terms = fused_policy_terms(self, logprobs, entropy, columns)
-            metrics = policy_metrics(self, batch, logprobs, entropy, columns, terms)
-        output = LossOutput(loss, metrics, layout.restore(logprobs), layout.restore(entropy))
-        return _with_path(output, 1 + int(needs[0]) + int(needs[1]))
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """The inputs of a call as flat tensors: (N,) per token, (S,) per sequence."""
-
-    advantages: Tensor
-    mask: Tensor
-    old_logprobs: Tensor | None
-    ref_logprobs: Tensor | None
-    rollout_logprobs: Tensor | None
-    selection: Tensor | None
-    positive: Tensor | None
-    group_ids: Tensor | None
-    n_tokens: float | Tensor | None
-    n_sequences: float | Tensor | None
-
-
-@dataclass(frozen=True)
-class _FusedPlan:
-    """What `_FusedFromHidden` needs beside its tensors."""
-
-    head: Head
-    needs: tuple[bool, bool, bool]
-    coefficients: Any
-    layout: Layout
-    mask: Tensor
-    columns: reference.TokenColumns
-    spec: PolicyLoss
-
-
-class _FusedFromHidden(torch.autograd.Function):
-    """(hidden, weight, bias) -> loss, with the gradient formed in the forward; backward scales it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, inverse: Tensor, plan: _FusedPlan
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        logprobs, entropy, gradients = fused_gradient(
-            hidden, weight, bias, labels, inverse, plan.head, plan.needs, plan.coefficients
-        )
-        contribution = reference.token_terms(plan.spec, logprobs, entropy, plan.columns).contribution
-        ctx.save_for_backward(*gradients)
-        ctx.mark_non_differentiable(logprobs, entropy)
-        return reference.total(contribution, plan.layout.lengths), logprobs, entropy
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("from_hidden is differentiable once: create_graph=True is not supported")
-        scaled = (None if g is None else (g * grads[0]).to(g.dtype) for g in ctx.saved_tensors)
-        return (*scaled, None, None, None)
-
-
-def policy_gradient_coefficients(
-    loss: PolicyLoss, logprobs: Tensor, entropy: Tensor, columns: reference.TokenColumns
-) -> tuple[Tensor, Tensor | None]:
-    """Return (dL/dlogprobs, dL/dentropy or None) of a loss that is separable over tokens, each (N,)."""
-    with torch.enable_grad():
-        leaf = logprobs.detach().requires_grad_()
-        if not loss.uses_entropy:
-            contribution = fused_policy_terms(loss, leaf, None, columns).contribution
-            (g,) = torch.autograd.grad(contribution.sum(), leaf)
-            return g, None
-        leaf_entropy = entropy.detach().requires_grad_()
-        contribution = fused_policy_terms(loss, leaf, leaf_entropy, columns).contribution
-        g, h = torch.autograd.grad(contribution.sum(), (leaf, leaf_entropy))
-    return g, h
 
 
 IGNORED = -(2**31)
@@ -703,11 +601,6 @@ def _check_count(name: str, value: Any) -> None:
             checks.plain_float(name, float(value), low=0.0, open_low=True)
         return
     checks.plain_float(name, value, low=0.0, open_low=True)
-
-
-def _with_path(output: LossOutput, units: int) -> LossOutput:
-    one = torch.ones((), device=output.loss.device)
-    return output._replace(metrics={**output.metrics, "path/gemm_units": (one * units, one)})
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -118,8 +118,9 @@ class PreferenceLoss:
     undesirable_weight: float = 1.0
     """Weight of rows whose label is false."""
     shift: str | None = None
-    """What is subtracted from the rows' scores: "reference_point" (kto), "baseline" (bco), or "paired_mean": the
-    positive part of the mean score of the rows with the other label, its gradient kept."""
+    """What is subtracted from the rows' scores: "reference_point" (kto; without a given one as the next),
+    "paired_mean": the positive part of the mean score of the rows with the other label, its gradient kept, or
+    "baseline" (bco)."""
     components: tuple[tuple[PreferenceLoss, float], ...] = ()
     """A weighted sum of other losses, made by `mixture`."""
 
@@ -140,7 +141,8 @@ class PreferenceLoss:
         Args:
             name: one of `presets()`.
             style: whose meaning of the name, where trainers differ: "ipo" averages over the length in "trl" and sums in
-                "openrlhf" and "roll"; "kto" takes a reference point in "trl" and the other rows' mean in "openrlhf".
+                "openrlhf" and "roll"; "kto" may be given its reference point in "trl" and always takes the other rows'
+                mean in "openrlhf".
             overrides: fields. `gamma` is `margin`, `ld_alpha` is `length_desensitisation`, `nll_coef` is `sft_coef`,
                 `use_weighting=True` is `weighting="wpo"`; `alpha=None` and `tau=None` keep the preset's.
 
@@ -231,7 +233,8 @@ class PreferenceLoss:
             chosen_logps: log-probs of the chosen (or desirable) completions; rejected_logps likewise.
             ref_chosen_logps: the reference's, and ref_rejected_logps; needed unless the loss is reference-free.
             chosen_lengths: tokens of each completion, and rejected_lengths.
-            reference_point: kto's z0, in log-prob units, detached; clamp it to >= 0 as the paper does.
+            reference_point: kto's z0, in log-prob units, detached; the paper's is >= 0. None: the positive part of the
+                mean score of the rows with the other label, its gradient kept, as OpenRLHF has it.
             baseline: bco's delta, in reward (beta log-ratio) units, detached. None: the mean reward of these rows.
             n_pairs: the global number of pairs (rows), for micro-batches and ranks; n_tokens that of chosen tokens.
 
@@ -287,7 +290,8 @@ class PreferenceLoss:
         """Return the loss of per-token log-probs.
 
         Rows are the chosen completions, then the rejected ones; for kto, apo_zero_unpaired and bco any rows, with
-        `labels`. kto takes its reference point as it is, or as max(0, mean(sum kl_logprobs - sum kl_ref_logprobs)).
+        `labels`. kto takes its reference point as for `loss(...)`, or as max(0, mean(sum kl_logprobs - sum
+        kl_ref_logprobs)), detached, from completions of other prompts (the paper's).
         What stands under the mask has no effect. The other arguments are those of `loss(...)`.
 
         Raises:
@@ -410,7 +414,9 @@ class PreferenceLoss:
         self, policy: Any, mask: Tensor, ref_logprobs: Tensor | None, desirable: Tensor | None, inputs: dict[str, Any]
     ) -> LossOutput:
         output = self.from_logprobs(policy.logprobs, mask, ref_logprobs, labels=desirable, **inputs)
-        return output._replace(logprobs=policy.logprobs.detach(), entropy=policy.entropy.detach())
+        entropy = policy.entropy.detach()
+        metrics = output.metrics | cast_metrics({"entropy": (entropy.sum(), (mask != 0).sum())})
+        return LossOutput(output.loss, metrics, policy.logprobs.detach(), entropy)
 
     def _scores(self, rows: PairRows) -> Scores:
         """Return what the features compare: log-ratios or log-probs, transformed and normalised."""
@@ -496,6 +502,7 @@ class PreferenceLoss:
             "rewards/margins": ((chosen - rejected).sum(), count),
             "logps/chosen": (reduced.chosen.sum(), count),
             "logps/rejected": (reduced.rejected.sum(), count),
+            "nonfinite": ((~(chosen - rejected).isfinite()).sum(), count),
         }
         if rows.chosen_total is not None and rows.chosen_tokens is not None:
             metrics["nll_loss"] = (-rows.chosen_total.sum(), rows.chosen_tokens)
@@ -546,20 +553,14 @@ class PreferenceLoss:
                 raise ValueError(f"{field} is not used by the loss {self.name!r} (shift={self.shift!r}); leave it out")
         if self.shift is None:
             return scores.new_zeros(())
-        if self.shift == "paired_mean":
-            mean_w = masked_mean(scores, labels)
-            mean_l = masked_mean(scores, ~labels)
-            return self.beta * torch.where(labels, torch.relu(mean_l), torch.relu(mean_w))
         if self.shift == "baseline":
             if baseline is None:
                 return (self.beta * scores.detach()).sum() / max(scores.numel(), 1)
             return scalar_like("baseline", baseline, scores)
-        if reference_point is None:
-            raise ValueError(
-                f"the loss {self.name!r} needs reference_point, or kl_logprobs and kl_ref_logprobs; "
-                "without a reference point it is apo_zero_unpaired"
-            )
-        return self.beta * scalar_like("reference_point", reference_point, scores)
+        if reference_point is not None:
+            return self.beta * scalar_like("reference_point", reference_point, scores)
+        mean_w, mean_l = masked_mean(scores, labels), masked_mean(scores, ~labels)
+        return self.beta * torch.where(labels, torch.relu(mean_l), torch.relu(mean_w))
 
     def _of_rows(
         self,
@@ -577,7 +578,7 @@ class PreferenceLoss:
         loss = (weights * per_row).sum() / at_least_one(scores.numel() if n_rows is None else n_rows)
         with torch.no_grad():
             rewards = self.beta * scores
-            metrics = {}
+            metrics = {"nonfinite": ((~scores.isfinite()).sum(), torch.full_like(labels.sum(), labels.numel()))}
             for side, rows in (("chosen", labels), ("rejected", ~labels)):
                 count = rows.sum()
                 metrics[f"rewards/{side}"] = (torch.where(rows, rewards, 0.0).sum(), count)

@@ -102,7 +102,7 @@ def live(x: Tensor, keep: Tensor) -> Tensor:
 
 def choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
     """Return yes or no in the dtype of `like`; torch.where would round the numbers to float32 first."""
-    return torch.where(condition, like.new_tensor(yes), like.new_tensor(no))
+    return torch.where(condition, like.new_full((), yes), like.new_full((), no))
 
 
 def constant(x: Tensor | None) -> Tensor | None:
@@ -114,7 +114,9 @@ def at_least_one(count: float | Tensor | None) -> float | Tensor:
     """Return a count that may be divided by; None counts as 1."""
     if count is None:
         return 1.0
-    return max(float(count), 1.0) if isinstance(count, (int, float)) else count.clamp(min=1)
+    if isinstance(count, (int, float)):
+        return max(checks.plain_float("n_pairs or n_tokens", count, low=0.0), 1.0)
+    return count.clamp(min=1)
 
 
 def masked_mean(x: Tensor, rows: Tensor) -> Tensor:
@@ -130,7 +132,7 @@ def cast_metrics(metrics: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[T
 def scalar_like(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     """Return one number as a detached 0-d tensor like `like`, or raise."""
     if isinstance(value, (int, float)):
-        return like.new_tensor(checks.plain_float(name, value))
+        return like.new_full((), checks.plain_float(name, value))
     if value.numel() != 1:
         raise ValueError(f"{name} must be one number, got shape {tuple(value.shape)}")
     return value.detach().reshape(()).to(like)

@@ -22,9 +22,6 @@ from torch import Tensor
 
 from fastrl.reference import exp_linear
 
-# Beyond this distance the square link goes on as its tangent: the square of an exponential score (f-divergences) would
-# leave float32, and no score of real text comes near it.
-SQUARE_LIMIT = 1e6
 # log(1 - p) of a completion with p = 1: a mean log-prob above -ODDS_EPS is read as -ODDS_EPS, its gradient kept.
 ODDS_EPS = 1e-30
 
@@ -139,10 +136,7 @@ def hinge(z: Tensor, spec: Any) -> Tensor:
 
 def square(z: Tensor, spec: Any) -> Tensor:
     """Return ((z - 1/2) / beta)^2, i.e. (feature - 1/(2 beta))^2 (IPO, arXiv 2310.12036, eq. 17)."""
-    x = (z - 0.5) / spec.beta
-    limit = SQUARE_LIMIT + 1.0 / spec.beta
-    inside = x.clamp(min=-limit, max=limit)
-    return torch.where(x.abs() > limit, limit * (2.0 * x.abs() - limit), inside * inside)
+    return torch.square((z - 0.5) / spec.beta)
 
 
 def exo(z: Tensor, spec: Any) -> Tensor:

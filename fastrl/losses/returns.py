@@ -1,14 +1,15 @@
 """Returns and advantages from token rewards: discounted sums, generalised advantage estimation, whitening.
 
-Token tensors are (B, T) with a 0/1 `mask` (B, T), or packed (N,) with `cu_seqlens` (S+1,); a packed batch gives the same
-numbers as a padded one. Nothing is differentiated. The dtype of the results is that of the rewards, at least float32.
+Token tensors are (B, T) with a 0/1 `mask` (B, T), or packed (N,) with `cu_seqlens` (S+1,); a packed batch gives the
+same numbers as a padded one. Nothing is differentiated. Results have the dtype of the rewards, at least float32.
 
 A recurrence x_t = b_t + c_t x_{t+1} is solved by doubling the reach of every position (Hillis and Steele 1986): log2(T)
 whole-tensor steps in place of T steps over columns of B values, and no wait for the device.
 
-What counts under the mask. NaN and inf there are replaced by 0 before anything is computed. Finite values there do not
-reach a live position where masked tokens are skipped ("skip", `carry_over_masked=True`). The plain recurrences of some
-trainers use the mask only at the end, so that a finite reward or value in a masked gap takes part; each function says so.
+What counts under the mask: NaN and inf there are replaced by 0 before anything is computed. Finite values there reach
+no live position where masked tokens are skipped ("skip", `carry_over_masked=True`). The plain recurrences of some
+trainers use the mask only at the end, so that finite rewards and values in a masked gap take part; each function says
+so.
 
 Legend: B batch, T time, N tokens, S sequences.
 """
@@ -26,7 +27,7 @@ from fastrl.losses.layout import Layout
 MASKED = ("skip", "through", "reset")
 
 
-class Tokens:
+class TokenBatch:
     """Token values of one batch as flat (N,) tensors; reads and restores the caller's shape."""
 
     def __init__(self, rewards: Any, mask: Any, cu_seqlens: Tensor | None) -> None:
@@ -97,19 +98,19 @@ def masked_whiten(
     checks.float_tensor("x", x)
     checks.plain_float("eps", eps, low=0.0)
     keep, poison = checks.keep_mask("mask", mask, x.shape, x.device)
-    whitened = torch.where(keep, _whitened(torch.where(keep, x.detach(), 0.0), keep, eps), 0.0)
-    return whitened if poison is None else whitened + poison
+    result = torch.where(keep, whitened(torch.where(keep, x.detach(), 0.0), keep, eps), 0.0)
+    return result if poison is None else result + poison
 
 
-def _whitened(x: Tensor, keep: Tensor, eps: float) -> Tensor:
-    """Return `x` shifted and scaled by the statistics of its live entries, the others too; `x` is finite there."""
+def whitened(x: Tensor, keep: Tensor, eps: float) -> Tensor:
+    """Return all of `x` shifted and scaled by the statistics of its live entries (`keep`, bool), no checks."""
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
     wide = x.to(torch.float64 if x.device.type != "mps" else torch.float32)
     n = keep.sum()
     centred = wide - torch.where(keep, wide, 0.0).sum() / n.clamp(min=1)
     variance = torch.where(keep, centred, 0.0).square().sum() / (n - 1).clamp(min=1)
-    live = torch.where(n > 1, centred * torch.rsqrt(variance + eps), 0.0)
-    return torch.where(variance > 0, live, torch.where(keep, 0.0, live)).to(dtype)
+    # Equal entries give 0, but a NaN at a live one must stay visible: `variance == 0` is false for it.
+    return torch.where(variance == 0, 0.0, centred * torch.rsqrt(variance + eps)).to(dtype)
 
 
 def discounted_returns(
@@ -133,11 +134,12 @@ def discounted_returns(
     """
     checks.one_of("masked", masked, MASKED)
     checks.plain_float("gamma", gamma, low=0.0, high=1.0)
-    tokens = Tokens(token_rewards, mask, cu_seqlens)
-    return tokens.layout.restore(_returns(tokens, gamma, masked))
+    tokens = TokenBatch(token_rewards, mask, cu_seqlens)
+    return tokens.layout.restore(returns_to_go(tokens, gamma, masked))
 
 
-def _returns(tokens: Tokens, gamma: float, masked: str) -> Tensor:
+def returns_to_go(tokens: TokenBatch, gamma: float, masked: str) -> Tensor:
+    """Return the discounted returns (N,) of flat tokens, as `discounted_returns` says."""
     discount = torch.full_like(tokens.rewards, gamma)
     if masked == "through":
         return tokens.scan(tokens.rewards, discount)
@@ -148,7 +150,7 @@ def _returns(tokens: Tokens, gamma: float, masked: str) -> Tensor:
     return torch.where(tokens.mask, live, 0.0)
 
 
-def _next_live(tokens: Tokens) -> Tensor:
+def _next_live(tokens: TokenBatch) -> Tensor:
     return tokens.next(tokens.mask.to(tokens.dtype)) != 0
 
 
@@ -191,7 +193,7 @@ def gae(
     """
     checks.plain_float("gamma", gamma, low=0.0, high=1.0)
     checks.plain_float("whiten_eps", whiten_eps, low=0.0)
-    tokens = Tokens(rewards, mask, cu_seqlens)
+    tokens = TokenBatch(rewards, mask, cu_seqlens)
     v = tokens.flat("values", values)
     live, r = tokens.mask, tokens.rewards
     decay = gamma * _lam(tokens, lam)
@@ -204,15 +206,15 @@ def gae(
         advantages = tokens.scan(r + gamma * tokens.next(v) - v, decay)
     returns = advantages + v
     if whiten:
-        advantages = _whitened(advantages, live, whiten_eps)
+        advantages = whitened(advantages, live, whiten_eps)
     return tokens.layout.restore(advantages), tokens.layout.restore(returns)
 
 
-def _lam(tokens: Tokens, lam: float | Tensor) -> Tensor:
+def _lam(tokens: TokenBatch, lam: float | Tensor) -> Tensor:
     """Return lambda per token (N,), or raise."""
     if not isinstance(lam, Tensor):
         return torch.full_like(tokens.rewards, checks.plain_float("lam", lam, low=0.0, high=1.0))
-    checks.float_tensor("lam", lam)
+    lam = checks.float_tensor("lam", lam)
     if checks.checks_values(lam) and not bool(((lam >= 0) & (lam <= 1)).all()):
         raise ValueError(f"lam must be in [0, 1], got {lam[~((lam >= 0) & (lam <= 1))][:4].tolist()}")
     layout = tokens.layout
@@ -221,7 +223,8 @@ def _lam(tokens: Tokens, lam: float | Tensor) -> Tensor:
         return lam.detach().to(tokens.dtype).expand(layout.n_tokens)
     allowed = {(layout.n_sequences,)} | (set() if layout.packed else {(layout.n_sequences, 1)})
     if tuple(lam.shape) not in allowed:
-        raise ValueError(f"lam must be a number or have shape {' or '.join(map(str, sorted(allowed)))}, got {tuple(lam.shape)}")
+        wanted = " or ".join(map(str, sorted(allowed)))
+        raise ValueError(f"lam must be a number or have shape {wanted}, got {tuple(lam.shape)}")
     return layout.spread(lam.detach().to(tokens.dtype).reshape(-1))
 
 
@@ -255,66 +258,6 @@ def td_lambda_returns(
     They are the returns of `gae`, whose arguments these are. VAPO's decoupled GAE (arXiv 2504.05118) takes them with
     lam = 1 for the critic, and the advantages of `gae` with a smaller lam for the policy.
     """
-    return gae(rewards, values, mask, gamma=gamma, lam=lam, carry_over_masked=carry_over_masked, cu_seqlens=cu_seqlens)[1]
-
-
-def reinforce_plus_plus_advantages(
-    token_rewards: Tensor,  # (B, T) or (N,)
-    mask: Tensor,  # same shape, 0/1
-    *,
-    gamma: float = 1.0,
-    kl: Tensor | None = None,
-    kl_coef: float = 0.0,
-    masked: str = "skip",
-    whiten_eps: float = 1e-8,
-    cu_seqlens: Tensor | None = None,  # (S+1,)
-) -> tuple[Tensor, Tensor]:
-    """Return (advantages, returns): the discounted return of r_t - kl_coef kl_t, whitened over the batch's live tokens.
-
-    REINFORCE++, arXiv 2501.03262. masked="skip" is verl's, "reset" SkyRL's (see `discounted_returns`). Advantages are
-    0 outside the mask.
-
-    Args:
-        token_rewards: reward of each token.
-        mask: 1 for tokens of the policy.
-        gamma: discount in [0, 1].
-        kl: same shape: KL estimate of each token (`kl_estimate`), subtracted from its reward at live tokens.
-        kl_coef: its coefficient; needs `kl` unless 0.
-        masked: what masked tokens do to the return.
-        whiten_eps: added to the variance.
-        cu_seqlens: offsets of packed sequences.
-    """
-    checks.one_of("masked", masked, MASKED)
-    checks.plain_float("gamma", gamma, low=0.0, high=1.0)
-    checks.plain_float("whiten_eps", whiten_eps, low=0.0)
-    checks.plain_float("kl_coef", kl_coef, low=0.0)
-    if (kl is None) != (kl_coef == 0.0):
-        raise ValueError(f"kl and kl_coef go together, got kl {'missing' if kl is None else 'given'} and kl_coef={kl_coef}")
-    tokens = Tokens(token_rewards, mask, cu_seqlens)
-    if kl is not None:
-        tokens.rewards = tokens.rewards - torch.where(tokens.mask, kl_coef * tokens.flat("kl", kl), 0.0)
-    returns = _returns(tokens, gamma, masked)
-    advantages = torch.where(tokens.mask, _whitened(returns, tokens.mask, whiten_eps), 0.0)
-    return tokens.layout.restore(advantages), tokens.layout.restore(returns)
-
-
-def remax_advantages(
-    token_rewards: Tensor,  # (B, T) or (N,)
-    baseline_rewards: Tensor,  # (B,) or (S,)
-    mask: Tensor,  # same shape as token_rewards, 0/1
-    *,
-    cu_seqlens: Tensor | None = None,  # (S+1,)
-) -> tuple[Tensor, Tensor]:
-    """Return (advantages, returns): the sum of the rewards to come minus the reward of the greedy completion.
-
-    ReMax, arXiv 2310.10505, token by token as verl has it: masked tokens pay nothing, and hold the return in `returns`
-    but 0 - b + G, like the live ones, only where live; advantages are G_t - b at live tokens, G_t elsewhere.
-    `group_advantages(rewards, baseline="given", scale="none")` is the form with one reward per completion.
-    """
-    tokens = Tokens(token_rewards, mask, cu_seqlens)
-    checks.float_tensor("baseline_rewards", baseline_rewards)
-    base = tokens.layout.spread(tokens.layout.sequences("baseline_rewards", baseline_rewards).detach().to(tokens.dtype))
-    paid = torch.where(tokens.mask, tokens.rewards, 0.0)
-    returns = tokens.scan(paid, torch.ones_like(paid))
-    advantages = returns - torch.where(tokens.mask, base, 0.0)
-    return tokens.layout.restore(advantages), tokens.layout.restore(returns)
+    return gae(rewards, values, mask, gamma=gamma, lam=lam, carry_over_masked=carry_over_masked, cu_seqlens=cu_seqlens)[
+        1
+    ]

@@ -11,13 +11,14 @@ Paths, in GEMM units of 2 N V D flop:
     training, any function of the outputs                    1 forward + 3 backward (the logits are formed again)
     training, frozen head, function of the log-probs         2: the unit gradients (W_y - p W)/T are kept, (N, D)
     training, loss separable over tokens (`fused_gradient`)  3, or 2 with a frozen head
+    training, loss that couples the tokens of a sequence     the same where whole sequences fit `BLOCK_CHUNKS` chunks
 
 Legend: N tokens, D hidden, V vocabulary, C rows of a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,8 @@ from fastrl.ops.token_logprobs import TokenLogprobs, head_scalars, once_differen
 
 CPU_CHUNK_TOKENS = 256
 GPU_CHUNK_TOKENS = 2048
+# Chunks whose logits are held at once where a loss couples the tokens of a sequence.
+BLOCK_CHUNKS = 4
 # A half-precision head on a CPU is widened in blocks of this many vocabulary rows, to keep the copy small.
 CPU_WIDEN_ROWS = 8192
 
@@ -244,18 +247,27 @@ class Chunks:
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield (positions in `live`, their hidden states, their logits in a buffer that the next chunk overwrites)."""
         n, size = self.live.numel(), self.head.chunk_tokens
-        if n == 0:
-            return
-        dtype = _wide(self.hidden.dtype)
-        buffer = torch.empty((size, self.weight.shape[0]), dtype=dtype, device=self.hidden.device)
+        buffer = self.buffer(1) if n else None
         for start in range(0, n, size):
             rows = slice(start, min(start + size, n))
-            count = rows.stop - rows.start
-            states = self.hidden.index_select(0, self.live[rows])
-            padded = states
-            if count < size:
-                padded = torch.cat((states, states.new_zeros(size - count, states.shape[1])))
-            yield rows, states, chunk_logits(padded, self.weight, self.bias, buffer)[:count]
+            assert buffer is not None
+            yield rows, *self.logits(rows, buffer)
+
+    def buffer(self, chunks: int) -> Tensor:
+        """Return room for the logits of some chunks."""
+        rows = chunks * self.head.chunk_tokens
+        return torch.empty((rows, self.weight.shape[0]), dtype=_wide(self.hidden.dtype), device=self.hidden.device)
+
+    def logits(self, rows: slice, buffer: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (hidden states, logits) of live rows, the logits written to `buffer` one GEMM of a chunk at a time."""
+        states = self.hidden.index_select(0, self.live[rows])
+        size, count = self.head.chunk_tokens, rows.stop - rows.start
+        for start in range(0, count, size):
+            part = states[start : start + size]
+            if part.shape[0] < size:
+                part = torch.cat((part, part.new_zeros(size - part.shape[0], part.shape[1])))
+            chunk_logits(part, self.weight, self.bias, buffer[start : start + size])
+        return states, buffer[:count]
 
     def scalars(self) -> dict[str, Any]:
         """Return the keyword arguments of the row kernels."""
@@ -321,6 +333,28 @@ class Gradients:
         return self.hidden, weight, bias
 
 
+def blocks(n: int, chunk_tokens: int, units: Sequence[int] | None) -> Iterator[slice]:
+    """Yield consecutive ranges of the n live rows: chunks, or as many whole units as `BLOCK_CHUNKS` chunks hold.
+
+    A unit (a sequence) is never split: one that is longer than that is a block of its own.
+    """
+    if units is None:
+        for start in range(0, n, chunk_tokens):
+            yield slice(start, min(start + chunk_tokens, n))
+        return
+    start = stop = 0
+    for length in units:
+        if stop > start and stop + length - start > BLOCK_CHUNKS * chunk_tokens:
+            yield slice(start, stop)
+            start = stop
+        stop += length
+    if stop > start:
+        yield slice(start, stop)
+
+
+Coefficients = Callable[[Tensor, Tensor, slice, Tensor], tuple[Tensor, Tensor | None]]
+
+
 def fused_gradient(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -329,31 +363,53 @@ def fused_gradient(
     inverse: Tensor,  # (N,)
     head: Head,
     needs: tuple[bool, bool, bool],
-    coefficients: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]],
-) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """Return (logprobs (N,), entropy (N,), gradients) of a loss that is separable over tokens, in one pass.
+    coefficients: Coefficients,
+    units: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None], int]:
+    """Return (logprobs (N,), entropy (N,), gradients, recomputed) of a loss, its gradient formed in the forward.
 
     Args:
         hidden, weight, bias, labels, inverse, head: the vocabulary operation.
         needs: which of the gradients of hidden, weight and bias to compute.
-        coefficients: maps (logprobs, entropy, indices), each (C,), of some rows to (dL/dlogprobs, dL/dentropy or None).
+        coefficients: maps (logprobs, entropy, block, indices), (M,) of the rows of a block, to (dL/dlogprobs,
+            dL/dentropy or None). `block` are the rows' positions among the live rows, `indices` among all.
+        units: live rows of each sequence, where the loss couples the tokens of a sequence; None: every token alone.
+
+    Returns:
+        The last is the number of rows whose logits were formed a second time, because their sequence is longer than
+        `BLOCK_CHUNKS` chunks.
     """
     chunks = Chunks.of(hidden, weight, bias, labels, inverse, head)
     gradients = Gradients(chunks, needs)
-    dtype = _wide(hidden.dtype)
-    logprobs = torch.empty(chunks.live.numel(), dtype=dtype, device=hidden.device)
-    entropy = torch.empty_like(logprobs)
-    for rows, states, logits in chunks:
-        outputs = chunks.forward_rows(rows, logits)
-        logprobs[rows], entropy[rows] = outputs[0], outputs[1]
-        g, h = coefficients(outputs[0], outputs[1], chunks.live[rows])
+    n, size = chunks.live.numel(), head.chunk_tokens
+    logprobs = torch.empty(n, dtype=_wide(hidden.dtype), device=hidden.device)
+    entropy, logsumexp = torch.empty_like(logprobs), torch.empty_like(logprobs)
+    plan = list(blocks(n, size, units))
+    held = min(BLOCK_CHUNKS, max((-(-(b.stop - b.start) // size) for b in plan), default=0)) if units is not None else 1
+    buffer = chunks.buffer(held) if n else None
+    recomputed = 0
+    for block in plan:
+        assert buffer is not None
+        fits = block.stop - block.start <= held * size
+        parts = [block] if fits else [slice(a, min(a + size, block.stop)) for a in range(block.start, block.stop, size)]
+        for rows in parts:
+            states, logits = chunks.logits(rows, buffer)
+            logprobs[rows], entropy[rows], logsumexp[rows] = chunks.forward_rows(rows, logits)
+        g, h = coefficients(logprobs[block], entropy[block], block, chunks.live[block])
         if not any(needs):
             continue
-        contributes = None
-        if g.device.type == "cpu":
-            contributes = g != 0 if h is None else (g != 0) | (h != 0)
-        gradients.add(rows, states, chunks.backward_rows(rows, logits, outputs, (g, h, None)), contributes)
-    return chunks.scattered(logprobs), chunks.scattered(entropy), gradients.cast()
+        for rows in parts:
+            if not fits:
+                states, logits = chunks.logits(rows, buffer)
+                recomputed += rows.stop - rows.start
+            within = slice(rows.start - block.start, rows.stop - block.start)
+            grads = (g[within], None if h is None else h[within], None)
+            contributes = None
+            if g.device.type == "cpu":
+                contributes = grads[0] != 0 if grads[1] is None else (grads[0] != 0) | (grads[1] != 0)
+            outputs = (logprobs[rows], entropy[rows], logsumexp[rows])
+            gradients.add(rows, states, chunks.backward_rows(rows, logits, outputs, grads), contributes)
+    return chunks.scattered(logprobs), chunks.scattered(entropy), gradients.cast(), recomputed
 
 
 @torch.library.custom_op("fastrl::linear_token_logprobs", mutates_args=())

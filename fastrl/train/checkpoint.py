@@ -58,7 +58,9 @@ def save_checkpoint(
     partial = root / f"{PARTIAL}{target.name}"
     partial.mkdir()
     for name, group in tensors.items():
-        save_file({key: value.detach().cpu().contiguous() for key, value in group.items()}, partial / f"{name}.safetensors")
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in group.items()}, partial / f"{name}.safetensors"
+        )
     (partial / STATE).write_text(json.dumps({**state, "step": step}, indent=1))
     for file in partial.iterdir():
         _sync(file)

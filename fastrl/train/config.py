@@ -12,7 +12,7 @@ from typing import Any, Literal
 MAY_CHANGE_ON_RESUME = frozenset(
     {
         "steps", "run_dir", "resume", "device", "eval_every", "eval_problems", "eval_modes", "eval_batch_size",
-        "eval_samples", "checkpoint_every", "keep_checkpoints", "save_model", "tensorboard", "trackio",
+        "eval_samples", "checkpoint_every", "keep_checkpoints", "save_model", "overwrite", "tensorboard", "trackio",
     }
 )  # fmt: skip
 
@@ -130,6 +130,8 @@ class GRPOConfig:
     """Continue from the newest checkpoint in `run_dir`; a run without one starts from the beginning."""
     save_model: bool = True
     """Write the trained model (or its adapters) and the tokenizer to `run_dir/model` at the end."""
+    overwrite: bool = False
+    """Remove what an earlier run left in `run_dir`; without it, or `resume`, such a folder is refused."""
     tensorboard: bool = False
     """Log to TensorBoard too."""
     trackio: bool = False
@@ -142,7 +144,15 @@ class GRPOConfig:
         for name in ("steps", "prompts_per_step", "group_size", "max_new_tokens", "epochs_per_batch", "minibatches",
                      "eval_batch_size", "keep_checkpoints"):  # fmt: skip
             _check_int(name, getattr(self, name), at_least=1)
-        for name in ("lora_rank", "warmup_steps", "eval_every", "eval_problems", "eval_samples", "checkpoint_every", "seed"):
+        for name in (
+            "lora_rank",
+            "warmup_steps",
+            "eval_every",
+            "eval_problems",
+            "eval_samples",
+            "checkpoint_every",
+            "seed",
+        ):
             _check_int(name, getattr(self, name), at_least=0)
         for name in ("temperature", "learning_rate", "max_grad_norm", "lora_alpha"):
             value = getattr(self, name)
@@ -157,6 +167,8 @@ class GRPOConfig:
             _check_choice("eval_modes", mode, ("sampled", "greedy"))
         if self.mixed_precision != "no" and self.dtype != "float32":
             raise ValueError(f"mixed_precision={self.mixed_precision!r} needs dtype='float32', got {self.dtype!r}")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other, got both")
         self._check_batch()
 
     def _check_batch(self) -> None:
@@ -170,7 +182,8 @@ class GRPOConfig:
             _check_int("micro_batch_size", self.micro_batch_size, at_least=1)
             if minibatch % self.micro_batch_size:
                 raise ValueError(
-                    f"micro_batch_size must divide the minibatch of {minibatch} completions, got {self.micro_batch_size}"
+                    f"micro_batch_size must divide the minibatch of {minibatch} completions, "
+                    f"got {self.micro_batch_size}"
                 )
 
     @property

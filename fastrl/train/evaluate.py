@@ -65,6 +65,7 @@ def evaluate(
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
     completions: list[str] = []
+    lengths: list[int] = []
     for start in range(0, len(problems), batch_size):
         chunk = problems[start : start + batch_size]
         rollout = generate(
@@ -79,8 +80,8 @@ def evaluate(
             generator=generator,
         )
         completions += decode(tokenizer, rollout)
-    lengths = [len(text) for text in completions]
+        lengths += rollout.completion_mask.sum(dim=1).tolist()
     correct = rewards(problems, completions, lengths).components[CORRECT].nan_to_num(nan=0.0)
-    accuracy = float(correct.mean())
+    accuracy = float(correct.double().mean())
     error = math.sqrt(accuracy * (1.0 - accuracy) / len(problems))
     return Evaluation(step, mode, len(problems), accuracy, error, tuple(completions))

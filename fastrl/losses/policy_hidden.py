@@ -1,0 +1,150 @@
+"""The policy loss from hidden states, its gradient formed in the forward.
+
+Legend: N tokens, L live tokens, S sequences, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrl import reference
+from fastrl.losses.layout import Layout
+from fastrl.losses.output import LossOutput
+from fastrl.losses.policy_metrics import policy_metrics
+from fastrl.ops.linear_token_logprobs import Head, fused_gradient
+from fastrl.ops.policy import fused_policy_terms
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The inputs of a call as flat tensors: (N,) per token, (S,) per sequence."""
+
+    advantages: Tensor
+    mask: Tensor
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    rollout_logprobs: Tensor | None
+    selection: Tensor | None
+    positive: Tensor | None
+    group_ids: Tensor | None
+    n_tokens: float | Tensor | None
+    n_sequences: float | Tensor | None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What `_FusedFromHidden` needs beside its tensors."""
+
+    spec: Any  # PolicyLoss
+    head: Head
+    needs: tuple[bool, bool, bool]
+    layout: Layout
+    mask: Tensor
+    columns: reference.TokenColumns
+    units: Sequence[int] | None
+    """Live tokens of each sequence, where the loss couples them."""
+
+    def coefficients(
+        self, logprobs: Tensor, entropy: Tensor, block: slice, index: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return (dL/dlogprobs, dL/dentropy or None) of the live tokens of a block."""
+        columns = reference.TokenColumns(*(None if c is None else c[index] for c in self.columns))
+        lengths = None
+        if self.units is not None:
+            ends = list(accumulate(self.units))
+            first, last = bisect_left(ends, block.start + 1), bisect_left(ends, block.stop)
+            lengths = torch.tensor(self.units[first : last + 1], device=index.device)
+        return policy_gradient_coefficients(self.spec, logprobs, entropy, columns, lengths)
+
+    def terms(self, logprobs: Tensor, entropy: Tensor) -> reference.TokenTerms:
+        """Return the token arithmetic over all tokens."""
+        columns = self.columns
+        if self.units is not None:
+            columns = reference.pooled_columns(self.spec, logprobs, columns, self.mask, self.layout.lengths)
+        return fused_policy_terms(self.spec, logprobs, entropy, columns)
+
+
+class _FusedFromHidden(torch.autograd.Function):
+    """(hidden, weight, bias) -> loss, with the gradient formed in the forward; backward scales it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, inverse: Tensor, plan: _Plan
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        logprobs, entropy, gradients, recomputed = fused_gradient(
+            hidden, weight, bias, labels, inverse, plan.head, plan.needs, plan.coefficients, plan.units
+        )
+        contribution = plan.terms(logprobs, entropy).contribution
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(logprobs, entropy)
+        return reference.total(contribution, plan.layout.lengths), logprobs, entropy, recomputed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("from_hidden is differentiable once: create_graph=True is not supported")
+        scaled = (None if g is None else (g * grads[0]).to(g.dtype) for g in ctx.saved_tensors)
+        return (*scaled, None, None, None)
+
+
+def fused_from_hidden(
+    spec: Any,  # PolicyLoss
+    layout: Layout,
+    batch: Batch,
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor,
+    inverse: Tensor,  # (N,)
+    head: Head,
+) -> LossOutput:
+    """Return the loss with its gradient formed in the forward."""
+    grad = torch.is_grad_enabled()
+    trained = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
+    needs = (grad and trained[0], grad and trained[1], grad and trained[2])
+    units = None
+    if spec.couples_sequences:
+        units = reference.segment_sum(batch.mask.to(inverse.dtype), layout.lengths).long().tolist()
+    columns = spec.columns(layout, batch, None)
+    plan = _Plan(spec, head, needs, layout, batch.mask, columns, units)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    loss, logprobs, entropy, recomputed = _FusedFromHidden.apply(flat, weight, bias, labels.reshape(-1), inverse, plan)
+    with torch.no_grad():
+        terms = plan.terms(logprobs, entropy)
+        metrics = policy_metrics(spec, batch, logprobs, entropy, columns, terms)
+    output = LossOutput(loss, metrics, layout.restore(logprobs), layout.restore(entropy))
+    live = max(1, sum(units) if units is not None else 1)
+    return with_path(output, 1.0 + needs[0] + needs[1] + recomputed / live)
+
+
+def with_path(output: LossOutput, units: float) -> LossOutput:
+    """Return the output with the GEMM units that its path takes among the metrics."""
+    one = torch.ones((), device=output.loss.device)
+    return output._replace(metrics={**output.metrics, "path/gemm_units": (one * units, one)})
+
+
+def policy_gradient_coefficients(
+    spec: Any,  # PolicyLoss
+    logprobs: Tensor,  # (N,)
+    entropy: Tensor,  # (N,)
+    columns: reference.TokenColumns,
+    lengths: Tensor | None = None,  # (S,) where the loss couples the tokens of a sequence
+) -> tuple[Tensor, Tensor | None]:
+    """Return (dL/dlogprobs, dL/dentropy or None) of live tokens, each (N,)."""
+    with torch.enable_grad():
+        leaf = logprobs.detach().requires_grad_()
+        if lengths is not None:
+            columns = reference.pooled_columns(spec, leaf, columns, torch.ones_like(leaf, dtype=torch.bool), lengths)
+        leaf_entropy = entropy.detach().requires_grad_() if spec.uses_entropy else None
+        contribution = fused_policy_terms(spec, leaf, leaf_entropy, columns).contribution
+        if leaf_entropy is None:
+            return torch.autograd.grad(contribution.sum(), leaf)[0], None
+        g, h = torch.autograd.grad(contribution.sum(), (leaf, leaf_entropy))
+    return g, h

@@ -1,0 +1,210 @@
+"""The curves of a run as one PNG: a panel for each thing that was recorded."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Metrics = Sequence[Mapping[str, Any]]
+# (split, mode) -> steps, accuracies, standard errors
+Accuracies = Mapping[tuple[str, str], tuple[Sequence[int], Sequence[float], Sequence[float]]]
+
+BLUE, AMBER, GREEN, RED, VIOLET, SLATE = "#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#64748b"
+COLOURS = (BLUE, AMBER, GREEN, VIOLET, RED, SLATE)
+# More than this many lines in a panel cannot be told apart.
+MAX_LINES = 6
+MAX_VALUE = 1e38
+
+
+class Panel(NamedTuple):
+    """A plot of every metric whose name matches, as lines over the steps."""
+
+    title: str
+    names: re.Pattern[str]
+    """Matched in full; the group `label`, where it takes part, names the line."""
+    percent: bool = False
+    smooth: bool = True
+
+
+PANELS = (
+    Panel("Reward", re.compile(r"reward(?:/mean|_mean)?")),
+    Panel(
+        "Parts of the reward", re.compile(r"rewards?/(?!mean|std)(?P<label>.+?)(?:/mean)?|reward_component/(?P<l2>.+)")
+    ),
+    Panel("KL divergence", re.compile(r"(?:mean_)?(?:approx_)?kl(?:/(?P<label>.+)|_mean)?")),
+    Panel("Entropy", re.compile(r"entropy(?:/(?P<label>mean)|_mean)?")),
+    Panel("Clipped tokens", re.compile(r"clip(?:ped|_ratio|_fraction|frac)?(?:[/_](?P<label>.+))?"), percent=True),
+    Panel("Gradient norm", re.compile(r"grad(?:ient)?_norm")),
+    Panel("Completion length (tokens)", re.compile(r"completions?[/_](?:mean_)?length(?:s)?(?:[/_](?P<label>.+))?")),
+    Panel(
+        "Shares",
+        re.compile(r"(?P<label>frac_reward_zero_std|truncated_fraction|completions?[/_](?:clipped|truncated)\w*)"),
+        percent=True,
+    ),
+    Panel("Tokens per second", re.compile(r"(?:.*[/_])?tokens_per_(?:s|sec|second)")),
+    Panel("Learning rate", re.compile(r"learning_rate|lr"), smooth=False),
+)
+TIMES = re.compile(r"(?:time|seconds)[/_](?P<label>.+?)(?:_s|_seconds)?|(?P<l2>.+)_seconds")
+
+
+def draw_curves(metrics: Metrics, accuracies: Accuracies) -> bytes:
+    """Return a PNG with the accuracies, a panel per recorded family of metrics, and where the time went.
+
+    Args:
+        metrics: one record per step, with the key `step`; a value that is missing or not finite is a gap.
+        accuracies: (split, mode) -> steps, accuracies, standard errors.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ImportError('the report needs matplotlib: pip install "fastrl[train]"') from error
+    drawn = _drawings(metrics, accuracies)
+    columns = min(3, max(1, len(drawn)))
+    rows = max(1, math.ceil(len(drawn) / columns))
+    style = {
+        "font.size": 9,
+        "axes.titlesize": 10,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.edgecolor": "#cbd5e1",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": "#eef2f7",
+        "xtick.color": SLATE,
+        "ytick.color": SLATE,
+        "text.color": "#0f172a",
+        "legend.framealpha": 0.8,
+        "legend.edgecolor": "none",
+        "legend.fontsize": 8,
+    }
+    with rc_context(style):
+        figure = Figure(figsize=(4.0 * columns, 2.7 * rows), dpi=110, layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        figure.get_layout_engine().set(h_pad=0.12, w_pad=0.08)  # inches
+        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+        for axis, draw in zip(axes, drawn, strict=False):
+            draw(axis)
+        for axis in axes[len(drawn) :]:
+            axis.set_axis_off()
+        canvas.draw()
+    return _png(np.asarray(canvas.buffer_rgba()))
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    """Encode (H, W, 4) pixels with a palette of 128 colours, a third of the size of full colour."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
+    return buffer.getvalue()
+
+
+def _drawings(metrics: Metrics, accuracies: Accuracies) -> list[Callable[[Any], None]]:
+    names = list(dict.fromkeys(name for record in metrics for name in record if name != "step"))
+    series = {name: _series(metrics, name) for name in names}
+    series = {name: values for name, values in series.items() if len(values[0])}
+    drawings: list[Callable[[Any], None]] = []
+    for panel in PANELS:
+        lines = {_label(match): series[name] for name in series if (match := panel.names.fullmatch(name))}
+        if lines:
+            drawings.append(lambda axis, panel=panel, lines=lines: _draw_lines(axis, panel, lines))
+    if any(_is_number(value) for _, values, _ in accuracies.values() for value in values):
+        drawings.insert(min(1, len(drawings)), lambda axis: _draw_accuracies(axis, accuracies))
+    times = {
+        _label(match): name
+        for name in series
+        if (match := TIMES.fullmatch(name)) and "total" not in name.split("/")[-1]
+    }
+    if times:
+        drawings.append(lambda axis: _draw_times(axis, metrics, times))
+    return drawings
+
+
+def _series(metrics: Metrics, name: str) -> tuple[np.ndarray, np.ndarray]:
+    points = [(record["step"], record[name]) for record in metrics if _is_number(record.get(name))]
+    steps, values = zip(*points, strict=True) if points else ((), ())
+    return np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
+
+
+def _is_number(value: Any) -> bool:
+    # Beyond the range of float32 an axis cannot be labelled; such a value is a gap as infinity is.
+    return isinstance(value, (int, float)) and abs(value) < MAX_VALUE
+
+
+def _label(match: re.Match[str]) -> str:
+    found = next((group for group in match.groupdict().values() if group), match.group())
+    return found.replace("_", " ").replace("/", " ")
+
+
+def _draw_lines(axis: Any, panel: Panel, lines: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    for (label, (steps, values)), colour in zip(list(lines.items())[:MAX_LINES], COLOURS, strict=False):
+        smooth = smoothed(values) if panel.smooth else values
+        if panel.smooth and len(values) > 1:
+            axis.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
+        axis.plot(steps, smooth, color=colour, linewidth=1.8, label=label, marker="o" if len(values) == 1 else None)
+    _finish(axis, panel.title, percent=panel.percent, legend=len(lines) > 1)
+
+
+def _draw_accuracies(axis: Any, accuracies: Accuracies) -> None:
+    for ((split, mode), (steps, values, errors)), colour in zip(accuracies.items(), COLOURS, strict=False):
+        label = f"{split.replace('_', '-')}{', ' + mode if mode else ''}"
+        bars = [error if _is_number(error) else 0.0 for error in errors]
+        axis.errorbar(
+            steps, values, yerr=bars, color=colour, marker="o", markersize=4, capsize=3, linewidth=1.8, label=label
+        )
+    several = len(accuracies) > 1
+    title = "Accuracy" if several else f"Accuracy, {next(iter(accuracies))[0].replace('_', '-')} (± standard error)"
+    _finish(axis, title, percent=True, legend=several)
+
+
+def _draw_times(axis: Any, metrics: Metrics, times: Mapping[str, str]) -> None:
+    """Stack the seconds of each step; a missing part counts as none."""
+    steps = [record["step"] for record in metrics]
+    parts = [[r[name] if _is_number(r.get(name)) else 0.0 for r in metrics] for name in times.values()]
+    colours = [COLOURS[index % len(COLOURS)] for index in range(len(parts))]
+    if len(steps) > 1:
+        axis.stackplot(steps, parts, labels=list(times), colors=colours, alpha=0.75, linewidth=0)
+    else:
+        floors = np.cumsum([0.0, *(part[0] for part in parts[:-1])])
+        for part, floor, colour, label in zip(parts, floors, colours, times, strict=True):
+            axis.bar(steps, part, bottom=floor, color=colour, alpha=0.75, label=label)
+    _finish(axis, "Seconds per step", legend=True)
+
+
+def _finish(axis: Any, title: str, *, percent: bool = False, legend: bool = False) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axis.set_title(title)
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axis.tick_params(length=0)
+    axis.margins(x=0.02)
+    axis.set_xlabel("step", color=SLATE, fontsize=8, loc="right", labelpad=1)
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%" if percent else _tick(value)))
+    bottom, top = axis.get_ylim()
+    if bottom >= 0 and (percent or bottom < 0.5 * top):
+        axis.set_ylim(bottom=0)
+    if legend:
+        axis.legend(loc="best", handlelength=1.4)
+
+
+def _tick(value: float) -> str:
+    return f"{value:,.10g}" if value == 0 or 1e-4 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """Return the exponential moving average over about a tenth of the run, without the start's bias towards 0."""
+    keep = 1.0 - 1.0 / max(1.0, len(values) / 10)
+    out, total, weight = np.empty_like(values), 0.0, 0.0
+    for index, value in enumerate(values):
+        total, weight = keep * total + value, keep * weight + 1.0
+        out[index] = total / weight
+    return out
