@@ -21,7 +21,8 @@ from torch import Tensor
 from fastrl import csrc_loader
 from tests.oracle import assert_as_accurate
 
-AVAILABLE, REASON = csrc_loader.cpu_available(build=True)
+# Skipped where the tools of a build are missing; where they are here, a build that fails is a failure.
+AVAILABLE, REASON = csrc_loader.cpu_available()
 needs_module = pytest.mark.skipif(not AVAILABLE, reason=REASON)
 SUPPORTED = [isa for i, isa in enumerate(csrc_loader.ISAS) if AVAILABLE and csrc_loader.cpu_module().supports_isa(i)]
 LOW = (torch.bfloat16, torch.float16)

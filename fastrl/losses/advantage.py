@@ -12,7 +12,7 @@ Legend: B completions, G groups, K rewards of a completion.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -114,7 +114,15 @@ def grouping(n: int, device: torch.device, group_ids: Any, group_size: Any) -> G
     return Grouping(group, n, order, sizes)
 
 
+@overload
 def group_advantages(
+    rewards: Tensor | Sequence[Any], *, return_stats: Literal[False] = False, **options: Any
+) -> Tensor: ...
+@overload
+def group_advantages(
+    rewards: Tensor | Sequence[Any], *, return_stats: Literal[True], **options: Any
+) -> reference.GroupAdvantages: ...
+def group_advantages(  # pyright: ignore[reportInconsistentOverload]  # the overloads leave the options to this one
     rewards: Tensor | Sequence[Any],  # (B,)
     *,
     group_ids: Tensor | Sequence[int] | None = None,  # (B,)

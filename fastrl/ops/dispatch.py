@@ -37,8 +37,6 @@ def triton_available(device: torch.device) -> tuple[bool, str]:
 
 def cpu_available() -> tuple[bool, str]:
     """Return whether the C++ row kernels can be used, and why not."""
-    if importlib.util.find_spec("fastrl.csrc_loader") is None:
-        return False, "not built yet"
     from fastrl import csrc_loader
 
     return csrc_loader.cpu_available()
@@ -69,6 +67,14 @@ def choose(backend: str, device: torch.device) -> Choice:
         available, reason = cpu_available()
         return Choice("cpu", reason) if available else Choice("torch", reason)
     return Choice("torch", f"no kernels for {device.type}")
+
+
+def keeps_residual(backend: str) -> bool:
+    """Return whether the backend's backward wants what rounding took from the log-sum-exp, beside the outputs.
+
+    The others sum the row again where its log-prob does not give the normaliser well enough.
+    """
+    return backend == "triton"
 
 
 def row_kernels(backend: str) -> ModuleType:

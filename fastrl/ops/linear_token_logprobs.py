@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastrl import checks
 from fastrl.ops import dispatch
-from fastrl.ops.token_logprobs import TokenLogprobs, head_scalars, once_differentiable
+from fastrl.ops.token_logprobs import TokenLogprobs, backward_rows, forward_rows, head_scalars, once_differentiable
 
 CPU_CHUNK_TOKENS = 256
 GPU_CHUNK_TOKENS = 2048
@@ -277,21 +277,29 @@ class Chunks:
             "ignore_index": self.head.ignore_index,
         }
 
-    def forward_rows(self, rows: slice, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (logprobs, entropy, logsumexp) of one chunk."""
+    def forward_rows(self, rows: slice, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return (logprobs, entropy, logsumexp, residual) of one chunk."""
         index = self.live[rows]
-        kernels = dispatch.row_kernels(self.head.backend)
-        return kernels.token_logprobs_fwd(logits, self.labels[index], self.inverse[index], **self.scalars())
+        return forward_rows(self.head.backend, logits, self.labels[index], self.inverse[index], **self.scalars())
+
+    def outputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return room for what `forward_rows` returns of all live rows."""
+        n, dtype, device = self.live.numel(), _wide(self.hidden.dtype), self.hidden.device
+        sizes = (n, n, n, n if dispatch.keeps_residual(self.head.backend) else 0)
+        first, second, third, fourth = (torch.empty(size, dtype=dtype, device=device) for size in sizes)
+        return first, second, third, fourth
 
     def backward_rows(
-        self, rows: slice, logits: Tensor, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]
+        self,
+        rows: slice,
+        logits: Tensor,
+        outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+        grads: tuple[Tensor | None, Tensor | None, Tensor | None],
     ) -> Tensor:
         """Turn the logits of one chunk into their gradient, in place."""
         index = self.live[rows]
-        kernels = dispatch.row_kernels(self.head.backend)
-        return kernels.token_logprobs_bwd(
-            logits, self.labels[index], self.inverse[index], *outputs, *grads, **self.scalars(), out=logits
-        )
+        labels, inverse = self.labels[index], self.inverse[index]
+        return backward_rows(self.head.backend, logits, labels, inverse, outputs, grads, **self.scalars(), out=logits)
 
     def scattered(self, values: Tensor) -> Tensor:
         """Return values of the live rows (L, ...) at their places among all rows (N, ...), 0 elsewhere."""
@@ -382,8 +390,8 @@ def fused_gradient(
     chunks = Chunks.of(hidden, weight, bias, labels, inverse, head)
     gradients = Gradients(chunks, needs)
     n, size = chunks.live.numel(), head.chunk_tokens
-    logprobs = torch.empty(n, dtype=_wide(hidden.dtype), device=hidden.device)
-    entropy, logsumexp = torch.empty_like(logprobs), torch.empty_like(logprobs)
+    found = chunks.outputs()
+    logprobs, entropy = found[:2]
     plan = list(blocks(n, size, units))
     held = min(BLOCK_CHUNKS, max((-(-(b.stop - b.start) // size) for b in plan), default=0)) if units is not None else 1
     buffer = chunks.buffer(held) if n else None
@@ -394,7 +402,7 @@ def fused_gradient(
         parts = [block] if fits else [slice(a, min(a + size, block.stop)) for a in range(block.start, block.stop, size)]
         for rows in parts:
             states, logits = chunks.logits(rows, buffer)
-            logprobs[rows], entropy[rows], logsumexp[rows] = chunks.forward_rows(rows, logits)
+            _keep(found, rows, chunks.forward_rows(rows, logits))
         g, h = coefficients(logprobs[block], entropy[block], block, chunks.live[block])
         if not any(needs):
             continue
@@ -407,9 +415,16 @@ def fused_gradient(
             contributes = None
             if g.device.type == "cpu":
                 contributes = grads[0] != 0 if grads[1] is None else (grads[0] != 0) | (grads[1] != 0)
-            outputs = (logprobs[rows], entropy[rows], logsumexp[rows])
+            outputs = (found[0][rows], found[1][rows], found[2][rows], found[3][rows])
             gradients.add(rows, states, chunks.backward_rows(rows, logits, outputs, grads), contributes)
     return chunks.scattered(logprobs), chunks.scattered(entropy), gradients.cast(), recomputed
+
+
+def _keep(found: tuple[Tensor, ...], rows: slice, values: tuple[Tensor, ...]) -> None:
+    """Write the outputs of some rows to their places among those of all live rows."""
+    for out, value in zip(found, values, strict=True):
+        if out.numel():
+            out[rows] = value
 
 
 @torch.library.custom_op("fastrl::linear_token_logprobs", mutates_args=())
@@ -425,21 +440,19 @@ def _linear_token_logprobs(
     chunk_tokens: int,
     backend: str,
     unit: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     head = Head(logit_scale, softcap, ignore_index, chunk_tokens, backend)
     chunks = Chunks.of(hidden, weight, bias, labels, inverse, head)
-    n, dtype = chunks.live.numel(), _wide(hidden.dtype)
-    outputs = tuple(torch.empty(n, dtype=dtype, device=hidden.device) for _ in range(3))
-    units = torch.empty((n if unit else 0, hidden.shape[1]), dtype=dtype, device=hidden.device)
+    found = chunks.outputs()
+    units = found[0].new_empty((chunks.live.numel() if unit else 0, hidden.shape[1]))
     for rows, _, logits in chunks:
         results = chunks.forward_rows(rows, logits)
-        for out, value in zip(outputs, results, strict=True):
-            out[rows] = value
+        _keep(found, rows, results)
         if unit:
             ones = torch.ones_like(results[0])
             units[rows] = _times_weight(chunks.backward_rows(rows, logits, results, (ones, None, None)), weight)
-    logprobs, entropy, logsumexp = (chunks.scattered(x) for x in outputs)
-    return logprobs, entropy, logsumexp, units
+    logprobs, entropy, logsumexp = (chunks.scattered(x) for x in found[:3])
+    return logprobs, entropy, logsumexp, chunks.scattered(found[3]) if found[3].numel() else found[3].clone(), units
 
 
 @_linear_token_logprobs.register_fake
@@ -455,11 +468,12 @@ def _(
     chunk_tokens: int,
     backend: str,
     unit: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = _wide(hidden.dtype)
     logprobs, entropy, logsumexp = (torch.empty(labels.shape, dtype=dtype, device=hidden.device) for _ in range(3))
+    residual = logprobs.new_empty(labels.shape if dispatch.keeps_residual(backend) else 0)
     n_live = torch.library.get_ctx().new_dynamic_size() if unit else 0
-    return logprobs, entropy, logsumexp, torch.empty((n_live, hidden.shape[1]), dtype=dtype, device=hidden.device)
+    return logprobs, entropy, logsumexp, residual, logprobs.new_empty((n_live, hidden.shape[1]))
 
 
 @torch.library.custom_op("fastrl::linear_token_logprobs_backward", mutates_args=())
@@ -472,6 +486,7 @@ def _linear_token_logprobs_backward(
     logprobs: Tensor,
     entropy: Tensor,
     logsumexp: Tensor,
+    residual: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     grad_logsumexp: Tensor | None,
@@ -485,12 +500,12 @@ def _linear_token_logprobs_backward(
     head = Head(logit_scale, softcap, ignore_index, chunk_tokens, backend)
     chunks = Chunks.of(hidden, weight, bias, labels, inverse, head)
     gradients = Gradients(chunks, (needs[0], needs[1], needs[2]))
-    live_grads = tuple(None if g is None else g[chunks.live] for g in (grad_logprobs, grad_entropy, grad_logsumexp))
-    live_outputs = tuple(x[chunks.live] for x in (logprobs, entropy, logsumexp))
+    kept = residual if residual.numel() else logprobs
     for rows, states, logits in chunks:
-        grads = tuple(None if g is None else g[rows] for g in live_grads)
-        outputs = tuple(x[rows] for x in live_outputs)
-        gradients.add(rows, states, chunks.backward_rows(rows, logits, outputs, grads))
+        index = chunks.live[rows]
+        outputs = (logprobs[index], entropy[index], logsumexp[index], kept[index])
+        first, second, third = (None if g is None else g[index] for g in (grad_logprobs, grad_entropy, grad_logsumexp))
+        gradients.add(rows, states, chunks.backward_rows(rows, logits, outputs, (first, second, third)))
     empty = hidden.new_empty(0)
     dhidden, dweight, dbias = gradients.cast()
     return (
@@ -510,6 +525,7 @@ def _(
     logprobs: Tensor,
     entropy: Tensor,
     logsumexp: Tensor,
+    residual: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     grad_logsumexp: Tensor | None,
@@ -529,16 +545,15 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, labels, bias, inverse, *scalars, ctx.unit = inputs
-    logprobs, entropy, logsumexp, units = output
     ctx.scalars = scalars
-    ctx.save_for_backward(hidden, weight, labels, bias, inverse, logprobs, entropy, logsumexp, units)
-    ctx.mark_non_differentiable(units)
+    ctx.save_for_backward(hidden, weight, labels, bias, inverse, *output)
+    ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     once_differentiable()
-    grad_logprobs, grad_entropy, grad_logsumexp, _ = grads
+    grad_logprobs, grad_entropy, grad_logsumexp = grads[:3]
     none = (None,) * 6
     needs = [bool(ctx.needs_input_grad[i]) for i in (0, 1, 3)]
     if not any(needs) or all(g is None for g in grads):

@@ -77,12 +77,14 @@ def fused_policy_terms(
     elif entropy is None:
         raise ValueError("entropy_weights in the columns need entropy=, per token; got None")
     pooled = columns.sequence_log_ratio
+    constants = {name: getattr(columns, name) for name in CONSTANTS if getattr(columns, name) is not None}
     needs_gradient = any(x is not None and x.requires_grad for x in (logprobs, entropy, pooled))
     contribution, surrogate, ratio, below, above, kl, dual, _, _ = _policy_terms(
         logprobs,
         entropy,
         pooled,
-        [getattr(columns, name) for name in CONSTANTS],
+        list(constants.values()),
+        ",".join(constants),
         *_axes(spec),
         _numbers(spec),
         torch.is_grad_enabled() and needs_gradient,
@@ -147,13 +149,14 @@ def _or(value: float | None, otherwise: float) -> float:
     return otherwise if value is None else value
 
 
-# A custom op returns tensors only: what a loss does not have comes back empty.
+# A custom op takes lists of tensors without gaps, hence `names`, and returns tensors only: what is missing is empty.
 @torch.library.custom_op("fastrl::policy_terms", mutates_args=())
 def _policy_terms(
     logprobs: Tensor,
     entropy: Tensor | None,
     sequence_log_ratio: Tensor | None,
-    constants: Sequence[Tensor | None],
+    constants: Sequence[Tensor],
+    names: str,
     surrogate: str,
     carrier: str,
     kl: str,
@@ -170,7 +173,7 @@ def _policy_terms(
         logprobs,
         entropy,
         sequence_log_ratio,
-        policy.PolicyColumns(**dict(zip(CONSTANTS, constants, strict=True))),
+        policy.PolicyColumns(**dict(zip(names.split(","), constants, strict=True))),
         gradient=gradient,
     )
     return (
@@ -191,7 +194,8 @@ def _(
     logprobs: Tensor,
     entropy: Tensor | None,
     sequence_log_ratio: Tensor | None,
-    constants: Sequence[Tensor | None],
+    constants: Sequence[Tensor],
+    names: str,
     surrogate: str,
     carrier: str,
     kl: str,
@@ -221,15 +225,15 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, sequence_log_ratio, constants, *_ = inputs
-    ctx.coupled = sequence_log_ratio is not None
-    ctx.save_for_backward(*output[-2:], constants[CONSTANTS.index("entropy_weights")])
+    constants = dict(zip(inputs[4].split(","), inputs[3], strict=True))
+    ctx.n_constants = len(constants)
+    ctx.save_for_backward(*output[-2:], constants.get("entropy_weights"))
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     once_differentiable()
-    upstream, rest = grads[0], (None,) * 8
+    upstream, rest = grads[0], ([None] * ctx.n_constants, *(None,) * 8)
     if upstream is None:
         return (None, None, None, *rest)
     grad_logprobs, grad_sequence, entropy_weights = ctx.saved_tensors

@@ -65,7 +65,7 @@ def token_logprobs(
     chosen = dispatch.choose(backend, logits.device).backend
     inverse, inverse_rows = _inverse(heat)
     outputs = _token_logprobs(logits, labels, inverse_rows, inverse, scale, cap, ignore_index, chosen)
-    return TokenLogprobs(*outputs)
+    return TokenLogprobs(*outputs[:3])
 
 
 def head_scalars(logit_scale: Any, softcap: Any) -> tuple[float, float]:
@@ -120,10 +120,10 @@ def _token_logprobs(
     softcap: float,
     ignore_index: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = dispatch.row_kernels(backend)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     parts = [
-        kernels.token_logprobs_fwd(
+        forward_rows(
+            backend,
             rows,
             row_labels,
             inverse if row_inverse is None else row_inverse,
@@ -134,8 +134,37 @@ def _token_logprobs(
         for rows, row_labels, row_inverse in row_blocks(logits, labels, inverse_rows)
     ]
     outputs = parts[0] if len(parts) == 1 else tuple(torch.cat(column) for column in zip(*parts, strict=True))
-    logprobs, entropy, logsumexp = (x.view(labels.shape) for x in outputs)
-    return logprobs, entropy, logsumexp
+    logprobs, entropy, logsumexp = (x.view(labels.shape) for x in outputs[:3])
+    return logprobs, entropy, logsumexp, outputs[3]
+
+
+def forward_rows(
+    backend: str, logits: Tensor, labels: Tensor, inverse: float | Tensor, **scalars: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (logprobs, entropy, logsumexp, residual) of rows, (N,) each; residual (0,) if the backend has none."""
+    kernels = dispatch.row_kernels(backend)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    if not dispatch.keeps_residual(backend):
+        outputs = kernels.token_logprobs_fwd(logits, labels, inverse, **scalars)
+        return (*outputs, torch.empty(0, dtype=dtype, device=logits.device))
+    residual = torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
+    return (*kernels.token_logprobs_fwd(logits, labels, inverse, residual=residual, **scalars), residual)
+
+
+def backward_rows(
+    backend: str,
+    logits: Tensor,
+    labels: Tensor,
+    inverse: float | Tensor,
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    **scalars: Any,
+) -> Tensor:
+    """Return the gradient of rows from what `forward_rows` returned; `out=` among the scalars takes it."""
+    kernels = dispatch.row_kernels(backend)
+    if dispatch.keeps_residual(backend):
+        scalars["residual"] = outputs[3]
+    return kernels.token_logprobs_bwd(logits, labels, inverse, *outputs[:3], *grads, **scalars)
 
 
 @_token_logprobs.register_fake
@@ -148,10 +177,11 @@ def _(
     softcap: float,
     ignore_index: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     outputs = tuple(torch.empty(labels.shape, dtype=dtype, device=logits.device) for _ in range(3))
-    return outputs[0], outputs[1], outputs[2]
+    residual = torch.empty(labels.numel() if dispatch.keeps_residual(backend) else 0, dtype=dtype, device=logits.device)
+    return outputs[0], outputs[1], outputs[2], residual
 
 
 @torch.library.custom_op("fastrl::token_logprobs_backward", mutates_args=())
@@ -162,6 +192,7 @@ def _token_logprobs_backward(
     logprobs: Tensor,
     entropy: Tensor,
     logsumexp: Tensor,
+    residual: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     grad_logsumexp: Tensor | None,
@@ -171,18 +202,20 @@ def _token_logprobs_backward(
     ignore_index: int,
     backend: str,
 ) -> Tensor:
-    kernels = dispatch.row_kernels(backend)
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    given = (labels, inverse_rows, logprobs, entropy, logsumexp, grad_logprobs, grad_entropy, grad_logsumexp)
+    kept = residual if dispatch.keeps_residual(backend) else None
+    given = (labels, inverse_rows, logprobs, entropy, logsumexp, kept, grad_logprobs, grad_entropy, grad_logsumexp)
     # The output is viewed like the input: both split along the first dimension, or neither does.
     written = 0
     out_rows = gradient.view(-1, logits.shape[-1])
     for rows, row_labels, row_inverse, *rest in row_blocks(logits, *given):
-        kernels.token_logprobs_bwd(
+        backward_rows(
+            backend,
             rows,
             row_labels,
             inverse if row_inverse is None else row_inverse,
-            *rest,
+            (rest[0], rest[1], rest[2], rest[3]),
+            (rest[4], rest[5], rest[6]),
             logit_scale=logit_scale,
             softcap=softcap,
             ignore_index=ignore_index,
@@ -200,6 +233,7 @@ def _(
     logprobs: Tensor,
     entropy: Tensor,
     logsumexp: Tensor,
+    residual: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     grad_logsumexp: Tensor | None,
@@ -221,9 +255,10 @@ def once_differentiable() -> None:
         )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, labels, inverse_rows, *ctx.scalars = inputs
     ctx.save_for_backward(logits, labels, inverse_rows, *output)
+    ctx.mark_non_differentiable(output[3])
     ctx.set_materialize_grads(False)
 
 
@@ -233,7 +268,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     if not ctx.needs_input_grad[0] or all(g is None for g in grads):
         return (None, *none)
     logits, labels, inverse_rows, *outputs = ctx.saved_tensors
-    gradient = _token_logprobs_backward(logits, labels, inverse_rows, *outputs, *grads, *ctx.scalars)
+    gradient = _token_logprobs_backward(logits, labels, inverse_rows, *outputs, *grads[:3], *ctx.scalars)
     return (gradient, *none)
 
 

@@ -42,7 +42,7 @@ class PolicyAxes(NamedTuple):
     """"" for none, "k1", "k2", "k3", "abs"."""
     kl_gradient: str = "plain"
     kl_ratio: str = "loss"
-    """Ratio in the KL term: that of the loss, "anchor" the token's to `anchor`, "own" the token's to `kl_ratio_anchor`."""
+    """Ratio in the KL term: "loss" that of the loss, "anchor" and "own" the token's to `anchor` and `kl_ratio_anchor`."""
 
 
 class PolicyNumbers(NamedTuple):
@@ -110,7 +110,7 @@ def _power_of_two(n, like):
 
 @triton.jit
 def _exp_terms(x):
-    """Return e^x for any x, and e^x - 1 and e^x - 1 - x for x <= `EXP_LIMIT`, each to a few roundings of itself.
+    """Return e^x for any x, and e^x - 1 and e^x - 1 - x for finite x <= `EXP_LIMIT`, to a few roundings of themselves.
 
     The hardware's exponential errs by |x| roundings in float32, and e^x - 1 formed from it has none left near 0.
     """
@@ -118,15 +118,15 @@ def _exp_terms(x):
         ORDER: tl.constexpr = 14
         LN2_HIGH: tl.constexpr = 0.6931471803691238
         LN2_LOW: tl.constexpr = 1.9082149292705877e-10
-        x = _between(x, -746.0, 710.0)
+        held = _between(x, -746.0, 710.0)
     else:
         ORDER: tl.constexpr = 9
         LN2_HIGH: tl.constexpr = 0.693145751953125
         LN2_LOW: tl.constexpr = 1.42860677e-06
-        x = _between(x, -104.0, 89.5)
-    # x = n ln 2 + s with |s| <= 0.35; n * LN2_HIGH is exact.
-    n = tl.floor(x * LOG2E + 0.5)
-    s = (x - n * LN2_HIGH) - n * LN2_LOW
+        held = _between(x, -104.0, 89.5)
+    # held = n ln 2 + s with |s| <= 0.35; n * LN2_HIGH is exact.
+    n = tl.floor(held * LOG2E + 0.5)
+    s = (held - n * LN2_HIGH) - n * LN2_LOW
     # e^s = 1 + s + s^2/2 (1 + s/3 (1 + s/4 (...)))
     series = s * 0.0 + 1.0
     for i in tl.static_range(ORDER - 2):
