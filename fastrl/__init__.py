@@ -1,17 +1,55 @@
 """Fused per-token log-probs, policy and preference losses for the post-training of language models."""
 
 from fastrl.checks import checked as checked
+from fastrl.losses.advantage import group_advantages as group_advantages
+from fastrl.losses.advantage import reward_metrics as reward_metrics
+from fastrl.losses.distillation import distillation_loss as distillation_loss
+from fastrl.losses.distillation import distillation_loss_from_logits as distillation_loss_from_logits
+from fastrl.losses.distillation import sampled_distillation_advantages as sampled_distillation_advantages
+from fastrl.losses.estimators import gdpo_advantages as gdpo_advantages
+from fastrl.losses.estimators import gpg_advantages as gpg_advantages
+from fastrl.losses.estimators import maxrl_advantages as maxrl_advantages
+from fastrl.losses.estimators import opo_advantages as opo_advantages
+from fastrl.losses.estimators import otb_advantages as otb_advantages
+from fastrl.losses.estimators import pass_at_k_advantages as pass_at_k_advantages
+from fastrl.losses.estimators import reinforce_plus_plus_advantages as reinforce_plus_plus_advantages
+from fastrl.losses.estimators import (
+    reinforce_plus_plus_baseline_advantages as reinforce_plus_plus_baseline_advantages,
+)
+from fastrl.losses.estimators import remax_advantages as remax_advantages
+from fastrl.losses.estimators import step_advantages as step_advantages
+from fastrl.losses.kl import AdaptiveKLController as AdaptiveKLController
+from fastrl.losses.kl import full_kl as full_kl
+from fastrl.losses.kl import kl_estimate as kl_estimate
+from fastrl.losses.kl import kl_penalty_rewards as kl_penalty_rewards
 from fastrl.losses.output import LossOutput as LossOutput
 from fastrl.losses.policy import PolicyLoss as PolicyLoss
 from fastrl.losses.policy import RolloutCorrection as RolloutCorrection
+from fastrl.losses.preference import PreferenceLoss as PreferenceLoss
+from fastrl.losses.returns import discounted_returns as discounted_returns
+from fastrl.losses.returns import gae as gae
+from fastrl.losses.returns import length_adaptive_lambda as length_adaptive_lambda
+from fastrl.losses.returns import masked_whiten as masked_whiten
+from fastrl.losses.returns import td_lambda_returns as td_lambda_returns
+from fastrl.losses.reward import process_reward_loss as process_reward_loss
+from fastrl.losses.reward import reward_model_loss as reward_model_loss
 from fastrl.losses.selection import covariance_keep_mask as covariance_keep_mask
 from fastrl.losses.selection import high_entropy_mask as high_entropy_mask
 from fastrl.losses.selection import off_policy_sequence_mask as off_policy_sequence_mask
 from fastrl.losses.selection import rollout_divergence_mask as rollout_divergence_mask
 from fastrl.losses.selection import second_moment_mask as second_moment_mask
+from fastrl.losses.shaping import difficulty_mask as difficulty_mask
+from fastrl.losses.shaping import dynamic_sampling_mask as dynamic_sampling_mask
+from fastrl.losses.shaping import overlong_filter_mask as overlong_filter_mask
+from fastrl.losses.shaping import soft_overlong_punishment as soft_overlong_punishment
+from fastrl.losses.shaping import zero_variance_mask as zero_variance_mask
+from fastrl.losses.value import value_loss as value_loss
 from fastrl.ops import TokenLogprobs as TokenLogprobs
 from fastrl.ops import explain as explain
 from fastrl.ops import linear_token_logprobs as linear_token_logprobs
 from fastrl.ops import token_logprobs as token_logprobs
 
 __version__ = "0.1.0"
+__all__ = [
+    name for name in dir() if name[0] != "_" and name not in ("checks", "csrc_loader", "losses", "ops", "reference")
+]

@@ -102,7 +102,7 @@ def _library() -> Path:
     """Return where the library of these sources, flags and this compiler is kept, built or not."""
     version = subprocess.run([*_compiler(), "--version"], capture_output=True, text=True, check=True).stdout
     digest = hashlib.sha256()
-    parts = [version, *CFLAGS, *OPENMP_FLAGS, sys.platform, platform.machine()]
+    parts = [version, *_compiler(), *CFLAGS, *OPENMP_FLAGS, sys.platform, platform.machine()]
     parts.append(importlib.metadata.version("apache-tvm-ffi"))
     folder = source_folder()
     for file in sorted([*(folder / "cpu").iterdir(), *(folder / "include" / "fastrl").iterdir()]):

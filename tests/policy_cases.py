@@ -144,7 +144,7 @@ def judge_terms(label: str, spec: PolicyLoss, dtype: torch.dtype) -> None:
 
 
 def _float(x: Tensor | None) -> Tensor | None:
-    return None if x is None or x.dtype == torch.bool else x.float()
+    return x if x is None or x.dtype == torch.bool else x.float()
 
 
 def judge(

@@ -710,6 +710,22 @@ def test_kto_without_a_reference_point_takes_the_other_rows() -> None:
         )
 
 
+def test_kto_reference_point_of_mismatched_completions() -> None:
+    """max(0, mean log-ratio of the mismatched rows), their masked tokens left out, detached."""
+    logprobs, mask, ref = token_batch()
+    labels, kto = mask[:, 0], PreferenceLoss.preset("kto")
+    for sign in (1.0, -1.0):
+        kl_ref = logprobs - 0.2 * sign
+        kl_logprobs = logprobs.masked_fill(~mask, math.nan).requires_grad_()
+        got = kto.from_logprobs(
+            logprobs, mask, ref, labels=labels, kl_logprobs=kl_logprobs, kl_ref_logprobs=kl_ref, kl_mask=mask
+        )
+        z0 = max(0.0, 0.2 * sign * float(mask.sum()) / 6)
+        want = kto.from_logprobs(logprobs, mask, ref, labels=labels, reference_point=z0)
+        torch.testing.assert_close(got.loss, want.loss, rtol=1e-12, atol=0)
+        assert not got.loss.requires_grad
+
+
 def test_metrics() -> None:
     """Sums and counts, so that the quotient of sums over micro-batches is the mean of the whole."""
     logprobs, mask, ref = token_batch(pairs=4)

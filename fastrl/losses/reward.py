@@ -123,7 +123,7 @@ def process_reward_loss(
     weights = reference.aggregate_weights(
         aggregate, live, layout.lengths, dtype=dtype, n_tokens=n_tokens, n_sequences=n_sequences
     )
-    loss = reference.total(torch.where(live, weights * losses, 0.0), layout.lengths)
+    loss = reference.total(weights * losses, layout.lengths)
     with torch.no_grad():
         count = keep.sum().to(dtype)
         right = keep & (log_probs.argmax(-1) == target.argmax(-1))
