@@ -23,7 +23,7 @@ import fastrl
 OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 # What `train` imports before anything else; each comes with the extra.
-TRAIN_NEEDS = ("tyro", "yaml", "rich", "transformers", "accelerate", "reasoning_gym")
+TRAIN_NEEDS = ("tyro", "yaml", "rich", "transformers", "accelerate", "safetensors", "reasoning_gym", "matplotlib")
 
 
 class UsageError(Exception):

@@ -685,7 +685,8 @@ def group_advantages(
     "none" (Dr. GRPO, arXiv 2503.20783).
 
     Missing rewards are left out of every statistic and get advantage 0. Groups of one and of equal rewards get
-    exactly 0 unless neither baseline nor scale comes from the group. Sums are taken in float64, in a fixed order.
+    exactly 0 unless neither baseline nor scale comes from the group, and so does a batch of equal rewards with scale
+    "batch". Sums are taken in float64, in a fixed order.
     """
     known = ~rewards.isnan()
     wide = torch.where(known, rewards, 0.0).to(_accumulator(rewards))
@@ -729,7 +730,8 @@ def group_advantages(
     if scale == "group":
         centred = torch.where(mates, centred / (std[group] + eps), 0.0)
     elif scale == "batch":
-        centred = centred / (batch_std(rewards) + eps)
+        deviation = batch_std(rewards)
+        centred = torch.where(deviation == 0, 0.0, centred / (deviation + eps))
     elif scale == "leave_one_out":
         others = leave_one_out_std(from_mean, squares[group], n)
         centred = torch.where(mates, torch.where(others > 0, centred / (others + eps), centred), 0.0)

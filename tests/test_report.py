@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from fastrl.train.curves import draw_curves, smoothed
+from fastrl.train.curves import _drawings, draw_curves, smoothed
 from fastrl.train.report import Evaluation, Gain, gains, read_run, write_report
 
 
@@ -150,6 +150,44 @@ def test_smoothing_has_no_bias_at_the_start_and_keeps_constants():
     assert smoothed(np.array([5.0, 1.0])).tolist() == [5.0, 1.0]  # too short to smooth
     noisy = np.random.default_rng(0).normal(size=400)
     assert smoothed(noisy)[100:].std() < 0.3
+
+
+def test_the_names_that_the_loop_logs_are_drawn():
+    names = (
+        "reward reward_std reward/exact reward/format kl rollout_kl entropy clip_fraction clip_fraction_low grad_norm "
+        "completion_length completion_length_max truncated_fraction frac_reward_zero_std tokens_per_second learning_rate "
+        "time/rollout time/backward time/step"
+    ).split()
+    once = {"step": 1, "approx_kl_old": 0.0}
+    metrics = [once, *({"step": step, **dict.fromkeys(names, 0.5)} for step in range(2, 6))]
+    panels = plan_panels(metrics)
+    assert panels == {
+        "Reward": ["reward"],
+        "Parts of the reward": ["exact", "format"],
+        "KL divergence": ["kl"],
+        "Entropy": ["entropy"],
+        "Clipped tokens": ["clip fraction", "low"],
+        "Gradient norm": ["grad norm"],
+        "Completion length (tokens)": ["completion length", "max"],
+        "Shares": ["truncated fraction", "frac reward zero std"],
+        "Tokens per second": ["tokens per second"],
+        "Learning rate": ["learning rate"],
+        "Seconds per step": ["rollout", "backward"],
+    }
+
+
+def plan_panels(metrics: list[dict]) -> dict[str, list[str]]:
+    """Draw onto real axes and read back what each panel shows."""
+    from matplotlib.figure import Figure
+
+    shown = {}
+    for draw in _drawings(metrics, {}):
+        axis = Figure().add_subplot()
+        draw(axis)
+        handles, labels = axis.get_legend_handles_labels()
+        assert len(handles) == len(labels)
+        shown[axis.get_title(loc="left") or axis.get_title()] = labels
+    return shown
 
 
 def test_curves_without_anything_are_an_empty_picture():

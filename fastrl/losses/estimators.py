@@ -287,7 +287,7 @@ def reinforce_plus_plus_advantages(
         tokens.rewards = tokens.rewards - torch.where(tokens.mask, kl_coef * tokens.flat("kl", kl), 0.0)
     returns = returns_to_go(tokens, gamma, masked)
     advantages = torch.where(tokens.mask, whitened(returns, tokens.mask, whiten_eps), 0.0)
-    return tokens.layout.restore(advantages), tokens.layout.restore(returns)
+    return tokens.restore(advantages), tokens.restore(returns)
 
 
 def reinforce_plus_plus_baseline_advantages(
@@ -328,7 +328,7 @@ def remax_advantages(
     paid = torch.where(tokens.mask, tokens.rewards, 0.0)
     returns = tokens.scan(paid, torch.ones_like(paid))
     advantages = returns - torch.where(tokens.mask, base, 0.0)
-    return tokens.layout.restore(advantages), tokens.layout.restore(returns)
+    return tokens.restore(advantages), tokens.restore(returns)
 
 
 def otb_advantages(
@@ -386,4 +386,5 @@ def otb_advantages(
         baseline = torch.where(tail, 0.0, baseline)
     alone = (groups.sizes[groups.group] == 1).unsqueeze(1)
     baseline = torch.where(alone, 0.0 if singleton == "reward" else returns, baseline)
-    return torch.where(live, returns - baseline, 0.0), returns
+    advantages = torch.where(live, returns - baseline, 0.0)
+    return tokens.restore(advantages.view(-1)), tokens.restore(returns.view(-1))

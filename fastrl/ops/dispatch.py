@@ -6,12 +6,16 @@ A named backend is used or refused. "auto" takes the fastest one that is known t
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 import os
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "torch", "cpu", "triton")
 GPU_TYPES = ("cuda", "xpu")
@@ -36,10 +40,15 @@ def triton_available(device: torch.device) -> tuple[bool, str]:
 
 
 def cpu_available() -> tuple[bool, str]:
-    """Return whether the C++ row kernels can be used, and why not."""
+    """Return whether the C++ row kernels can be used, and why not; they are built here if they have not been."""
     from fastrl import csrc_loader
 
-    return csrc_loader.cpu_available()
+    return csrc_loader.cpu_available(build=True)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
 
 
 def choose(backend: str, device: torch.device) -> Choice:
@@ -65,6 +74,8 @@ def choose(backend: str, device: torch.device) -> Choice:
         return Choice("triton", reason) if available else Choice("torch", reason)
     if device.type == "cpu":
         available, reason = cpu_available()
+        if not available:
+            _say_once(f"CPU tensors go through PyTorch's row kernels, not the faster C++ ones: {reason}")
         return Choice("cpu", reason) if available else Choice("torch", reason)
     return Choice("torch", f"no kernels for {device.type}")
 

@@ -149,9 +149,10 @@ def token_logprobs_bwd(
             one_minus_p = -torch.expm1(logprobs[rows].to(dtype)).unsqueeze(-1)
             target = dz.gather(-1, index) + g * one_minus_p
             dz -= g * p
+            dz = torch.where(tile.d.isneginf(), 0.0, dz)
+            # A label whose own logit is -inf keeps its gradient g, as log_softmax has it.
             dz.scatter_(-1, index, target)
         dz = dz * (logit_scale if tile.chain is None else tile.chain) * inverse
-        dz = torch.where(tile.d.isneginf(), 0.0, dz)
         dz = torch.where(bad.unsqueeze(-1), torch.nan, dz)
         out[rows] = torch.where(live.unsqueeze(-1), dz, 0.0).to(out.dtype)
     return out

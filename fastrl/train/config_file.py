@@ -41,7 +41,7 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], program: 
         config_class,
         prog=program,
         description=description,
-        args=[_with_hyphens(argument) for argument in rest],
+        args=rest,
         default=default,
         registry=_registry(),
     )
@@ -134,14 +134,6 @@ def _described(hint: Any) -> str:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_described(choice) for choice in typing.get_args(hint))
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-
-
-def _with_hyphens(argument: str) -> str:
-    """Return `--a_b=c` as `--a-b=c`: a setting may be written as in the file."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
 
 
 def _registry() -> Any:

@@ -29,14 +29,14 @@ class Panel(NamedTuple):
     """Matched in full; the group `label`, where it takes part, names the line."""
     percent: bool = False
     smooth: bool = True
+    at_least: int = 1
+    """How many lines it takes: a single part of the reward would be the reward again."""
 
 
 PANELS = (
     Panel("Reward", re.compile(r"reward(?:/mean|_mean)?")),
-    Panel(
-        "Parts of the reward", re.compile(r"rewards?/(?!mean|std)(?P<label>.+?)(?:/mean)?|reward_component/(?P<l2>.+)")
-    ),
-    Panel("KL divergence", re.compile(r"(?:mean_)?(?:approx_)?kl(?:/(?P<label>.+)|_mean)?")),
+    Panel("Parts of the reward", re.compile(r"rewards?/(?!mean|std)(?P<label>.+?)(?:/mean)?"), at_least=2),
+    Panel("KL divergence", re.compile(r"(?:mean_)?kl(?:/(?P<label>.+)|_mean)?|(?P<l2>approx_kl(?:_old)?)")),
     Panel("Entropy", re.compile(r"entropy(?:/(?P<label>mean)|_mean)?")),
     Panel("Clipped tokens", re.compile(r"clip(?:ped|_ratio|_fraction|frac)?(?:[/_](?P<label>.+))?"), percent=True),
     Panel("Gradient norm", re.compile(r"grad(?:ient)?_norm")),
@@ -50,6 +50,8 @@ PANELS = (
     Panel("Learning rate", re.compile(r"learning_rate|lr"), smooth=False),
 )
 TIMES = re.compile(r"(?:time|seconds)[/_](?P<label>.+?)(?:_s|_seconds)?|(?P<l2>.+)_seconds")
+# The whole, of which the other times are the parts.
+TOTALS = ("step", "total")
 
 
 def draw_curves(metrics: Metrics, accuracies: Accuracies) -> bytes:
@@ -111,19 +113,17 @@ def _png(pixels: np.ndarray) -> bytes:
 def _drawings(metrics: Metrics, accuracies: Accuracies) -> list[Callable[[Any], None]]:
     names = list(dict.fromkeys(name for record in metrics for name in record if name != "step"))
     series = {name: _series(metrics, name) for name in names}
-    series = {name: values for name, values in series.items() if len(values[0])}
+    # What a long run recorded once (in its first step, say) is no curve.
+    series = {name: values for name, values in series.items() if len(values[0]) > (len(metrics) > 2)}
     drawings: list[Callable[[Any], None]] = []
     for panel in PANELS:
         lines = {_label(match): series[name] for name in series if (match := panel.names.fullmatch(name))}
-        if lines:
+        if len(lines) >= panel.at_least:
             drawings.append(lambda axis, panel=panel, lines=lines: _draw_lines(axis, panel, lines))
     if any(_is_number(value) for _, values, _ in accuracies.values() for value in values):
         drawings.insert(min(1, len(drawings)), lambda axis: _draw_accuracies(axis, accuracies))
-    times = {
-        _label(match): name
-        for name in series
-        if (match := TIMES.fullmatch(name)) and "total" not in name.split("/")[-1]
-    }
+    matches = [match for name in series if (match := TIMES.fullmatch(name))]
+    times = {_label(match): match.group() for match in matches if _label(match) not in TOTALS}
     if times:
         drawings.append(lambda axis: _draw_times(axis, metrics, times))
     return drawings
@@ -189,8 +189,8 @@ def _finish(axis: Any, title: str, *, percent: bool = False, legend: bool = Fals
     axis.margins(x=0.02)
     axis.set_xlabel("step", color=SLATE, fontsize=8, loc="right", labelpad=1)
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%" if percent else _tick(value)))
-    bottom, top = axis.get_ylim()
-    if bottom >= 0 and (percent or bottom < 0.5 * top):
+    lowest, highest = axis.dataLim.intervaly
+    if lowest >= 0 and (percent or lowest < 0.5 * highest):
         axis.set_ylim(bottom=0)
     if legend:
         axis.legend(loc="best", handlelength=1.4)

@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,7 +54,7 @@ def load_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=resolved_dtype)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"model must be a folder with a saved model, a name on the Hugging Face hub, or {SMOLLM2!r}; "
             f"{name_or_path!r} could not be loaded: {error}"
@@ -239,4 +240,7 @@ def add_lora(model: Any, *, rank: int, alpha: float, targets: str | tuple[str, .
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=target_modules, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
     )
-    return get_peft_model(model, config).eval()
+    with warnings.catch_warnings():
+        # PEFT 0.21 reads an attribute that transformers 5.23 has renamed.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        return get_peft_model(model, config).eval()

@@ -203,10 +203,13 @@ def _gain_card(gain: Gain) -> str:
         same = before.n == after.n
         counts += f", {after.n} problems" if same else f", {before.n} and {after.n} problems"
     numbers = (
-        f"{_percent(before)} <span class='arrow'>&rarr;</span> <strong>{_percent(after)}</strong>"
-        f"<em class='{'up' if gain.difference > 0 else 'down'}'>{change}</em>"
+        f"<span>{_percent(before)}</span> <span class='arrow'>&rarr;</span> "
+        f"<span><strong>{_percent(after)}</strong></span>"
     )
-    return f'<div class="card wide"><h3>{html.escape(name)}</h3><p class="number">{numbers}</p><p>{counts}</p></div>'
+    return (
+        f'<div class="card wide"><h3>{html.escape(name)}</h3><p class="number">{numbers}</p>'
+        f"<p class='change {'up' if gain.difference > 0 else 'down'}'>{change}</p><p>{counts}</p></div>"
+    )
 
 
 def _percent(point: Evaluation) -> str:
@@ -257,8 +260,9 @@ def _completion(sample: Mapping[str, Any]) -> str:
     reward = _float(sample.get("reward"))
     kind = "good" if reward >= 1 else "none" if math.isnan(reward) else "bad" if reward <= 0 else "part"
     shown = "no reward" if math.isnan(reward) else f"{reward:.2f}"
-    text = _text(sample.get("completion", ""))
-    return f"<div class='completion'><span class='{kind}'>{shown}</span><pre>{text}</pre></div>"
+    mode = f"<small>{_text(sample['mode'])}</small>" if sample.get("mode") else ""
+    text = _text(str(sample.get("completion", "")).strip())
+    return f"<div class='completion'><span class='{kind}'>{shown}</span>{mode}<pre>{text}</pre></div>"
 
 
 def _text(value: Any) -> str:
@@ -296,13 +300,14 @@ section { margin: 0 0 20px; padding: 20px 22px; }
 section p { margin: 8px 0 0; color: var(--soft); }
 section.cards { display: flex; flex-wrap: wrap; gap: 14px; padding: 0; background: none; border: 0; }
 .card { flex: 1 1 220px; padding: 16px 20px; }
-.card.wide { flex: 3 1 460px; }
+.card.wide { flex: 2 1 340px; }
 .card p { margin: 2px 0 0; font-size: 13px; overflow-wrap: anywhere; }
 .card .number { margin-top: 6px; font-size: 28px; line-height: 1.3; color: var(--ink); }
 .number small { font-size: 15px; color: var(--soft); }
 .number .arrow { color: var(--soft); padding: 0 6px; }
-.number em { margin-left: 14px; font-size: 15px; font-style: normal; font-weight: 600; white-space: nowrap; }
-.up { color: #047857; } .down { color: #b91c1c; }
+.number span { white-space: nowrap; }
+.card .change { font-size: 15px; font-weight: 600; }
+.card .up { color: #047857; } .card .down { color: #b91c1c; }
 img { display: block; width: 100%; height: auto; }
 table { width: 100%; border-collapse: collapse; }
 th, td { padding: 7px 10px; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
@@ -314,6 +319,7 @@ thead th { font-size: 13px; color: var(--soft); font-weight: 600; }
 .completion { display: flex; gap: 8px; align-items: baseline; }
 .completion + .completion { margin-top: 6px; }
 .completion span { flex: none; padding: 0 7px; border-radius: 9px; font-size: 12px; }
+.completion small { flex: none; color: var(--soft); }
 .good { background: #d1fae5; color: #065f46; } .bad { background: #fee2e2; color: #991b1b; }
 .part { background: #fef3c7; color: #92400e; } .none { background: #e2e8f0; color: #334155; }
 pre { margin: 0; font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }

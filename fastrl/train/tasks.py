@@ -126,6 +126,9 @@ class Task:
     def held_out(self, n: int) -> list[Problem]:
         """Return the first `n` held-out problems: distinct questions, none of which `train` ever gives.
 
+        Because they are distinct, kinds of questions of which there are few (sums of one digit among sums of one or
+        two) make up less of them than of the training stream, which draws such questions again and again.
+
         Raises:
             ValueError: the task has fewer than `n` different held-out questions (within a bounded search).
         """

@@ -42,7 +42,7 @@ class PolicyAxes(NamedTuple):
     """"" for none, "k1", "k2", "k3", "abs"."""
     kl_gradient: str = "plain"
     kl_ratio: str = "loss"
-    """Ratio in the KL term: "loss" that of the loss, "anchor" and "own" the token's to `anchor` and `kl_ratio_anchor`."""
+    """Ratio in the KL term: "loss" that of the loss; "anchor", "own": the token's to `anchor`, `kl_ratio_anchor`."""
 
 
 class PolicyNumbers(NamedTuple):
