@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastrl_kernels import advantages, token_logprobs
+from fastrl_kernels import advantages, policy, token_logprobs
 
 TABLE = Path(__file__).parent / "data" / "kernel_resources.json"
 TARGETS = {
@@ -126,6 +126,19 @@ def launch_advantages(dtype: torch.dtype, baseline: str, scale: str, *, n: int =
     advantages.group_advantages_fwd(rewards, order, offsets, baseline=baseline, scale=scale, batch_std=batch)
 
 
+def launch_policy(axes: policy.PolicyAxes, *, n: int = 64, coupled: bool = False, **numbers: float) -> None:
+    """Launch the token arithmetic of the policy loss with every column."""
+    columns = policy.PolicyColumns(*(torch.empty(n) for _ in range(7)), positive=torch.zeros(n, dtype=torch.bool))
+    logprobs, entropy, shared = (torch.empty(n) for _ in range(3))
+    policy.policy_terms(axes, policy.PolicyNumbers(**numbers), logprobs, entropy, shared if coupled else None, columns)
+
+
+POLICY_CASES = {
+    "policy/clip": lambda _: launch_policy(policy.PolicyAxes("clip", kl="k3"), dual_clip=3.0),
+    "policy/clip of a sequence": lambda _: launch_policy(policy.PolicyAxes("clip"), coupled=True),
+    "policy/sapo": lambda _: launch_policy(policy.PolicyAxes("sapo", "", "k3", "ratio_weighted", "own")),
+    "policy/divergence_kl": lambda _: launch_policy(policy.PolicyAxes("divergence_kl", "", "k2", "straight_through")),
+}
 # A new kernel is one entry: a name, and a call of its host function for a dtype.
 CASES: dict[str, Callable[[torch.dtype], None]] = {
     "token_logprobs/full/V=1024": lambda dtype: launch_token_logprobs(dtype, 1024, True),
@@ -135,6 +148,7 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "token_logprobs/no residual/V=8192": launch_without_residual,
     "advantages/mean/group": lambda dtype: launch_advantages(dtype, "group_mean", "group"),
     "advantages/leave one out/batch": lambda dtype: launch_advantages(dtype, "leave_one_out", "batch"),
+    **POLICY_CASES,
 }
 
 
@@ -165,6 +179,11 @@ def lengths_and_scalars() -> dict[str, int]:
         for size in range(2, 52):
             launch_advantages(torch.float32, "group_mean", "group", n=size * 7, size=size)
     counts["advantages: 50 group sizes and batch sizes"] = len({x.key(target) for x in launches})
+    with recorded() as launches:
+        for n in range(1, 51):
+            bounds = {"low": 1.0 - n / 100, "high": 1.0 + n / 100, "dual_clip": 1.0 + n, "tau_pos": float(n)}
+            launch_policy(policy.PolicyAxes("clip", kl="k3"), n=n, **bounds)
+    counts["policy: 50 lengths and bounds"] = len({x.key(target) for x in launches})
     return counts
 
 
@@ -223,6 +242,8 @@ def compile_case(case: str, dtype: str, target: str) -> dict[str, dict[str, Any]
 def report() -> dict[str, Any]:
     """Compile everything and count compilations."""
     jobs = [(case, dtype, target) for case in CASES for dtype in DTYPES for target in TARGETS]
+    # Log-probs are float32 whatever the logits are.
+    jobs = [job for job in jobs if job[0] not in POLICY_CASES or job[1] == "fp32"]
     with ProcessPoolExecutor(2) as pool:
         results = list(pool.map(compile_case, *zip(*jobs, strict=True), chunksize=8))
     resources = {name: value for result in results for name, value in sorted(result.items())}

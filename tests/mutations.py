@@ -68,8 +68,14 @@ REFERENCE = [
     Mutation("topr sign swapped", "torch.where(columns.positive, 1.0", "torch.where(~columns.positive, 1.0"),
     Mutation("divergence low bound flipped", "(p - q < -low) & (~pos", "(p - q < low) & (~pos"),
     Mutation("divergence sign rule swapped", "(p - q > high) & (positive", "(p - q > high) & (~positive"),
-    Mutation("binary KL direction ignored", "(divergence > high) & positive & (p > q)", "(divergence > high) & positive"),
-    Mutation("divergence weight unbounded", "0.0, one_sided(weight, spec.weight_low, spec.weight_high))\n    return -capped", "0.0, weight)\n    return -capped"),
+    Mutation(
+        "binary KL direction ignored", "(divergence > high) & positive & (p > q)", "(divergence > high) & positive"
+    ),
+    Mutation(
+        "divergence weight unbounded",
+        "0.0, one_sided(weight, spec.weight_low, spec.weight_high))\n    return -capped",
+        "0.0, weight)\n    return -capped",
+    ),
     Mutation("k3 linear term flipped", "exp_linear(-x) - 1.0, inside) + x", "exp_linear(-x) - 1.0, inside) - x"),
     Mutation("k2 without its half", "return 0.5 * x.square()", "return x.square()"),
     Mutation("abs without its bars", "return x.abs()", "return x"),
@@ -81,7 +87,9 @@ REFERENCE = [
     ),
     Mutation("kl_ratio_max ignored", "one_sided(ratio.detach(), None, ratio_max)", "ratio.detach()"),
     Mutation("KL value clamp ignored", "value = one_sided(value, *_symmetric(value_clamp))", "value = value * 1.0"),
-    Mutation("KL log-ratio clamp ignored", "value = kl_value(one_sided(raw, low, high), est", "value = kl_value(raw, est"),
+    Mutation(
+        "KL log-ratio clamp ignored", "value = kl_value(one_sided(raw, low, high), est", "value = kl_value(raw, est"
+    ),
     Mutation("one token too many", "per_sequence = (one / n_tokens)", "per_sequence = (one / (n_tokens + 1))"),
     Mutation("denominator_eps ignored", "(counts.clamp(min=1.0) + denominator_eps)", "counts.clamp(min=1.0)"),
     Mutation("empty sequences counted", "n_sequences = (counts > 0).sum()", "n_sequences = (counts >= 0).sum()"),
@@ -109,7 +117,9 @@ KERNEL = [
     Mutation("own ratio's gate dropped", "tl.where(kl_inside > 0, d_ratio * kl_slope, 0.0)", "d_ratio * kl_slope"),
     Mutation("limit of the sequence dropped", "tl.where(u <= LOG_RATIO_LIMIT, grad_u, 0.0)", "grad_u"),
     Mutation("KL gradient sign flipped", "beyond_linear), -expm1", "beyond_linear), expm1"),
-    Mutation("entropy ignored", "contribution -= tl.where(entropy_weights", "contribution -= 0.5 * tl.where(entropy_weights"),
+    Mutation(
+        "entropy ignored", "contribution -= tl.where(entropy_weights", "contribution -= 0.5 * tl.where(entropy_weights"
+    ),
     Mutation("sign of 0 is 1", "tl.where(x > 0, 1.0, tl.where", "tl.where(x >= 0, 1.0, tl.where"),
 ]
 

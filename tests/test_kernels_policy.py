@@ -100,6 +100,7 @@ BOUNDS = {
     "kl clamp at 1": PolicyLoss(kl="k3", kl_coef=1.0, kl_log_ratio_clamp=1.0),
     "kl value at k2(1)": PolicyLoss(kl="k2", kl_coef=1.0, kl_value_clamp=0.5),
     "kl value at k1(1)": PolicyLoss(kl="k1", kl_coef=1.0, kl_value_clamp=1.0),
+    "abs at 0": PolicyLoss(kl="abs", kl_coef=1.0),
     "kl ratio at 65": PolicyLoss(
         kl="k2", kl_coef=1.0, kl_gradient="straight_through_ratio", kl_ratio_max=ratio_at(65.0)
     ),
@@ -309,3 +310,16 @@ def test_op_has_a_schema_a_fake_and_a_gradient() -> None:
         )
         checks = ("test_schema", "test_faketensor", "test_autograd_registration")
         torch.library.opcheck(torch.ops.fastrl.policy_terms, arguments, test_utils=checks)
+
+
+def test_compiles_without_a_graph_break() -> None:
+    spec = PolicyLoss.preset("grpo", entropy_coef=0.1, dual_clip=3.0)
+    logprobs, entropy, columns = tokens(spec)
+
+    def loss(x: Tensor) -> Tensor:
+        return interpreted(spec, x, entropy, columns).contribution.sum()
+
+    eager, traced = (logprobs.clone().requires_grad_() for _ in range(2))
+    loss(eager).backward()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(traced).backward()
+    assert torch.equal(traced.grad, eager.grad)

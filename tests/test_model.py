@@ -47,7 +47,7 @@ def test_wrong_names_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"folder with a saved model.*'smollm2'"):
         load_model(str(tmp_path / "empty"))
-    with pytest.raises(ValueError, match="dtype must be one of .*'float32'.*got 'float8'"):
+    with pytest.raises(ValueError, match=r"dtype must be one of .*'float32'.*got 'float8'"):
         load_model(str(tmp_path), dtype="float8")
 
 

@@ -56,6 +56,7 @@ def test_compilations_do_not_grow_with_lengths_or_scalars(report: dict[str, Any]
         # Forward and backward, for row strides that are a multiple of 16 and for others.
         "token_logprobs: 8 vocabulary sizes": 4,
         "advantages: 50 group sizes and batch sizes": 1,
+        "policy: 50 lengths and bounds": 1,
     }
     assert {name: report["compilations"][name] for name in wanted} == wanted
 

@@ -153,11 +153,27 @@ def test_smoothing_has_no_bias_at_the_start_and_keeps_constants():
 
 
 def test_the_names_that_the_loop_logs_are_drawn():
-    names = (
-        "reward reward_std reward/exact reward/format kl rollout_kl entropy clip_fraction clip_fraction_low grad_norm "
-        "completion_length completion_length_max truncated_fraction frac_reward_zero_std tokens_per_second learning_rate "
-        "time/rollout time/backward time/step"
-    ).split()
+    names = [
+        "reward",
+        "reward_std",
+        "reward/exact",
+        "reward/format",
+        "kl",
+        "rollout_kl",
+        "entropy",
+        "clip_fraction",
+        "clip_fraction_low",
+        "grad_norm",
+        "completion_length",
+        "completion_length_max",
+        "truncated_fraction",
+        "frac_reward_zero_std",
+        "tokens_per_second",
+        "learning_rate",
+        "time/rollout",
+        "time/backward",
+        "time/step",
+    ]
     once = {"step": 1, "approx_kl_old": 0.0}
     metrics = [once, *({"step": step, **dict.fromkeys(names, 0.5)} for step in range(2, 6))]
     panels = plan_panels(metrics)

@@ -25,6 +25,11 @@ def test_the_stream_does_not_depend_on_how_it_is_read():
     assert task.train(1, start=10**9)[0].prompt  # the stream has no end
 
 
+def test_the_stream_does_not_repeat_itself():
+    prompts = [p.prompt for p in load_task("chain_sum", min_digits=9, max_digits=9).train(3 * CHUNK)]
+    assert len(set(prompts)) == len(prompts)
+
+
 def test_seeds_give_different_problems():
     streams = [{p.prompt for p in small_sums(seed).train(100)} for seed in (0, 1)]
     # Two independent draws of 100 from the 16,400 questions share some one-digit ones; shifted copies would share all.

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tiny_model import save_tiny_model, tiny_model, tiny_tokenizer
 from torch import Tensor
@@ -21,6 +22,7 @@ from fastrl.train.model import head_of
 from fastrl.train.rollout import Rollout, encode_prompts, generate
 
 TOKENIZER = tiny_tokenizer()
+EXAMPLES = Path(__file__).parents[1] / "examples"
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
 
 
@@ -131,7 +133,9 @@ def test_it_learns(folder: Path, tmp_path: Path) -> None:
     assert sum(rewards[-5:]) / 5 > 3 * sum(rewards[:5]) / 5
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2, "kl_coef": 0.1, "loss": "dapo", "epochs_per_batch": 2}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"lora_rank": 2, "kl": "k3", "kl_coef": 0.1, "loss": "dapo", "epochs_per_batch": 2}]
+)
 def test_resuming_continues_to_the_bit(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     common = {
         "steps": 4,
@@ -212,6 +216,20 @@ def test_what_a_run_leaves(folder: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text()) == config.as_dict()
     assert json.loads((tmp_path / "environment.json").read_text())["packages"]["torch"]
     assert run_grpo(settings(tmp_path / "model", tmp_path / "next", steps=1)).steps == 1
+
+
+@pytest.mark.parametrize("name", ["demo", "smoke"])
+def test_the_examples_are_configurations(name: str) -> None:
+    values = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
+    config = GRPOConfig(**values)
+    build_loss(config)
+    assert {key: value for key, value in config.as_dict().items() if key in values} == values
+
+
+def test_the_smoke_example_runs(folder: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load((EXAMPLES / "smoke.yaml").read_text())
+    result = run_grpo(GRPOConfig(**{**values, "model": str(folder), "run_dir": str(tmp_path / "run")}))
+    assert result.steps == len(metrics_of(result.run_dir))
 
 
 def test_truncated_completions_can_be_left_out(folder: Path, tmp_path: Path) -> None:

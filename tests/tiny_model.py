@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 CHARACTERS = list("0123456789 +-=.,:?\nabcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ<>/_'\"()")
@@ -34,7 +43,7 @@ def tiny_tokenizer(*, pad_is_eos: bool = True) -> Any:
 
 
 def tiny_model(tokenizer: Any, *, family: str = "llama", seed: int = 0) -> Any:
-    """Return a random two-layer model; `gemma2` has a softcap, sliding attention and tied embeddings."""
+    """Return a random two-layer model; `gemma2` has a softcap and sliding attention, `gpt2` absolute positions."""
     torch.manual_seed(seed)
     sizes = {
         "vocab_size": len(tokenizer),
@@ -50,6 +59,8 @@ def tiny_model(tokenizer: Any, *, family: str = "llama", seed: int = 0) -> Any:
     }
     if family == "gemma2":
         model = Gemma2ForCausalLM(Gemma2Config(**sizes, head_dim=8, final_logit_softcapping=3.0, sliding_window=16))
+    elif family == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(**sizes, n_positions=sizes["max_position_embeddings"]))
     else:
         model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
     with torch.no_grad():
@@ -79,3 +90,9 @@ def fails_on_letters(problem: Any, completion: str) -> float:
     if "a" in completion.lower():
         raise RuntimeError("no letters")
     return float(len(completion) % 2)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python tests/tiny_model.py FOLDER")
+    save_tiny_model(Path(sys.argv[1]))

@@ -31,9 +31,9 @@ def kl_estimate(
     *,
     gradient: str = "plain",
     old_logprobs: Tensor | None = None,  # same shape
-    mask: Tensor | None = None,  # same shape, 0/1
     log_ratio_clamp: Clamp = None,
     value_clamp: float | None = None,
+    mask: Tensor | None = None,  # same shape, 0/1
     ratio_max: float | None = None,
     value_clamp_order: str = "after_ratio",
 ) -> Tensor:
@@ -138,19 +138,11 @@ def _estimate(
     value_clamp_order: str,
 ) -> Tensor:
     ratio = None
-    # Log-ratios of 1e4 in both factors of a product would overflow float32: such products are held below this.
-    largest = torch.finfo(lp.dtype).max / 4
     if "ratio" in gradient:
         ratio = reference.exp_linear(lp - (lp if old is None else old).detach())
-    if gradient == "straight_through_ratio":
-        most = largest / reference.LOG_RATIO_LIMIT**2
-        ratio_max = most if ratio_max is None else min(ratio_max, most)
     late = gradient == "ratio_weighted" and value_clamp_order == "after_ratio"
     value = reference.kl_estimate(lp, ref, estimator, gradient, ratio, bounds, None if late else value_clamp, ratio_max)
-    if gradient == "ratio_weighted":
-        bound = value_clamp if late and value_clamp is not None else largest
-        value = value.clamp(-bound, bound)
-    return value
+    return value.clamp(-value_clamp, value_clamp) if late and value_clamp is not None else value
 
 
 def kl_penalty_rewards(
@@ -300,7 +292,7 @@ class _FullKL(torch.autograd.Function):
             scale = torch.where(keep[part], grads[0][part], 0.0) * ctx.inverse
             tile = gap.sub_(value[part].unsqueeze(-1)).mul_(p).mul_(scale.unsqueeze(-1))
             # Rows under the mask may carry a NaN gradient from above: selected, not multiplied.
-            result[part] = torch.where(keep[part].unsqueeze(-1) & (p != 0), tile, 0.0).to(result.dtype)
+            result[part] = torch.where(keep[part].unsqueeze(-1), tile, 0.0).to(result.dtype)
         return result, None, None, None, None
 
 

@@ -207,7 +207,7 @@ def kimi_length_reward(
     longest = lengths.new_full(slots.shape, -math.inf).scatter_reduce(0, members, lengths, "amax")[members]
     spread = longest - shortest
     value = torch.where(spread > 0, 0.5 - (lengths - shortest) / spread.clamp(min=1.0), 0.0)
-    return torch.where(correct.isnan(), correct, value)
+    return torch.where(correct.isnan(), correct, torch.where(correct > 0, value, value.clamp(max=0.0)))
 
 
 def cosine_length_reward(

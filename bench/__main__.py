@@ -1,0 +1,101 @@
+"""Command line of the benchmarks: `python -m bench cpu | gpu | table | plot`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import plots, record, report
+from bench.cases import cpu_cases, tiny_cases
+from bench.gpu import run_gpu
+from bench.measure import Plan
+from bench.suite import run_cases, say
+from bench.targets import cpu_targets
+
+
+def _finish(result: dict[str, Any], out: Path | None) -> None:
+    print(report.terminal(result))
+    if out is None:
+        return
+    path = record.save(result, out)
+    say(f"wrote {path}")
+    try:
+        charts = plots.write_charts(result, out, path.stem)
+    except ImportError as error:
+        say(f"no charts: {error}")
+        return
+    for chart in charts:
+        say(f"wrote {chart}")
+
+
+def _cpu(arguments: argparse.Namespace) -> None:
+    plan = Plan(repeats=3, budget_s=20.0) if arguments.quick else Plan(repeats=5, budget_s=60.0)
+    cases = tiny_cases() if arguments.tiny else cpu_cases(arguments.quick)
+    device = torch.device("cpu")
+    parameters = {**dataclasses.asdict(plan), "quick": arguments.quick, "tiny": arguments.tiny}
+    result = record.new_record("cpu", device, parameters)
+    result["results"] = run_cases(cases, device, plan)
+    result["targets"] = cpu_targets(result["results"])
+    _finish(result, arguments.out)
+
+
+def _gpu(arguments: argparse.Namespace) -> None:
+    result = run_gpu(arguments.out, dry_run=arguments.dry_run, tests=not arguments.skip_tests)
+    _finish(result, arguments.out)
+    if result["tests"]["status"] == "failed":
+        say("the gpu lane of the tests failed: see `tests` in the record")
+        sys.exit(1)
+
+
+def _table(arguments: argparse.Namespace) -> None:
+    written = report.write_tables(arguments.readme, record.newest(arguments.results))
+    say(f"{arguments.readme}: wrote {', '.join(written)}")
+
+
+def _plot(arguments: argparse.Namespace) -> None:
+    for kind, result in record.newest(arguments.results).items():
+        stem = Path(record.file_name(result)).stem
+        for chart in plots.write_charts(result, arguments.out or arguments.results, stem):
+            say(f"{kind}: wrote {chart}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Time, memory and accuracy beside the peers.")
+    commands = parser.add_subparsers(required=True)
+    cpu = commands.add_parser("cpu", help="the CPU cases, about five minutes on two cores")
+    cpu.add_argument("--out", type=Path, help="folder for the result file and the charts; printed only unless given")
+    cpu.add_argument("--quick", action="store_true", help="a quarter of the tokens, fewer rounds")
+    cpu.add_argument("--tiny", action="store_true", help="shapes that prove nothing but that the harness runs")
+    cpu.set_defaults(run=_cpu)
+    gpu = commands.add_parser("gpu", help="tests, cases and experiments on one GPU, under eight minutes")
+    gpu.add_argument("--out", type=Path, required=True, help="folder for the result file and the charts")
+    gpu.add_argument("--dry-run", action="store_true", help="go through the steps on the CPU at tiny shapes")
+    gpu.add_argument("--skip-tests", action="store_true", help="leave the gpu lane of the tests out")
+    gpu.set_defaults(run=_gpu)
+    table = commands.add_parser("table", help="write the README's tables from the committed results")
+    table.add_argument("--readme", type=Path, default=record.ROOT / "README.md")
+    table.add_argument("--results", type=Path, default=record.RESULTS)
+    table.set_defaults(run=_table)
+    plot = commands.add_parser("plot", help="draw the charts of the committed results")
+    plot.add_argument("--results", type=Path, default=record.RESULTS)
+    plot.add_argument("--out", type=Path, help="folder of the charts; that of the results unless given")
+    plot.set_defaults(run=_plot)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command."""
+    # Peers warn on import and about their options; none of it concerns the numbers.
+    warnings.filterwarnings("ignore")
+    parsed = _parser().parse_args(arguments)
+    parsed.run(parsed)
+
+
+if __name__ == "__main__":
+    main()

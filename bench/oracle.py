@@ -1,0 +1,133 @@
+"""The exact results of a case in float64, and the judge of the test suite, which decides who may be timed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from bench.baselines import EPSILON, Outputs
+from bench.cases import Inputs
+
+TESTS = Path(__file__).resolve().parent.parent / "tests"
+# Rows of float64 logits held at a time.
+EXACT_ROWS = 128
+
+
+@cache
+def shared(name: str) -> ModuleType:
+    """Return a module of tests/ by its file: the judge and the memory watch are those of the test suite."""
+    spec = importlib.util.spec_from_file_location(f"fastrl_tests_{name}", TESTS / f"{name}.py")
+    if spec is None or spec.loader is None:
+        raise ImportError(f"bench runs from a checkout: expected {TESTS / f'{name}.py'}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the judge found, per quantity: error, error granted, and the error relative to the largest exact value."""
+
+    errors: dict[str, dict[str, float]]
+    complaint: str | None
+
+
+def _token_loss(logprobs: Tensor, inputs: Inputs) -> Tensor:
+    """Return the loss in float64 from flat log-probs, written apart from what the contenders call."""
+    mask = inputs.mask.double().reshape(-1)
+    if inputs.case.operation == "sft_hidden":
+        return -(mask * logprobs).sum() / mask.sum()
+    advantage = inputs.token_advantages.double().reshape(-1)
+    ratio = (logprobs - inputs.old_logprobs.double().reshape(-1)).exp()
+    bounded = ratio.clamp(1.0 - EPSILON, 1.0 + EPSILON)
+    return -(mask * torch.minimum(ratio * advantage, bounded * advantage)).sum() / mask.sum()
+
+
+def exact_outputs(inputs: Inputs) -> Outputs:
+    """Return loss, log-probs and gradients in float64, a few rows at a time."""
+    case, labels = inputs.case, inputs.labels.reshape(-1, 1)
+    weight = None if inputs.weight is None else inputs.weight.double()
+
+    def logprobs_of(rows: Tensor, start: int) -> Tensor:
+        logits = rows
+        if weight is not None:
+            logits = rows @ weight_leaf.t()
+            if case.model.softcap is not None:
+                logits = case.model.softcap * torch.tanh(logits / case.model.softcap)
+        return logits.log_softmax(-1).gather(-1, labels[start : start + EXACT_ROWS]).squeeze(-1)
+
+    source = inputs.logits if inputs.hidden is None else inputs.hidden
+    assert source is not None
+    starts = range(0, source.shape[0], EXACT_ROWS)
+    weight_leaf = torch.empty(0) if weight is None else weight
+    with torch.no_grad():
+        logprobs = torch.cat([logprobs_of(source[i : i + EXACT_ROWS].double(), i) for i in starts])
+    if not case.trains:
+        return Outputs(logprobs=logprobs.view(inputs.labels.shape))
+    leaf = logprobs.clone().requires_grad_()
+    loss = _token_loss(leaf, inputs)
+    (g,) = torch.autograd.grad(loss, leaf)
+    if weight is not None and case.operation != "loss_hidden_frozen":
+        weight_leaf = weight.requires_grad_()
+    gradients = []
+    for start in starts:
+        rows = source[start : start + EXACT_ROWS].double().requires_grad_()
+        (logprobs_of(rows, start) * g[start : start + EXACT_ROWS]).sum().backward()
+        assert rows.grad is not None
+        gradients.append(rows.grad)
+    gradient = torch.cat(gradients)
+    return Outputs(
+        loss=loss.detach(),
+        logprobs=logprobs.view(inputs.labels.shape),
+        dhidden=None if case.from_logits else gradient,
+        dlogits=gradient if case.from_logits else None,
+        dweight=None if weight is None else weight.grad,
+    )
+
+
+def _masked(outputs: Outputs, inputs: Inputs) -> Mapping[str, Tensor | None]:
+    """Return the quantities that are compared; log-probs under the mask may be anything."""
+    values = outputs._asdict()
+    if values["logprobs"] is not None:
+        values["logprobs"] = values["logprobs"].masked_select(inputs.mask.bool())
+    return values
+
+
+def judge(outputs: Outputs, exact: Outputs, eager: Outputs, inputs: Inputs, declared_error: float = 0.0) -> Judgement:
+    """Return the errors of a contender, and a complaint where it is less accurate than eager PyTorch may make it.
+
+    The budget is that of tests/oracle.py: twice the error of the eager code at the precision of the case, plus a few
+    roundings. A contender that declares a relative gradient error is held to that where it is larger.
+    """
+    judged, truth, common = _masked(outputs, inputs), _masked(exact, inputs), _masked(eager, inputs)
+    oracle = shared("oracle")
+    errors: dict[str, dict[str, float]] = {}
+    complaints = []
+    for name, value in judged.items():
+        right, usual = truth[name], common[name]
+        if value is None:
+            if right is not None and name not in ("logprobs", "loss"):
+                complaints.append(f"{name} is missing")
+            continue
+        if right is None or usual is None:
+            continue
+        try:
+            error = oracle.max_error(value.reshape(right.shape), right)
+        except AssertionError as failure:
+            complaints.append(f"{name}: {failure}")
+            continue
+        granted = oracle.budget(right, usual, value.dtype)
+        largest = float(right.abs().max())
+        if name.startswith("d"):
+            granted = max(granted, declared_error * largest)
+        errors[name] = {"error": error, "granted": granted, "relative": error / largest if largest > 0 else 0.0}
+        if not error <= granted:
+            complaints.append(f"{name}: error {error:.2e} against float64 exceeds the budget {granted:.2e}")
+    return Judgement(errors, "; ".join(complaints) or None)

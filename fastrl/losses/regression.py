@@ -1,0 +1,108 @@
+"""Squared regression of a sequence's log-ratio: Kimi k1.5's surrogate as its paper has it, and A*-PO.
+
+    loss = weight * mean_i (scale u_i - target_i)^2,    u_i = sum_t (logp_t - anchor_t)
+
+The square couples the tokens of a sequence, so this is not a value of `PolicyLoss`, whose squared term (preset "opmd")
+is per token, as trainers have it.
+
+    opmd_sequence  arXiv 2501.12599, eq. 3: anchor old, scale tau, target A = R - mean R, weight 1/(2 tau); the gradient
+                   is -(A - tau u) dlogp_t, the negative of the paper's ascent direction
+    A*-PO          arXiv 2505.20686: anchor ref, scale beta_2, target R - V*, weight 1; V* from `optimal_values`
+
+Legend: B batch, T time, N tokens, S sequences, P prompts.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastrl import checks, reference
+from fastrl.losses.layout import Layout
+from fastrl.losses.output import LossOutput
+
+
+def sequence_square_loss(
+    logprobs: Tensor,  # (B, T) or (N,)
+    *,
+    targets: Tensor,  # (B,) or (S,)
+    mask: Tensor,  # (B, T) or (N,)
+    anchor_logprobs: Tensor,  # (B, T) or (N,)
+    scale: float,
+    weight: float = 1.0,
+    n_sequences: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,  # (S+1,)
+) -> LossOutput:
+    """Return weight * mean over sequences of (scale sum_t (logp - anchor) - target)^2.
+
+    The gradient is with respect to `logprobs`: 2 weight scale (scale u_i - target_i) / n_sequences at every live token of
+    sequence i. Sequences without a live token count neither in the sum nor in the mean.
+
+    Args:
+        logprobs: padded, or packed with `cu_seqlens`; nats.
+        targets: what the scaled log-ratio of each sequence is to be; constants.
+        mask: 0/1; what stands under it cannot matter.
+        anchor_logprobs: of the policy that the log-ratio is taken to; constants.
+        scale: > 0, tau or beta_2.
+        weight: > 0; 1/(2 scale) makes the gradient -(target - scale u) per token.
+        n_sequences: the global number of sequences, for micro-batches and ranks.
+        cu_seqlens: offsets of packed sequences.
+
+    Returns:
+        `LossOutput` with the metrics square_error, log_ratio (u) and residual (scale u - target), means over sequences.
+
+    Raises:
+        TypeError, ValueError: types, shapes or numbers that do not fit.
+    """
+    checks.float_tensor("logprobs", logprobs)
+    checks.plain_float("scale", scale, low=0.0, open_low=True)
+    checks.plain_float("weight", weight, low=0.0, open_low=True)
+    layout = Layout.of(logprobs.shape, logprobs.device, cu_seqlens)
+    keep, poison = checks.keep_mask("mask", mask, layout.shape, layout.device)
+    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+
+    def live(name: str, value: Tensor) -> Tensor:
+        flat = layout.tokens(name, checks.float_tensor(name, value)).to(dtype)
+        return torch.where(keep.reshape(-1), flat, 0.0)
+
+    log_ratio = live("logprobs", logprobs) - live("anchor_logprobs", anchor_logprobs).detach()
+    pooled = reference.segment_sum(log_ratio, layout.lengths)
+    present = reference.segment_sum(keep.reshape(-1).to(dtype), layout.lengths) > 0
+    wanted = layout.sequences("targets", checks.float_tensor("targets", targets)).detach().to(dtype)
+    residual = torch.where(present, scale * pooled - torch.where(present, wanted, 0.0), 0.0)
+    count = present.sum()
+    divisor = count.clamp(min=1) if n_sequences is None else _count(n_sequences)
+    loss = weight * residual.square().sum() / divisor
+    if poison is not None:
+        loss = loss + poison.sum()
+    metrics = {
+        name: (value.detach().double().sum(), count.double())
+        for name, value in (("square_error", residual.square()), ("log_ratio", pooled), ("residual", residual))
+    }
+    return LossOutput(loss.to(dtype), metrics, layout.restore(torch.where(keep.reshape(-1), log_ratio, 0.0)), None)
+
+
+def optimal_values(
+    rewards: Tensor,  # (P, n)
+    beta: float,
+) -> Tensor:
+    """Return V* (P,) = beta log mean_j exp(R_j / beta), of n rewards of the reference policy per prompt.
+
+    arXiv 2505.20686; between the mean (beta large) and the largest (beta small) of the rewards. No gradient.
+    """
+    checks.float_tensor("rewards", rewards)
+    checks.plain_float("beta", beta, low=0.0, open_low=True)
+    if rewards.dim() != 2 or rewards.shape[1] < 1:
+        raise ValueError(f"rewards must be (P, n) with n >= 1, got shape {tuple(rewards.shape)}")
+    wide = rewards.detach().double() / beta
+    return (beta * (torch.logsumexp(wide, dim=1) - math.log(rewards.shape[1]))).to(rewards.dtype)
+
+
+def _count(n_sequences: float | Tensor) -> float | Tensor:
+    if isinstance(n_sequences, Tensor):
+        if n_sequences.numel() != 1:
+            raise ValueError(f"n_sequences must be a number or one element, got shape {tuple(n_sequences.shape)}")
+        return n_sequences.reshape(())
+    return checks.plain_float("n_sequences", n_sequences, low=0.0, open_low=True)
