@@ -408,9 +408,9 @@ def _clip_bounds(spec: Any) -> tuple[float | None, float | None]:
 def _divergence_keep(spec: Any, logprobs: Tensor, anchor: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
     """Return (dropped_low, dropped_high): tokens that DPPO's trust region removes, by direction.
 
-    divergence_tv: A > 0 keeps p - q <= clip_high, A <= 0 keeps p - q >= -clip_low; with one bound only, that bound holds
-    for every token. divergence_tv_symmetric: |p - q| <= clip_high for every token. divergence_kl: binary KL(q || p) at most
-    the bound, only where the move is away from q in the direction of A.
+    divergence_tv: A > 0 keeps p - q <= clip_high, A <= 0 keeps p - q >= -clip_low; with one bound only, that bound
+    holds for every token. divergence_tv_symmetric: |p - q| <= clip_high for every token. divergence_kl: binary
+    KL(q || p) at most the bound, only where the move is away from q in the direction of A.
     """
     p, q = logprobs.detach().exp(), anchor.exp()
     low, high, positive = spec.clip_low, spec.clip_high, advantages > 0
@@ -449,6 +449,9 @@ def token_terms(
         divergence_*     -A r keep  (carrier "ratio")  or  -A sg(min(r, weight_high)) keep logp  (carrier "logprob")
     """
     anchor = columns.anchor
+    # A weight of 0 selects: an advantage that is not a number must not reach the gradient as 0 * NaN.
+    unused = (columns.weights == 0) & ~columns.advantages.isfinite()
+    columns = columns._replace(advantages=torch.where(unused, 0.0, columns.advantages))
     u = columns.sequence_log_ratio
     if u is None:
         u = log_ratio(spec, logprobs, anchor)

@@ -132,7 +132,7 @@ METRICS = {
 
 
 def same_definition(case: Case, name: str) -> bool:
-    """Clip fractions of sequence ratios are means over sequences in TRL; elsewhere the gates of other surrogates differ."""
+    """TRL takes clip fractions of sequence ratios as means over sequences; gates of other surrogates differ."""
     if not name.startswith(("clip_", "dual_")):
         return True
     token_clip = case.hyper["surrogate"] == "clip" and case.hyper["ratio_level"] == "token"

@@ -163,6 +163,15 @@ def test_selection_leaves_the_denominator_alone() -> None:
     assert torch.equal(value, evaluate(loss, inputs, selection=selection.unsqueeze(1).expand(4, 6).bool())[0])
 
 
+@pytest.mark.parametrize("name", ["reinforce", "grpo", "cispo", "sapo", "dppo_tv", "gspo"])
+def test_what_the_selection_leaves_out_cannot_poison_the_gradient(name: str) -> None:
+    inputs, loss = batch(), PolicyLoss.preset(name)
+    inputs["advantages"] = torch.where(torch.arange(4) == 1, math.nan, inputs["advantages"])
+    value, gradient, _ = evaluate(loss, inputs, selection=torch.tensor([1, 0, 1, 1]))
+    assert bool(value.isfinite())
+    assert bool(gradient.isfinite().all())
+
+
 def test_on_policy_ratio_is_one_and_has_the_reinforce_gradient() -> None:
     inputs = batch()
     del inputs["old_logprobs"]

@@ -69,7 +69,7 @@ def test_hard_rows(name: str, vocabulary: int, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_common_offset_of_a_million_keeps_the_entropy(backend: str) -> None:
-    """At an offset of 1e6 float32 logits are multiples of 1/16; entropy and log-prob are those of the rounded logits."""
+    """At an offset of 1e6 float32 logits are multiples of 1/16; the results are those of the rounded logits."""
     logits, labels = draw(6, 1025)
     shifted = logits + 1e6
     result, want = token_logprobs(shifted, labels, backend=backend), exact(shifted, labels, upstream(6), torch.float64)

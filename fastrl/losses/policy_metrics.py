@@ -21,10 +21,11 @@ def policy_metrics(
     """Return name -> (sum, count) over live tokens.
 
     policy_loss: the surrogate before weights; ratio; clip_fraction, clip_fraction_low, clip_fraction_high (and
-    dual_clip_fraction): tokens whose gradient the clip removed; approx_kl_old: old - logp; kl: the estimate in the loss;
-    entropy; grad_signal: tokens with a non-zero weight and advantage; correction: the train-inference weight;
-    rollout_kl: old - rollout; rollout_abs_diff: |exp(old) - exp(rollout)|; nonfinite: log-probs, advantages or
-    log-ratios that are NaN or infinite; saturated: log-ratios beyond `reference.EXP_LIMIT`, where exp is linear.
+    dual_clip_fraction): tokens whose gradient the clip removed; approx_kl_old: old - logp; kl: the estimate in the
+    loss; entropy; grad_signal: tokens with a non-zero weight and advantage; rollout_kl: rollout - old, and
+    rollout_abs_diff: |exp(old) - exp(rollout)|, over the tokens whose rollout log-prob is known; rollout_unknown: the
+    others; nonfinite: log-probs, advantages or log-ratios that are NaN or infinite; saturated: log-ratios beyond
+    `reference.EXP_LIMIT`, where exp is linear.
     """
     mask = batch.mask
     dtype = torch.float64 if logprobs.device.type != "mps" else torch.float32

@@ -93,7 +93,7 @@ _CLIP: Mapping[str, Fields] = {
     "areal": _SAME,
 }
 _AS_CLIP: Fields = {"surrogate": "clip", "ratio_level": "token", **_EVEN, "aggregate": "token_mean"}
-_SKYRL_SUM = "the function returns a sum over tokens: SkyRL folds its reduction into the advantages beforehand"
+_SKYRL_SUM = "a sum over tokens, the reduction being in the advantages"
 _ROLL_CONSTANT = "divides by the length but not by the number of sequences: pass n_sequences=1"
 _TOPR_SIGN = "the sign comes from the scores, not from the advantages: pass scores="
 _LIGER_LUSPO = "0.8.5 does not mask token-level terms (the KL); the style does"

@@ -37,8 +37,8 @@ def sequence_square_loss(
 ) -> LossOutput:
     """Return weight * mean over sequences of (scale sum_t (logp - anchor) - target)^2.
 
-    The gradient is with respect to `logprobs`: 2 weight scale (scale u_i - target_i) / n_sequences at every live token of
-    sequence i. Sequences without a live token count neither in the sum nor in the mean.
+    The gradient is with respect to `logprobs`: 2 weight scale (scale u_i - target_i) / n_sequences at every live token
+    of sequence i. Sequences without a live token count neither in the sum nor in the mean.
 
     Args:
         logprobs: padded, or packed with `cu_seqlens`; nats.
@@ -81,7 +81,7 @@ def sequence_square_loss(
         name: (value.detach().double().sum(), count.double())
         for name, value in (("square_error", residual.square()), ("log_ratio", pooled), ("residual", residual))
     }
-    return LossOutput(loss.to(dtype), metrics, layout.restore(torch.where(keep.reshape(-1), log_ratio, 0.0)), None)
+    return LossOutput(loss, metrics, layout.restore(live("logprobs", logprobs).detach()), None)
 
 
 def optimal_values(

@@ -121,7 +121,8 @@ def rollout_divergence_mask(
 ) -> Tensor:
     """Return True where the divergence of trainer and rollout is within bounds (verl's rejection sampling).
 
-    With y = logprobs - rollout clamped to +-log_ratio_clamp: k1 = -y, bounds on exp(k1); k2 = y^2/2; k3 = exp(y) - 1 - y.
+    With y = logprobs - rollout clamped to +-log_ratio_clamp: k1 = -y, bounds on exp(k1); k2 = y^2/2;
+    k3 = exp(y) - 1 - y.
 
     Args:
         logprobs: (B, T) or (N,): old log-probs of the trainer (the current ones in bypass mode).
@@ -165,7 +166,7 @@ def rollout_divergence_mask(
 
 
 def second_moment_mask(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, *, threshold: float) -> Tensor:
-    """Return True for the live tokens left when those of largest (logp - rollout)^2 are dropped until the mean is small.
+    """Return False for the live tokens of largest (logp - rollout)^2, dropped until the mean of the rest is small.
 
     The fewest tokens are dropped for which the mean of the rest is below `threshold`. M2PO, arXiv 2510.01161.
 

@@ -1,9 +1,10 @@
-"""Gradient coefficients: what a loss puts on each token's log-prob and entropy (DeepSeekMath, arXiv 2402.03300, sect. 5).
+"""Gradient coefficients: what a loss puts on each token's log-prob and entropy.
 
     dL/dtheta = sum_t g_t dlogp_t/dtheta + h_t dH_t/dtheta
 
-SFT, rejection-sampling fine-tuning, PPO, GRPO, DPO and the rest differ in where the tokens come from and in g_t alone;
-docs/unified-view.md is the table. DeepSeekMath writes the coefficient of the ascent direction, which is -g_t.
+SFT, rejection-sampling fine-tuning, PPO, GRPO, DPO and the rest differ in where the tokens come from and in g_t alone:
+the view of DeepSeekMath, arXiv 2402.03300, section 5, which writes the coefficient of the ascent direction, -g_t.
+docs/unified-view.md is the table.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def gradient_coefficients(
     """Return dL/dlogp_t and dL/dH_t of a loss at a batch of log-probs.
 
     Args:
-        loss: a `PolicyLoss`, a `PreferenceLoss` (called as `from_logprobs`), or any function of log-probs that returns a
-            `LossOutput`.
+        loss: a `PolicyLoss`, a `PreferenceLoss` (called as `from_logprobs`), or any other function of log-probs that
+            returns a `LossOutput`.
         logprobs: the point at which the loss is differentiated; nothing flows back into it.
         entropy: per token, for losses with an entropy term.
         inputs: the other inputs of the call: advantages, mask, old_logprobs, ...

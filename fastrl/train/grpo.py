@@ -159,7 +159,7 @@ def run_grpo(config: GRPOConfig) -> RunResult:
         for step in range(start_step, config.steps):
             clock = Clock(device)
 
-            # -- rollouts
+            # Rollouts
             problem_batch = task.train(config.prompts_per_step, start=step * config.prompts_per_step)
             prompts = [problem.prompt for problem in problem_batch]
             encoded = encode_prompts(tokenizer, prompts, template=config.prompt_template, system=config.system_prompt)
@@ -177,7 +177,7 @@ def run_grpo(config: GRPOConfig) -> RunResult:
                 logger.info("log-probs equal those of the model's own logits within %.2g nats", difference)
             clock.lap("rollout")
 
-            # -- rewards and advantages
+            # Rewards and advantages
             lengths = rollout.completion_mask.sum(dim=1)
             scored = rewards(
                 [problem for problem in problem_batch for _ in range(config.group_size)],
@@ -193,7 +193,7 @@ def run_grpo(config: GRPOConfig) -> RunResult:
             ).to(device)
             clock.lap("reward")
 
-            # -- old and reference log-probs. With one optimiser step per batch the policy in the loss is the one that
+            # Old and reference log-probs. With one optimiser step per batch the policy in the loss is the one that
             # sampled, so old log-probs are only computed once, to measure that the first ratio is 1.
             mask = rollout.completion_mask
             if config.mask_truncated:
@@ -207,7 +207,7 @@ def run_grpo(config: GRPOConfig) -> RunResult:
             batch = Batch(rollout, advantages, mask, old, ref)
             clock.lap("logprobs")
 
-            # -- optimisation
+            # Optimisation
             learning_rate = config.learning_rate_at(step)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
@@ -230,7 +230,7 @@ def run_grpo(config: GRPOConfig) -> RunResult:
                     totals.add({"grad_norm": (norm, one), "skipped_updates": (one * (not finite), one)})
                     clock.lap("optimizer")
 
-            # -- bookkeeping
+            # Bookkeeping
             totals.add(reward_metrics(scored.total, group_size=config.group_size))
             metrics = {
                 **totals.means(),
