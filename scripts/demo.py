@@ -57,7 +57,7 @@ def main() -> int:
     if report.exists():
         print(f"==> the last run is finished; it is now {set_aside(run).relative_to(ROOT)}", flush=True)
     resume = run.exists()
-    arguments = ["train", "grpo", "--config", str(CONFIG), "--out", str(RUN), *(["--resume"] if resume else [])]
+    arguments = ["train", "grpo", "--config", str(CONFIG), "--run-dir", str(RUN), *(["--resume"] if resume else [])]
     print(f"==> {'resume' if resume else 'start'}: fastrl {' '.join(arguments)}", flush=True)
     start = time.monotonic()
     try:
