@@ -139,8 +139,9 @@ def tile_experiment(device: torch.device, dry_run: bool) -> list[dict[str, Any]]
         logits = torch.randn(n, v, device=device).mul_(3.0).to(dtype)
         labels = torch.randint(0, v, (n,), device=device)
         out = torch.empty_like(logits)
-        outputs = token_logprobs.token_logprobs_fwd(logits, labels, 1.0)
-        ones = torch.ones_like(outputs[0])
+        logprobs, entropy, logsumexp = token_logprobs.token_logprobs_fwd(logits, labels, 1.0)
+        # The row kernels take what the forward returned, and the gradients of the three outputs.
+        rest = (logprobs, entropy, logsumexp, torch.ones_like(logprobs), None, None)
         actions: dict[str, Callable[[], Any]] = {"copy": lambda a=logits, b=out: b.copy_(a)}
 
         def with_tile(tile: Any, action: Callable[[], Any]) -> Callable[[], Any]:
@@ -153,10 +154,8 @@ def tile_experiment(device: torch.device, dry_run: bool) -> list[dict[str, Any]]
         def forward(x: torch.Tensor = logits, y: torch.Tensor = labels) -> Any:
             return token_logprobs.token_logprobs_fwd(x, y, 1.0)
 
-        def backward(
-            x: torch.Tensor = logits, y: torch.Tensor = labels, o: torch.Tensor = out, r: Any = outputs, g: Any = ones
-        ) -> Any:
-            return token_logprobs.token_logprobs_bwd(x, y, 1.0, *r[:3], g, None, None, out=o)
+        def backward(x: torch.Tensor = logits, y: torch.Tensor = labels, o: torch.Tensor = out, r: Any = rest) -> Any:
+            return token_logprobs.token_logprobs_bwd(x, y, 1.0, *r, out=o)
 
         for block in blocks:
             for warps in (4,) if dry_run else (4, 8, 16):
@@ -166,7 +165,7 @@ def tile_experiment(device: torch.device, dry_run: bool) -> list[dict[str, Any]]
         actions["forward as shipped"], actions["backward as shipped"] = forward, backward
         spread = _times(actions, device, 10)
         found.append({"n": n, "v": v, "dtype": str(dtype).removeprefix("torch."), "seconds": spread})
-        del logits, labels, out, outputs, ones, actions, forward, backward
+        del logits, labels, out, logprobs, entropy, logsumexp, rest, actions, forward, backward
         release(device)
     return found
 

@@ -25,7 +25,10 @@ from fastrl.losses.kl import kl_penalty_rewards as kl_penalty_rewards
 from fastrl.losses.output import LossOutput as LossOutput
 from fastrl.losses.policy import PolicyLoss as PolicyLoss
 from fastrl.losses.policy import RolloutCorrection as RolloutCorrection
+from fastrl.losses.policy_presets import describe as describe
 from fastrl.losses.preference import PreferenceLoss as PreferenceLoss
+from fastrl.losses.regression import optimal_values as optimal_values
+from fastrl.losses.regression import sequence_square_loss as sequence_square_loss
 from fastrl.losses.returns import discounted_returns as discounted_returns
 from fastrl.losses.returns import gae as gae
 from fastrl.losses.returns import length_adaptive_lambda as length_adaptive_lambda
@@ -43,6 +46,8 @@ from fastrl.losses.shaping import dynamic_sampling_mask as dynamic_sampling_mask
 from fastrl.losses.shaping import overlong_filter_mask as overlong_filter_mask
 from fastrl.losses.shaping import soft_overlong_punishment as soft_overlong_punishment
 from fastrl.losses.shaping import zero_variance_mask as zero_variance_mask
+from fastrl.losses.unified import GradientCoefficients as GradientCoefficients
+from fastrl.losses.unified import gradient_coefficients as gradient_coefficients
 from fastrl.losses.value import value_loss as value_loss
 from fastrl.ops import TokenLogprobs as TokenLogprobs
 from fastrl.ops import explain as explain

@@ -1,7 +1,7 @@
-"""Write what docs/ shows of the code: the tables of docs/losses.md and the plot of docs/unified-view.md.
+"""Write what the pages show of the code: tables of docs/losses.md and README.md, the plot of docs/unified-view.md.
 
-    python scripts/make_docs.py            write docs/losses.md and the plot
-    python scripts/make_docs.py --check    exit with 1 if docs/losses.md is not what the code says
+    python scripts/make_docs.py            write the pages and the plot
+    python scripts/make_docs.py --check    exit with 1 if a page is not what the code says
 
 Between `<!-- generated: NAME -->` and `<!-- end -->` a page holds what this script writes; the rest is written by hand.
 """
@@ -23,7 +23,7 @@ from fastrl.losses.policy_presets import PRESETS, TRAINER_KL, TRAINERS, shown
 from fastrl.losses.unified import gradient_coefficients
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-PAGE = DOCS / "losses.md"
+PAGES = (DOCS / "losses.md", DOCS.parent / "README.md")
 PLOT = DOCS / "gradient-coefficients.png"
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -79,16 +79,17 @@ GENERATED: dict[str, Callable[[], str]] = {
 }
 
 
-def page(text: str) -> str:
+def page(text: str, name: str = "losses.md") -> str:
     """Return a page with its generated parts written anew.
 
     Raises:
         ValueError: a mark that is not known, or one that is missing.
     """
+    wanted = {"losses.md": GENERATED, "README.md": {"presets": presets_table}}[name]
     marks = re.findall(r"<!-- generated: (\w+) -->", text)
-    if sorted(marks) != sorted(GENERATED):
-        raise ValueError(f"the page must mark each of {', '.join(GENERATED)} once, got {', '.join(marks) or 'none'}")
-    for name, make in GENERATED.items():
+    if sorted(marks) != sorted(wanted):
+        raise ValueError(f"the page must mark each of {', '.join(wanted)} once, got {', '.join(marks) or 'none'}")
+    for name, make in wanted.items():
         block = f"<!-- generated: {name} -->\n{make()}\n<!-- end -->"
         text = re.sub(rf"<!-- generated: {name} -->\n.*?<!-- end -->", lambda _, new=block: new, text, flags=re.DOTALL)
     return text
@@ -144,17 +145,20 @@ def plot(path: Path) -> None:
 def main() -> int:
     """Write the pages, or compare them with what the code says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if docs/losses.md is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is out of date")
     check = parser.parse_args().check
-    before = PAGE.read_text()
-    after = page(before)
-    if check:
-        if after != before:
-            print(f"{PAGE.relative_to(DOCS.parent)} is out of date: run python scripts/make_docs.py", file=sys.stderr)
-        return int(after != before)
-    PAGE.write_text(after)
-    plot(PLOT)
-    return 0
+    outdated = 0
+    for path in PAGES:
+        before = path.read_text()
+        after = page(before, path.name)
+        if check and after != before:
+            print(f"{path.relative_to(DOCS.parent)} is out of date: run python scripts/make_docs.py", file=sys.stderr)
+            outdated = 1
+        elif not check:
+            path.write_text(after)
+    if not check:
+        plot(PLOT)
+    return outdated
 
 
 if __name__ == "__main__":

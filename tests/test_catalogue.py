@@ -1,4 +1,4 @@
-"""What is written about the losses: generated tables are up to date, and the worked example of CONTRIBUTING.md works."""
+"""What is written about the losses: tables are up to date, and the worked example of CONTRIBUTING.md works."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ def make_docs() -> ModuleType:
 
 
 def test_the_page_of_losses_is_up_to_date(make_docs: ModuleType) -> None:
-    text = make_docs.PAGE.read_text()
-    assert make_docs.page(text) == text, "run python scripts/make_docs.py"
+    for path in make_docs.PAGES:
+        text = path.read_text()
+        assert make_docs.page(text, path.name) == text, f"{path.name}: run python scripts/make_docs.py"
 
 
 def test_the_page_holds_every_preset_and_trainer(make_docs: ModuleType) -> None:
-    text = make_docs.PAGE.read_text()
+    text = make_docs.PAGES[0].read_text()
     assert all(f"| `{name}` |" in text for name in (*PolicyLoss.presets(), *TRAINERS))
 
 
@@ -55,7 +56,7 @@ def test_the_plot_is_drawn_of_the_losses(make_docs: ModuleType, tmp_path: Path) 
 
 
 def changes() -> list[tuple[str, str, str, int]]:
-    """Return (path, old text, new text, lines added) of each diff in the section; the path is the last one named before."""
+    """Return (path, old text, new text, lines added) of each diff in the section; the last path named before is its."""
     assert SECTION is not None
     found, path = [], ""
     for named, diff in re.findall(r"`([\w/]+\.py)`|```diff\n(.*?)```", SECTION.group(1), flags=re.DOTALL):
@@ -69,7 +70,7 @@ def changes() -> list[tuple[str, str, str, int]]:
 
 
 def test_the_example_of_a_new_loss_works(tmp_path: Path) -> None:
-    """The changes apply to the sources as they are; then the example, the kernel's parity and the path from hidden states."""
+    """The changes apply to the sources as they are; then the example, the kernel's parity, and the path from hidden."""
     assert SECTION is not None
     for folder in ("fastrl", "kernels/fastrl_kernels"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -90,7 +91,8 @@ with pytest.raises(ValueError, match="needs clip_high > 0, got None"):
 hidden, weight, labels = torch.randn(2, 3, 4, requires_grad=True), torch.randn(7, 4), torch.randint(0, 7, (2, 3))
 inputs = {name: value.float() for name, value in inputs.items()}
 grads = []
-for output in (loss.from_hidden(hidden, weight, labels, **inputs), loss.from_logits(hidden @ weight.T, labels, **inputs)):
+from_hidden = loss.from_hidden(hidden, weight, labels, **inputs)
+for output in (from_hidden, loss.from_logits(hidden @ weight.T, labels, **inputs)):
     grads.append(torch.autograd.grad(output.loss, hidden)[0])
 torch.testing.assert_close(*grads)
 """

@@ -167,7 +167,7 @@ def test_every_trainer_is_accepted_or_said_not_to_have_the_loss(name: str) -> No
         if style in PRESETS[name].styles:
             assert isinstance(PolicyLoss.preset(name, style=style), PolicyLoss)
         else:
-            with pytest.raises(ValueError, match=f"{version.split()[0]} has no '{name}' loss.*has the styles"):
+            with pytest.raises(ValueError, match=f"{version.split()[0]} has no '{name}' loss.*has the styles of "):
                 PolicyLoss.preset(name, style=style)
     assert set(PRESETS[name].notes) <= set(PRESETS[name].styles)
 
@@ -183,6 +183,44 @@ def test_styles_follow_the_feature_table() -> None:
     }  # fmt: skip
     for name, styles in owners.items():
         assert set(PRESETS[name].styles) == set(styles.split()), name
+
+
+@pytest.mark.parametrize(
+    ("name", "style", "expected"),
+    [
+        ("ppo", "verl", {"dual_clip": 3.0, "log_ratio_clamp": 20.0, "clip_low": 0.2, "clip_high": 0.2}),
+        ("ppo", "openrlhf", {"dual_clip": None, "log_ratio_clamp": 20.0}),
+        ("ppo", "torchtune", {"clip_low": 0.1, "clip_high": 0.1}),
+        ("grpo", None, {"kl": "k3", "kl_coef": 0.04, "aggregate": "sequence_mean"}),
+        ("grpo", "trl", {"kl": None, "kl_coef": 0.0, "aggregate": "sequence_mean"}),
+        ("grpo", "nemo", {"kl_coef": 0.01, "aggregate": "token_mean"}),
+        ("grpo", "torchtune", {"kl_coef": 0.1, "kl_gradient": "plain"}),
+        ("grpo", "verl", {"kl_coef": 0.001, "kl_log_ratio_clamp": 20.0, "kl_value_clamp": 10.0}),
+        ("dapo", None, {"clip_low": 0.2, "clip_high": 0.28}),
+        ("dapo", "trl", {"clip_low": 0.2, "clip_high": 0.2}),
+        ("gspo", None, {"clip_low": 3e-4, "clip_high": 4e-4}),
+        ("gspo", "trl", {"clip_low": 0.2, "clip_high": 0.2}),
+        ("luspo", None, {"clip_low": 2e-3, "clip_high": 2.5e-3}),
+        ("gmpo", None, {"clip_low": 0.4, "clip_high": 0.4}),
+        ("cispo", None, {"weight_low": None, "weight_high": 5.0}),
+        ("cispo", "nemo", {"weight_low": 0.8, "weight_high": 1.2}),
+        ("cispo", "skyrl", {"weight_low": 0.0, "weight_high": 5.0}),
+        ("cispo", "roll", {"weight_low": 0.9, "weight_high": 1.1}),
+        ("sapo", None, {"tau_pos": 1.0, "tau_neg": 1.05}),
+        ("vespo", None, {"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0}),
+        ("opmd", None, {"kl_coef": 0.1}),
+        ("dppo_tv", "verl", {"weight_high": 3.0, "clip_low": 0.2, "clip_high": 0.2}),
+        ("dppo_tv", "prime", {"kl_coef": 2e-3, "clip_low": 0.2, "clip_high": 0.2}),
+        ("dppo_kl", "verl", {"weight_high": 3.0, "clip_low": 0.05, "clip_high": 0.05}),
+        ("kl_cov", None, {"kl_coef": 1.0, "kl_fraction": 2e-4}),
+        ("kl_cov", "verl", {"kl_coef": 0.1, "kl_fraction": 2e-4}),
+        ("kl_cov", "skyrl", {"kl_coef": 1.0, "kl_fraction": 0.2}),
+    ],
+)
+def test_default_numbers(name: str, style: str | None, expected: dict[str, Any]) -> None:
+    """What golden cases do not hold, because each case brings its own numbers."""
+    loss = PolicyLoss.preset(name, style=style)
+    assert {field: getattr(loss, field) for field in expected} == expected
 
 
 def test_unknown_names_are_refused() -> None:

@@ -299,7 +299,7 @@ class PolicyLoss:
         Raises:
             ValueError: unknown name or style, listing the known ones; unknown or contradictory fields.
         """
-        values = preset_fields(name, style)
+        values = preset_fields(name, style, fields)
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(fields) - known)
         if unknown:

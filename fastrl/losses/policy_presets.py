@@ -404,10 +404,10 @@ def preset_fields(name: str, style: str | None = None, given: Fields | None = No
                 f"known trainers: {', '.join(TRAINERS)}"
             )
         if style not in preset.styles:
-            owners = ", ".join(preset.styles)
+            owners = ", ".join(preset.styles) or "no trainer"
             raise ValueError(
                 f"{TRAINERS[style].split()[0]} has no {name!r} loss, so style={style!r} has no meaning here; "
-                f"preset {name!r} has the styles {owners}"
+                f"preset {name!r} has the styles of {owners}"
             )
         fields |= preset.styles[style]
     chosen = given or {}
@@ -415,7 +415,7 @@ def preset_fields(name: str, style: str | None = None, given: Fields | None = No
         if owner in chosen:
             for dependent in dependents:
                 fields.pop(dependent, None)
-    if chosen.get("aggregate") == "sequence_mean" and style in _LENGTH_EPS:
+    if style is not None and style in _LENGTH_EPS and chosen.get("aggregate") == "sequence_mean":
         fields["denominator_eps"] = _LENGTH_EPS[style]
     return fields
 

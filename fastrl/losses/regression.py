@@ -15,6 +15,7 @@ Legend: B batch, T time, N tokens, S sequences, P prompts.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ def sequence_square_loss(
     pooled = reference.segment_sum(log_ratio, layout.lengths)
     present = reference.segment_sum(keep.reshape(-1).to(dtype), layout.lengths) > 0
     wanted = layout.sequences("targets", checks.float_tensor("targets", targets)).detach().to(dtype)
-    residual = torch.where(present, scale * pooled - torch.where(present, wanted, 0.0), 0.0)
+    residual = scale * pooled - torch.where(present, wanted, 0.0)
     count = present.sum()
     divisor = count.clamp(min=1) if n_sequences is None else _count(n_sequences)
     loss = weight * residual.square().sum() / divisor
@@ -100,7 +101,7 @@ def optimal_values(
     return (beta * (torch.logsumexp(wide, dim=1) - math.log(rewards.shape[1]))).to(rewards.dtype)
 
 
-def _count(n_sequences: float | Tensor) -> float | Tensor:
+def _count(n_sequences: Any) -> float | Tensor:
     if isinstance(n_sequences, Tensor):
         if n_sequences.numel() != 1:
             raise ValueError(f"n_sequences must be a number or one element, got shape {tuple(n_sequences.shape)}")

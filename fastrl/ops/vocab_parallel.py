@@ -24,8 +24,9 @@ Legend: N tokens, L live tokens, D hidden, V vocabulary, V_r rows of the head on
 from __future__ import annotations
 
 import math
+import operator
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +59,17 @@ class Merged(NamedTuple):
     log_share: Tensor  # (R, N) log of the share of the probability that each part holds; -inf where it holds none
 
 
+class PartRows(NamedTuple):
+    """What the backward of a part of some rows needs, (N,) each."""
+
+    label: Tensor  # the largest entry, on which the row kernels run, or LEFT_OUT where there is no finite one
+    slope: Tensor  # du_y/dx_y where the part holds y, else 0
+    logprobs: Tensor  # what `forward_rows` returned
+    entropy: Tensor
+    logsumexp: Tensor
+    residual: Tensor  # (0,) where the backend has none
+
+
 @dataclass(frozen=True)
 class Part:
     """The rows of the head that this rank holds, and the group that holds the others."""
@@ -70,6 +82,7 @@ class Part:
     group: Any  # dist.ProcessGroup
 
 
+@torch.compiler.disable
 def linear_token_logprobs_parallel(
     hidden: Tensor,  # (..., D), the same on every rank
     weight: Tensor,  # (V_r, D)
@@ -118,7 +131,8 @@ def linear_token_logprobs_parallel(
         call = _checked(group, hidden, weight, labels, bias, temperature, logit_scale, softcap, ignore_index, options)
     except (TypeError, ValueError, RuntimeError) as error:
         refused = error
-    sizes = _agree(call, refused, group, rank, ranks, labels)
+    device = _collective_device(group, hidden, weight, labels)
+    sizes = _agree(call, refused, labels, group, device)
     assert call is not None
     start, vocabulary = sum(sizes[:rank]), sum(sizes)
     if vocabulary == 0:
@@ -129,9 +143,6 @@ def linear_token_logprobs_parallel(
     flat = call.hidden.reshape(-1, call.hidden.shape[-1])
     outputs = _VocabParallel.apply(flat, call.weight, call.bias, labels.reshape(-1), call.inverse, plan)
     return TokenLogprobs(*(x.view(labels.shape) for x in outputs))
-
-
-# --- what the ranks must agree on -------------------------------------------------------------------------------------
 
 
 class _Call(NamedTuple):
@@ -192,7 +203,7 @@ def _checked(
         raise RuntimeError("weight is an inference tensor and cannot be saved for backward; pass weight.clone()")
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
-    head = make_head(hidden, logit_scale, softcap, ignore_index, tp_group=None, **options)
+    head = make_head(hidden, logit_scale, softcap, operator.index(ignore_index), tp_group=None, **options)
     inverse = inverse_temperature(temperature, labels, hidden)
     return _Call(hidden, weight, None if bias is None else bias.to(dtype), inverse, head)
 
@@ -228,7 +239,7 @@ _SHARED = (
 )
 
 
-def _agree(call: _Call | None, refused: Exception | None, group: Any, rank: int, ranks: int, labels: Any) -> list[int]:
+def _agree(call: _Call | None, refused: Exception | None, labels: Any, group: Any, device: torch.device) -> list[int]:
     """Return the rows of the head on every rank; raise on all ranks if one was refused or they differ.
 
     Without this a rank that raises, or that needs a collective which the others do not, would leave them waiting.
@@ -236,7 +247,7 @@ def _agree(call: _Call | None, refused: Exception | None, group: Any, rank: int,
     size, shared = 0, [0] * len(_SHARED)
     if call is not None:
         size, shared = call.weight.shape[0], _shared_values(call, labels)
-    device = _collective_device(group, labels)
+    rank, ranks = _place(group)
     mine = torch.tensor([int(call is not None), size, *shared], dtype=torch.int64, device=device)
     every = _gathered(mine, group, ranks).tolist()
     if refused is not None:
@@ -278,22 +289,20 @@ def _bits(value: float) -> int:
     return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
-def _collective_device(group: Any, labels: Any) -> torch.device:
-    """Return where to put the sizes: beside the labels, or on the group's own kind of device if there are none."""
-    if isinstance(labels, Tensor) and labels.device.type != "meta":
-        return labels.device
-    return (
-        torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
-    )
+def _collective_device(group: Any, *arguments: Any) -> torch.device:
+    """Return the device on which the ranks exchange integers, also where an argument was refused."""
+    for x in arguments:
+        if isinstance(x, Tensor) and x.device.type not in ("cpu", "meta"):
+            return x.device
+    if dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def _keeps_units(call: _Call) -> bool:
     """Return whether the forward keeps the gradient of the log-prob with respect to the hidden states."""
     trains_head = call.weight.requires_grad or (call.bias is not None and call.bias.requires_grad)
     return torch.is_grad_enabled() and call.hidden.requires_grad and not trains_head
-
-
-# --- the merge --------------------------------------------------------------------------------------------------------
 
 
 def merge_shards(
@@ -343,12 +352,11 @@ def part_statistics(
     target: Tensor,  # (C,) label minus the part's first row; outside [0, V_r) where another part holds it
     inverse: Tensor,  # (C,)
     head: Head,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the statistics (C, 4) of one part of some rows, and what its backward needs, (C,) each.
+) -> tuple[Tensor, PartRows]:
+    """Return the statistics (C, 4) of one part of some rows, and what its backward needs.
 
     The row kernels run with the largest entry as the label: its log-prob is -log of the part's sum, to relative
-    precision. Kept are that label (`LEFT_OUT` for rows without a finite entry), the slope du_y/dx_y of the label that
-    the part holds (0 elsewhere) and the four outputs of `forward_rows`.
+    precision.
     """
     extreme, label = logits.max(-1) if head.logit_scale > 0 else logits.min(-1)
     top, _ = _before_temperature(extreme, head)
@@ -369,7 +377,7 @@ def part_statistics(
         torch.where(empty, 0.0, weighted),
         torch.where(held, entry, -math.inf),
     )
-    return torch.stack(statistics, -1), (label, torch.where(held, slope, 0.0), *outputs)
+    return torch.stack(statistics, -1), PartRows(label, torch.where(held, slope, 0.0), *outputs)
 
 
 def _before_temperature(x: Tensor, head: Head) -> tuple[Tensor, Tensor]:
@@ -389,9 +397,6 @@ def _scalars(head: Head) -> dict[str, Any]:
     return {"logit_scale": head.logit_scale, "softcap": head.softcap, "ignore_index": LEFT_OUT}
 
 
-# --- the operation ----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Plan:
     """What `_VocabParallel` needs beside its tensors."""
@@ -406,47 +411,53 @@ class _Rows(NamedTuple):
 
     target: Tensor  # label minus the part's first row
     inverse: Tensor
-    label: Tensor  # the entry on which the row kernels run, or LEFT_OUT
-    slope: Tensor  # du_y/dx_y where the part holds y, else 0
-    part_logprobs: Tensor
-    part_entropy: Tensor
-    part_logsumexp: Tensor
-    part_residual: Tensor  # (0,) where the backend has none
+    part: PartRows
     logprobs: Tensor
     entropy: Tensor
     log_share: Tensor
 
-    def at(self, index: Tensor) -> _Rows:
-        """Return some of the rows."""
-        return _Rows(*(x[index] if x.numel() else x for x in self))
+    @classmethod
+    def of(cls, tensors: list[Tensor]) -> _Rows:
+        """Return the rows from what `tensors` returned."""
+        target, inverse, logprobs, entropy, log_share, *part = tensors
+        return cls(target, inverse, PartRows(*part), logprobs, entropy, log_share)
 
-    def upstream(self, g: Tensor | None, h: Tensor | None, l: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return all tensors, in an order of its own."""
+        return self.target, self.inverse, self.logprobs, self.entropy, self.log_share, *self.part
+
+    def at(self, index: Tensor | slice) -> _Rows:
+        """Return some of the rows."""
+        part = PartRows(*(x[index] if x.numel() else x for x in self.part))
+        merged = (x[index] for x in (self.logprobs, self.entropy, self.log_share))
+        return _Rows(self.target[index], self.inverse[index], part, *merged)
+
+    def upstream(self, g: Tensor | None, h: Tensor | None, ell: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
         """Return (h', l', dL/dx_y) of the module's formula from the gradients of the three outputs."""
         share, p = self.log_share.exp(), self.logprobs.exp()
         constant, entry = torch.zeros_like(share), torch.zeros_like(share)
         if g is not None:
             constant, entry = constant - g, entry - g * torch.expm1(self.logprobs)
-        if l is not None:
-            constant, entry = constant + l, entry + l * p
+        if ell is not None:
+            constant, entry = constant + ell, entry + ell * p
         if h is not None:
-            within = self.log_share + self.entropy - self.part_entropy.double()
+            within = self.log_share + self.entropy - self.part.entropy.double()
             constant = constant - torch.where(share == 0, 0.0, h * within)
             entry = entry - torch.where(p == 0, 0.0, h * p * (self.logprobs + self.entropy))
-        return None if h is None else h * share, constant * share, entry * self.slope * self.inverse.double()
+        return None if h is None else h * share, constant * share, entry * self.part.slope * self.inverse.double()
 
-    def dlogits(self, logits: Tensor, head: Head, h: Tensor | None, l: Tensor, entry: Tensor) -> Tensor:
-        """Turn the logits (C, V_r) into their gradient, in place."""
+    def dlogits(self, logits: Tensor, head: Head, h: Tensor | None, ell: Tensor, entry: Tensor) -> Tensor:
+        """Turn the logits (C, V_r) into their gradient, in place, from h', l' and the label's entry, (C,) each."""
         dtype = logits.dtype
-        outputs = (self.part_logprobs, self.part_entropy, self.part_logsumexp, self.part_residual)
-        grads = (None, None if h is None else h.to(dtype), l.to(dtype))
+        outputs = (self.part.logprobs, self.part.entropy, self.part.logsumexp, self.part.residual)
+        grads = (None, None if h is None else h.to(dtype), ell.to(dtype))
         result = backward_rows(
-            head.backend, logits, self.label, self.inverse, outputs, grads, **_scalars(head), out=logits
+            head.backend, logits, self.part.label, self.inverse, outputs, grads, **_scalars(head), out=logits
         )
         held = (self.target >= 0) & (self.target < logits.shape[1])
         index = _index(self.target, held)
-        return result.scatter_(
-            -1, index, torch.where(held.unsqueeze(-1), entry.to(dtype).unsqueeze(-1), result.gather(-1, index))
-        )
+        held, entry = held.unsqueeze(-1), entry.to(dtype).unsqueeze(-1)
+        return result.scatter_(-1, index, torch.where(held, entry, result.gather(-1, index)))
 
 
 class _VocabParallel(torch.autograd.Function):
@@ -466,11 +477,11 @@ class _VocabParallel(torch.autograd.Function):
         # Reached only where values are not checked: an id that no rank holds.
         unheld = (label < 0) | (label >= part.vocabulary)
         merged = Merged(*(torch.where(unheld, math.nan, x) for x in merged))
-        rows = _Rows(target, row_inverse, *local, merged.logprobs, merged.entropy, merged.log_share[part.rank])
+        rows = _Rows(target, row_inverse, local, merged.logprobs, merged.entropy, merged.log_share[part.rank])
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, bias, labels, inverse, chunks.live, units, *rows)
-        logprobs, entropy, logsumexp = (chunks.scattered(x.to(statistics_dtype(hidden))) for x in merged[:3])
+        ctx.save_for_backward(hidden, weight, bias, labels, inverse, chunks.live, units, *rows.tensors())
+        logprobs, entropy, logsumexp = (chunks.scattered(x.to(_wide(hidden.dtype))) for x in merged[:3])
         return logprobs, entropy, logsumexp
 
     @staticmethod
@@ -480,28 +491,23 @@ class _VocabParallel(torch.autograd.Function):
         if not any(needs) or all(g is None for g in grads):
             return (None,) * 6
         hidden, weight, bias, labels, inverse, live, units, *saved = ctx.saved_tensors
-        plan, rows = ctx.plan, _Rows(*saved)
+        plan, rows = ctx.plan, _Rows.of(saved)
         chunks = Chunks(hidden, weight, bias, labels, inverse, plan.head, live)
-        g, h, l = (None if x is None else x[live].double() for x in grads)
+        g, h, ell = (None if x is None else x[live].double() for x in grads)
         with torch.autocast(hidden.device.type, enabled=False):
             partial = _room(chunks, plan.part.ranks) if needs[0] else None
-            if plan.unit and g is not None and h is None and l is None and partial is not None:
+            if plan.unit and g is not None and h is None and ell is None and partial is not None:
                 _scale_units(partial, units, weight, rows, g)
                 dweight = dbias = None
             else:
-                dweight, dbias = _accumulate(chunks, rows, (g, h, l), (needs[1], needs[2]), partial)
+                dweight, dbias = _accumulate(chunks, rows, (g, h, ell), (needs[1], needs[2]), partial)
         dhidden = None
         if partial is not None:
             dhidden = chunks.scattered(_summed(partial, plan.part, hidden.dtype)[: live.numel()])
         return dhidden, dweight, dbias, None, None, None
 
 
-def statistics_dtype(hidden: Tensor) -> torch.dtype:
-    """Return the dtype of the three outputs."""
-    return _wide(hidden.dtype)
-
-
-def _scan(chunks: Chunks, target: Tensor, inverse: Tensor, plan: _Plan) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+def _scan(chunks: Chunks, target: Tensor, inverse: Tensor, plan: _Plan) -> tuple[Tensor, PartRows, Tensor]:
     """Return the statistics (L, 4) of this part, what `part_statistics` keeps of them, and the unit gradients (L, D).
 
     A unit gradient is that of log q_y if the part holds y, else that of minus the part's logsumexp.
@@ -513,7 +519,7 @@ def _scan(chunks: Chunks, target: Tensor, inverse: Tensor, plan: _Plan) -> tuple
     slope = torch.zeros(n, dtype=torch.float64, device=device)
     first, second, third = (torch.zeros(n, dtype=dtype, device=device) for _ in range(3))
     residual = torch.zeros(n if dispatch.keeps_residual(plan.head.backend) else 0, dtype=dtype, device=device)
-    kept = (label, slope, first, second, third, residual)
+    kept = PartRows(label, slope, first, second, third, residual)
     units = torch.zeros((n if plan.unit else 0, chunks.hidden.shape[1]), dtype=dtype, device=device)
     if chunks.weight.shape[0] == 0:
         return statistics, kept, units
@@ -526,22 +532,26 @@ def _scan(chunks: Chunks, target: Tensor, inverse: Tensor, plan: _Plan) -> tuple
         if plan.unit:
             # Within the part alone the label's entry is 1 - q_y = others / S, and P_r = 1.
             e_label = torch.where(found[:, 3].isneginf(), 0.0, ((found[:, 3] - found[:, 0]) * inverse[at]).exp())
-            entry = found[:, 1] / (found[:, 1] + e_label) * values[1] * inverse[at]
+            entry = found[:, 1] / (found[:, 1] + e_label) * values.slope * inverse[at]
+            entry = torch.where(values.label == LEFT_OUT, 0.0, entry)
             nothing = torch.zeros_like(entry)
-            rows = _Rows(target[at], inverse[at], *values, nothing, nothing, nothing)
+            rows = _Rows(target[at], inverse[at], values, nothing, nothing, nothing)
             units[at] = _times_weight(rows.dlogits(logits, plan.head, None, nothing - 1.0, entry), chunks.weight)
     return statistics, kept, units
 
 
 def _scale_units(partial: Tensor, units: Tensor, weight: Tensor, rows: _Rows, g: Tensor) -> None:
-    """Write this part's share of dX from the unit gradients: 1[v = y] - P q_v = P (1[v = y] - q_v) + (1 - P) 1[v = y]."""
+    """Write this part's share of dX from the unit gradients.
+
+    1[v = y] - P q_v = P (1[v = y] - q_v) + (1 - P) 1[v = y], of which no term loses precision as p_y -> 1.
+    """
     n = units.shape[0]
     share = rows.log_share.exp()
     partial[:n] = (g * share).to(units.dtype).unsqueeze(-1) * units
     if weight.shape[0] == 0:
         return
     held = (rows.target >= 0) & (rows.target < weight.shape[0])
-    missing = torch.where(held, -torch.expm1(rows.log_share) * g * rows.slope * rows.inverse.double(), 0.0)
+    missing = torch.where(held, -torch.expm1(rows.log_share) * g * rows.part.slope * rows.inverse.double(), 0.0)
     partial[:n].addcmul_(
         missing.to(units.dtype).unsqueeze(-1), weight[_index(rows.target, held).squeeze(-1)].to(units.dtype)
     )
@@ -555,32 +565,19 @@ def _accumulate(
     partial: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return (dweight, dbias) of this part, the logits formed again; add its share of dX to `partial`."""
-    gradients = Gradients(chunks, (False, *needs))
-    if chunks.weight.shape[0] > 0:
-        nonzero = torch.stack([x != 0 for x in grads if x is not None]).any(0)
-        # Rows without a gradient are left out here, and only here: the collectives see all live rows on every rank.
-        active = nonzero.nonzero().squeeze(-1)
-        some = rows.at(active)
-        g, h, l = (None if x is None else x[active] for x in grads)
-        inner, outer, entry = some.upstream(g, h, l)
-        chosen = Chunks(
-            *(getattr(chunks, f) for f in ("hidden", "weight", "bias", "labels", "inverse", "head")),
-            chunks.live[active],
-        )
-        gradients.chunks = chosen
-        for at, states, logits in chosen:
-            index = torch.arange(at.start, at.stop, device=active.device)
-            dlogits = some.at(index).dlogits(
-                logits, chunks.head, None if inner is None else inner[at], outer[at], entry[at]
-            )
-            if partial is not None:
-                partial[active[at]] = _times_weight(dlogits, chunks.weight)
-            gradients.add(at, states, dlogits)
+    nonzero = torch.stack([x != 0 for x in grads if x is not None]).any(0)
+    # Rows without a gradient are left out here, and only here: the collectives see all live rows on every rank.
+    active = nonzero.nonzero().squeeze(-1)
+    chosen, some = replace(chunks, live=chunks.live[active]), rows.at(active)
+    h, ell, entry = some.upstream(*(None if x is None else x[active] for x in grads))
+    gradients = Gradients(chosen, (False, *needs))
+    for at, states, logits in chosen if chunks.weight.shape[0] else ():
+        dlogits = some.at(at).dlogits(logits, chunks.head, None if h is None else h[at], ell[at], entry[at])
+        if partial is not None:
+            partial[active[at]] = _times_weight(dlogits, chunks.weight)
+        gradients.add(at, states, dlogits)
     _, dweight, dbias = gradients.cast()
     return dweight, dbias
-
-
-# --- collectives ------------------------------------------------------------------------------------------------------
 
 
 def _gathered(
