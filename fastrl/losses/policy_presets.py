@@ -412,7 +412,9 @@ def preset_fields(name: str, style: str | None = None, given: Fields | None = No
         fields |= preset.styles[style]
     chosen = given or {}
     for owner, dependents in _QUALIFIERS.items():
-        if owner in chosen:
+        # One divergence in place of another keeps what both have.
+        related = all(str(f.get(owner)).startswith("divergence") for f in (fields, chosen))
+        if owner in chosen and not related:
             for dependent in dependents:
                 fields.pop(dependent, None)
     if style is not None and style in _LENGTH_EPS and chosen.get("aggregate") == "sequence_mean":
