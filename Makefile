@@ -12,6 +12,7 @@
 #   TORCH="torch"       what to ask pip for instead of the pinned torch and triton (a CUDA, ROCm or XPU build, with
 #                       pip options if it needs any); TORCH= (empty) takes the torch that PYTHON already has
 #   PYTEST_ARGS="-k x"  more arguments for pytest
+#   JOBS=2              processes that the tests are spread over
 #   VENV=.venv          where the environment goes
 
 PYTHON ?= python3
@@ -19,6 +20,7 @@ VENV ?= .venv
 # torch comes first and by exact version: left to resolve it, pip fetches several GB of accelerator libraries.
 TORCH ?= $(shell grep -E '^(torch|triton)==' constraints.txt)
 PYTEST_ARGS ?=
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
@@ -45,7 +47,7 @@ help:
 
 test: lint
 	$(SAY) "tests, with coverage of fastrl"
-	@$(BIN)/python -m pytest --cov=fastrl --cov-report=term $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov=fastrl --cov-report=term $(PYTEST_ARGS)
 
 lint: $(TEST)
 	$(SAY) "ruff check"

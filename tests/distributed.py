@@ -1,7 +1,7 @@
 """Run checks in groups of processes on this machine, joined by gloo over the loopback interface.
 
 A check is a module-level function of (rank, world_size). The processes of a group run the same checks in the same
-order; after a check has failed on a rank the group is out of step, so that rank stops, and the others fail at their next
+order. After a check has failed on a rank the group is out of step: that rank stops, and the others fail at their next
 collective, by its time limit at the latest.
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,13 @@ NAMES = ("logprobs", "entropy", "logsumexp", "hidden", "weight", "bias")
 SIZES = {2: [(6, 4), (1, 9), (0, 10), (10, 0)], 3: [(7, 0, 3), (0, 9, 1), (3, 4, 3)]}
 
 
-# --- the merge, in one process
-
-
 def statistics_of(logits: Tensor, labels: Tensor, inverse: Tensor, bounds: list[int], head: Head) -> Tensor:
     """Return the statistics (R, N, 4) of the parts of logits between consecutive bounds."""
     absent = torch.tensor([-math.inf, 0.0, 0.0, -math.inf], dtype=torch.float64).expand(len(labels), 4)
     return torch.stack(
         [
             part_statistics(logits[:, a:b].contiguous(), labels - a, inverse, head)[0] if b > a else absent
-            for a, b in zip(bounds, bounds[1:], strict=False)
+            for a, b in pairwise(bounds)
         ]
     )
 
@@ -76,14 +74,15 @@ def test_merge_of_hard_rows(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_merge_keeps_the_precision_of_a_certain_target(backend: str) -> None:
-    """At 1 - p = 1e-11 and below the log-prob is as precise as anywhere, whatever part holds the target."""
+    """At 1 - p of about 1e-8 the log-prob is as precise as anywhere, whatever part holds the target."""
     logits = torch.randn(6, 24, generator=torch.Generator().manual_seed(1))
     labels = torch.tensor([0, 3, 4, 11, 12, 23])
-    logits[torch.arange(6), labels] = 30.0
+    logits[torch.arange(6), labels] = 20.0
     got = judge_merge(logits, labels, [0, 4, 12, 24], backend)
     want = reference.token_logprobs(logits.double(), labels)[0]
-    assert bool((want > -1e-10).all())
-    assert float(((got - want) / want).abs().max()) < 1e-5
+    # A float32 p could not tell these rows from certain ones.
+    assert bool((want > -torch.finfo(torch.float32).eps / 2).all())
+    assert float(((got - want) / want).abs().max()) < 1e-6
 
 
 def test_a_row_without_a_finite_entry_is_nan() -> None:
@@ -99,9 +98,6 @@ def test_merge_of_a_row_does_not_depend_on_the_rows_around_it() -> None:
     for i in (0, 17, 49):
         alone = merge_shards(statistics[:, i : i + 1], inverse[i : i + 1])
         assert all(torch.equal(a[..., i : i + 1], b) for a, b in zip(whole, alone, strict=True))
-
-
-# --- the operation, in groups of processes
 
 
 def draw(n: int, dim: int, vocabulary: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -163,7 +159,7 @@ def same_on_all_ranks(x: Tensor) -> bool:
 def judge(
     rank: int, sizes: tuple[int, ...], tensors: tuple[Tensor, ...], needs: str, grads: Any = None, **options: Any
 ) -> None:
-    """Hold a run against the whole head in one process by the oracle; outputs and dX are the same bits on every rank."""
+    """Hold a run against the whole head in one process; outputs and dX must be the same bits on every rank."""
     grads = upstream(tensors[0].shape[0]) if grads is None else grads
     got = run(rank, sizes, tensors, grads, needs, **options)
     for key in ("chunk_tokens", "backend"):
@@ -252,13 +248,13 @@ def check_hard_rows(rank: int, world: int) -> None:
 
 
 def check_certain_target_keeps_its_gradient(rank: int, world: int) -> None:
-    """At 1 - p = 1e-12 the gradient of the hidden states has the relative precision that it has elsewhere."""
+    """At 1 - p of about 1e-8 the gradient of the hidden states has the relative precision that it has elsewhere."""
     hidden, weight, bias, labels = draw(13, 6, 10)
-    bias[9] = 40.0
+    bias[9] = 21.0
     labels = torch.where(labels >= 0, 9, labels)
     grads = (upstream(13)[0], None, None)
     want = whole((hidden, weight, bias, labels), grads, torch.float64)["hidden"]
-    assert 0 < float(want.abs().max()) < 1e-9
+    assert 0 < float(want.abs().max()) < 1e-5
     for sizes in SIZES[world]:
         for needs in ("hidden", "hidden weight bias"):
             got = run(rank, sizes, (hidden, weight, bias, labels), grads, needs, chunk_tokens=4)["hidden"]
@@ -469,7 +465,7 @@ def check_a_group_without_rows_is_refused(rank: int, world: int) -> None:
     hidden, weight, _, labels = draw(13, 6, 10)
     with pytest.raises(ValueError, match="weight is empty on every rank"):
         linear_token_logprobs_parallel(hidden, weight[:0], labels, group=dist.group.WORLD)
-    with pytest.raises(TypeError, match="tp_group must be a torch.distributed.ProcessGroup"):
+    with pytest.raises(TypeError, match=r"tp_group must be a .*ProcessGroup"):
         linear_token_logprobs_parallel(hidden, weight, labels, group="tp")
 
 
