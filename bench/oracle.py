@@ -92,7 +92,7 @@ def exact_outputs(inputs: Inputs) -> Outputs:
     )
 
 
-def _masked(outputs: Outputs, inputs: Inputs) -> Mapping[str, Tensor | None]:
+def _compared(outputs: Outputs, inputs: Inputs) -> Mapping[str, Tensor | None]:
     """Return the quantities that are compared; log-probs under the mask may be anything."""
     values = outputs._asdict()
     if values["logprobs"] is not None:
@@ -100,34 +100,59 @@ def _masked(outputs: Outputs, inputs: Inputs) -> Mapping[str, Tensor | None]:
     return values
 
 
-def judge(outputs: Outputs, exact: Outputs, eager: Outputs, inputs: Inputs, declared_error: float = 0.0) -> Judgement:
-    """Return the errors of a contender, and a complaint where it is less accurate than eager PyTorch may make it.
+@dataclass(frozen=True)
+class Judge:
+    """Holds contenders to the budget of tests/oracle.py.
 
-    The budget is that of tests/oracle.py: twice the error of the eager code at the precision of the case, plus a few
-    roundings. A contender that declares a relative gradient error is held to that where it is larger.
+    The budget is twice the error of the eager code at the precision of the case, plus a few roundings.
     """
-    judged, truth, common = _masked(outputs, inputs), _masked(exact, inputs), _masked(eager, inputs)
-    oracle = shared("oracle")
-    errors: dict[str, dict[str, float]] = {}
-    complaints = []
-    for name, value in judged.items():
-        right, usual = truth[name], common[name]
-        if value is None:
-            if right is not None and name not in ("logprobs", "loss"):
-                complaints.append(f"{name} is missing")
-            continue
-        if right is None or usual is None:
-            continue
-        try:
-            error = oracle.max_error(value.reshape(right.shape), right)
-        except AssertionError as failure:
-            complaints.append(f"{name}: {failure}")
-            continue
-        granted = oracle.budget(right, usual, value.dtype)
-        largest = float(right.abs().max())
-        if name.startswith("d"):
-            granted = max(granted, declared_error * largest)
-        errors[name] = {"error": error, "granted": granted, "relative": error / largest if largest > 0 else 0.0}
-        if not error <= granted:
-            complaints.append(f"{name}: error {error:.2e} against float64 exceeds the budget {granted:.2e}")
-    return Judgement(errors, "; ".join(complaints) or None)
+
+    inputs: Inputs
+    exact: Mapping[str, Tensor | None]
+    granted: dict[tuple[str, torch.dtype], float]
+    """Error granted per quantity and dtype of the result."""
+    largest: dict[str, float]
+
+    @classmethod
+    def of(cls, inputs: Inputs, eager: Outputs) -> Judge:
+        """Return the judge of a case, given what PyTorch's eager code makes of it."""
+        exact, common = _compared(exact_outputs(inputs), inputs), _compared(eager, inputs)
+        granted, largest = {}, {}
+        for name, right in exact.items():
+            usual = common[name]
+            if right is None or usual is None:
+                continue
+            largest[name] = float(right.abs().max())
+            # A half-precision case may be answered in its own dtype or in float32.
+            for dtype in {inputs.case.dtype, torch.float32, usual.dtype}:
+                granted[name, dtype] = shared("oracle").budget(right, usual, dtype)
+        return cls(inputs, exact, granted, largest)
+
+    def __call__(self, outputs: Outputs, declared_error: float = 0.0) -> Judgement:
+        """Return the errors of a contender, and a complaint where it is less accurate than eager PyTorch may make it.
+
+        A contender that declares a relative gradient error is held to that where it is larger.
+        """
+        errors: dict[str, dict[str, float]] = {}
+        complaints = []
+        for name, value in _compared(outputs, self.inputs).items():
+            right = self.exact[name]
+            if value is None:
+                if right is not None and name not in ("logprobs", "loss"):
+                    complaints.append(f"{name} is missing")
+                continue
+            if name not in self.largest or right is None:
+                continue
+            try:
+                error = shared("oracle").max_error(value.reshape(right.shape), right)
+                granted = self.granted[name, value.dtype]
+            except (AssertionError, KeyError, RuntimeError) as failure:
+                complaints.append(f"{name}: {type(failure).__name__}: {failure}")
+                continue
+            if name.startswith("d"):
+                granted = max(granted, declared_error * self.largest[name])
+            largest = self.largest[name]
+            errors[name] = {"error": error, "granted": granted, "relative": error / largest if largest > 0 else 0.0}
+            if not error <= granted:
+                complaints.append(f"{name}: error {error:.2e} against float64 exceeds the budget {granted:.2e}")
+        return Judgement(errors, "; ".join(complaints) or None)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from bench import oracle
 from bench.baselines import EAGER, Contender, Missing, Runner, contenders
-from bench.cases import Case, Inputs, make_inputs
+from bench.cases import Case, make_inputs
 from bench.measure import COPY, GEMM, Plan, floors, measure, peak_bytes, quartiles, release, summary
+from bench.oracle import Judge
 
 
 def say(text: str) -> None:
@@ -24,12 +24,12 @@ def _last_line(error: BaseException) -> str:
     return "".join(traceback.format_exception_only(error)).strip().splitlines()[0][:300]
 
 
-def _judged(contender: Contender, inputs: Inputs, exact: Any, eager: Any) -> tuple[dict[str, Any], Runner | None]:
+def _judged(contender: Contender, judge: Judge) -> tuple[dict[str, Any], Runner | None]:
     """Return the record of a contender and its run, None where it is missing, failed or refused."""
     record: dict[str, Any] = {"name": contender.name}
     try:
-        run = contender.prepare(inputs)
-        verdict = oracle.judge(run(), exact, eager, inputs, contender.declared_error)
+        run = contender.prepare(judge.inputs)
+        verdict = judge(run(), contender.declared_error)
     except Missing as reason:
         return {**record, "status": "missing", "reason": str(reason)}, None
     except Exception as error:  # a peer may raise anything; the record says what
@@ -38,11 +38,6 @@ def _judged(contender: Contender, inputs: Inputs, exact: Any, eager: Any) -> tup
     if verdict.complaint is not None:
         return {**record, "status": "refused: wrong", "reason": verdict.complaint}, None
     return {**record, "status": "ok"}, run
-
-
-def _eager_outputs(inputs: Inputs) -> Any:
-    """Return the results of PyTorch's eager code, which set the budget of the judge."""
-    return EAGER.prepare(inputs)()
 
 
 def run_case(
@@ -59,15 +54,15 @@ def run_case(
     device = torch.device(device)
     inputs = make_inputs(case, device)
     invited = [c for c in (contenders() if everyone is None else everyone) if case.operation in c.operations]
-    exact, eager = oracle.exact_outputs(inputs), _eager_outputs(inputs)
+    judge = Judge.of(inputs, EAGER.prepare(inputs)())
     records, runs = [], {}
     for contender in invited:
-        record, run = _judged(contender, inputs, exact, eager)
+        record, run = _judged(contender, judge)
         records.append(record)
         if run is not None:
             runs[contender.name] = run
         release(device)
-    del exact, eager
+    del judge
     bare = floors(case, device)
     (floor_name,) = bare
     seconds = measure({**bare, **runs}, device, plan)

@@ -6,9 +6,9 @@ Save one run with `--benchmark-save=NAME` and hold another against it with `--be
 
 import pytest
 
-from bench import oracle
 from bench.baselines import EAGER, fastrl_contender
 from bench.cases import OPERATIONS, Case, Model, make_inputs
+from bench.oracle import Judge
 
 pytest.importorskip("pytest_benchmark")
 
@@ -19,6 +19,5 @@ SMALL = Model("small", 256, 16384)
 def test_fastrl(benchmark, operation: str) -> None:
     inputs = make_inputs(Case(operation, SMALL, 4, 128))
     run = fastrl_contender().prepare(inputs)
-    verdict = oracle.judge(run(), oracle.exact_outputs(inputs), EAGER.prepare(inputs)(), inputs)
-    assert verdict.complaint is None
+    assert Judge.of(inputs, EAGER.prepare(inputs)())(run()).complaint is None
     benchmark.pedantic(run, rounds=5, warmup_rounds=1)

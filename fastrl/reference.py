@@ -307,6 +307,7 @@ def aggregate_weights(
     elif aggregate == "sequence_sum":
         per_sequence = (one / n_sequences).expand(lengths.shape)
     elif aggregate == "constant":
+        assert constant is not None
         per_sequence = (one / (n_sequences * constant)).expand(lengths.shape)
     elif aggregate == "token_sum":
         per_sequence = one.expand(lengths.shape)
@@ -335,6 +336,11 @@ class TokenColumns(NamedTuple):
     positive: Tensor | None  # bool: sign that TOPR splits on
     log_correction: Tensor | None  # log of the correction, for VESPO's sequence weight
     sequence_log_ratio: Tensor | None = None  # per-token copy of the sequence's log-ratio, with its gradient
+
+    def at(self, index: Tensor) -> TokenColumns:
+        """Return the columns of the tokens at `index`."""
+        present = {name: x[index] for name, x in self._asdict().items() if x is not None}
+        return self._replace(**present)
 
 
 class TokenTerms(NamedTuple):

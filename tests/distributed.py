@@ -79,9 +79,11 @@ def _work(rank: int, world_size: int, port: int, checks: Sequence[Check], direct
         torch.manual_seed(0)
         try:
             check(rank, world_size)
+            results[check.__name__] = ""
         except Exception:
             results[check.__name__] = traceback.format_exc()
+        # After every check: a communication library may end the process where another rank has gone.
+        report.write_text(json.dumps(results))
+        if results[check.__name__]:
             break
-        results[check.__name__] = ""
-    report.write_text(json.dumps(results))
     dist.destroy_process_group()

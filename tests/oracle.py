@@ -37,7 +37,9 @@ def budget(exact: Tensor, eager: Tensor, dtype: torch.dtype) -> float:
     return 2.0 * eager_error + ROUNDINGS * torch.finfo(dtype).eps * max(largest, torch.finfo(dtype).tiny)
 
 
-def assert_as_accurate(name: str, result: Tensor, exact: Tensor, eager: Tensor, dtype: torch.dtype | None = None) -> None:
+def assert_as_accurate(
+    name: str, result: Tensor, exact: Tensor, eager: Tensor, dtype: torch.dtype | None = None
+) -> None:
     """Assert that `result` is as close to `exact` (float64) as the budget of `eager` grants.
 
     Args:

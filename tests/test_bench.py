@@ -126,22 +126,23 @@ def test_a_contender_that_cannot_run_says_why() -> None:
 
 def test_a_declared_error_is_granted_to_gradients_only() -> None:
     inputs = make_inputs(tiny("loss_hidden"))
-    exact, eager = oracle.exact_outputs(inputs), EAGER.prepare(inputs)()
+    eager = EAGER.prepare(inputs)()
+    judge = oracle.Judge.of(inputs, eager)
     assert eager.dhidden is not None
     assert eager.loss is not None
     near = eager._replace(dhidden=eager.dhidden * (1 + 1e-4))
-    assert oracle.judge(near, exact, eager, inputs).complaint is not None
-    assert oracle.judge(near, exact, eager, inputs, declared_error=2e-4).complaint is None
+    assert judge(near).complaint is not None
+    assert judge(near, declared_error=2e-4).complaint is None
     off = eager._replace(loss=eager.loss * (1 + 1e-4))
-    assert oracle.judge(off, exact, eager, inputs, declared_error=2e-4).complaint is not None
+    assert judge(off, declared_error=2e-4).complaint is not None
 
 
 def test_masked_logprobs_are_not_judged() -> None:
     inputs = make_inputs(tiny("loss_hidden_half"))
-    exact, eager = oracle.exact_outputs(inputs), EAGER.prepare(inputs)()
+    eager = EAGER.prepare(inputs)()
     assert eager.logprobs is not None
     garbage = eager._replace(logprobs=torch.where(inputs.mask.bool(), eager.logprobs, torch.nan))
-    assert oracle.judge(garbage, exact, eager, inputs).complaint is None
+    assert oracle.Judge.of(inputs, eager)(garbage).complaint is None
 
 
 def test_the_exact_results_are_those_of_one_piece() -> None:

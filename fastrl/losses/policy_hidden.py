@@ -55,7 +55,7 @@ class _Plan:
         self, logprobs: Tensor, entropy: Tensor, block: slice, index: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Return (dL/dlogprobs, dL/dentropy or None) of the live tokens of a block."""
-        columns = reference.TokenColumns(*(None if c is None else c[index] for c in self.columns))
+        columns = self.columns.at(index)
         lengths = None
         if self.units is not None:
             ends = list(accumulate(self.units))

@@ -432,7 +432,7 @@ class PreferenceLoss:
         else:
             transform, alpha = self._transform()
             chosen, rejected = transform(chosen, alpha), transform(rejected, alpha)
-        if self.score_normalise == "length" and rows.chosen_lengths is not None:
+        if self.score_normalise == "length" and rows.chosen_lengths is not None and rows.rejected_lengths is not None:
             chosen, rejected = chosen / rows.chosen_lengths, rejected / rows.rejected_lengths
         return Scores(chosen, rejected, policy_margin, ref_margin)
 

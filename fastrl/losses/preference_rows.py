@@ -27,7 +27,7 @@ class PairRows(NamedTuple):
 
     def reduced(self, reduce: str) -> PairRows:
         """Return the rows with sums turned into means where `reduce` asks for it and the lengths are known."""
-        if reduce == "sum" or self.chosen_lengths is None:
+        if reduce == "sum" or self.chosen_lengths is None or self.rejected_lengths is None:
             return self
         over_w, over_l = self.chosen_lengths, self.rejected_lengths
         return self._replace(

@@ -176,16 +176,20 @@ def _policy_terms(
         policy.PolicyColumns(**dict(zip(names.split(","), constants, strict=True))),
         gradient=gradient,
     )
+
+    def present(x: Tensor | None) -> Tensor:
+        return logprobs.new_empty(0) if x is None else x
+
     return (
         results.contribution,
         results.surrogate,
         results.ratio,
         results.clipped_low,
         results.clipped_high,
-        *(
-            logprobs.new_empty(0) if x is None else x
-            for x in (results.kl, results.dual_clipped, results.grad_logprobs, results.grad_sequence)
-        ),
+        present(results.kl),
+        present(results.dual_clipped),
+        present(results.grad_logprobs),
+        present(results.grad_sequence),
     )
 
 

@@ -91,7 +91,7 @@ def _inverse(temperature: float | Tensor) -> tuple[float, Tensor | None]:
 def row_blocks(
     logits: Tensor,  # (..., V)
     *others: Tensor | None,  # (...)
-) -> Iterator[tuple[Tensor, ...]]:
+) -> Iterator[tuple[Any, ...]]:
     """Yield views (N, V) of the logits with the matching (N,) rows of the others, without copying the logits.
 
     One block where the leading dimensions can be viewed as one; else one block per index of the first dimension, as for

@@ -88,10 +88,11 @@ def draw_curves(metrics: Metrics, accuracies: Accuracies) -> bytes:
         "legend.edgecolor": "none",
         "legend.fontsize": 8,
     }
-    with rc_context(style):
+    with rc_context(style):  # pyright: ignore[reportArgumentType]
         figure = Figure(figsize=(4.0 * columns, 2.7 * rows), dpi=110, layout="constrained")
         canvas = FigureCanvasAgg(figure)
-        figure.get_layout_engine().set(h_pad=0.12, w_pad=0.08)  # inches
+        engine: Any = figure.get_layout_engine()
+        engine.set(h_pad=0.12, w_pad=0.08)  # inches
         axes = figure.subplots(rows, columns, squeeze=False).flatten()
         for axis, draw in zip(axes, drawn, strict=False):
             draw(axis)

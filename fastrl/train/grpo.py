@@ -302,7 +302,8 @@ def backward(
         totals.add({"loss": (output.loss.detach(), torch.zeros((), device=live.device))})
         if inputs["old_logprobs"] is not None:
             ratio = torch.exp(output.logprobs - inputs["old_logprobs"])
-            deviation = torch.maximum(deviation, torch.where(mask, (ratio - 1.0).abs(), 0.0).max())
+            live_deviation = torch.where(batch.mask[start:stop, :width], (ratio - 1.0).abs(), 0.0)
+            deviation = torch.maximum(deviation, live_deviation.max())
     totals.add({"loss": (torch.zeros((), device=live.device), torch.ones((), device=live.device))})
     return deviation
 

@@ -65,7 +65,8 @@ def load_model(
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     clear_generation_defaults(model, tokenizer)
-    return model.to(device).eval(), tokenizer
+    model.to(device)  # pyright: ignore[reportArgumentType]  # decorated in transformers, which hides its signature
+    return model.eval(), tokenizer
 
 
 def clear_generation_defaults(model: Any, tokenizer: Any) -> None:
@@ -238,7 +239,12 @@ def add_lora(model: Any, *, rank: int, alpha: float, targets: str | tuple[str, .
 
     target_modules = targets if isinstance(targets, str) else list(targets)
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=target_modules, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
+        r=rank,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  # PEFT divides by the rank, a float serves
+        target_modules=target_modules,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
         # PEFT 0.21 reads an attribute that transformers 5.23 has renamed.

@@ -1,0 +1,313 @@
+"""What metrics and weights ask of a row of logits beside its log-prob: argmax, its hit, log sum p^2, the mean logit.
+
+One read of the logits. Nothing here has a gradient: a backward pass that reaches `log_sum_squared_probs` or
+`mean_logits` raises instead of adding zeros.
+
+Legend: N tokens, D hidden, V vocabulary, R rows of a tile.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrl import checks
+from fastrl.ops import dispatch
+from fastrl.ops.linear_token_logprobs import Chunks, check_head, inverse_temperature, make_head
+from fastrl.ops.token_logprobs import head_scalars, row_blocks
+
+# Rows of a tile of the PyTorch rows: one shape for every reduction, so that a row's bits do not depend on its batch.
+TILE_ROWS = 32
+
+
+class RowStatistics(NamedTuple):
+    """Statistics of rows of logits z, each of the shape of the labels, none differentiable."""
+
+    is_top1: Tensor
+    """bool: no entry is larger than the label's; False where ignored. `argmax == labels` also breaks ties."""
+    log_sum_squared_probs: Tensor
+    """log sum_v p_v^2, in nats; 0 where ignored."""
+    argmax: Tensor
+    """int64: the largest entry, the lowest id among equals; -1 where ignored or where the row is NaN."""
+    mean_logits: Tensor
+    """Mean of z over the vocabulary; 0 where ignored."""
+
+
+def row_statistics(
+    logits: Tensor,  # (..., V)
+    labels: Tensor,  # (...)
+    *,
+    temperature: float | Tensor | None = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    backend: str = "auto",
+) -> RowStatistics:
+    """Return argmax, whether the label hits it, log sum p^2 and the mean logit of every row, in one read.
+
+        z = softcap tanh(logit_scale logits / softcap) / temperature;  p = softmax(z)
+
+    Args:
+        logits: (..., V) float32, bfloat16, float16 or float64, of any strides. -inf entries have probability 0.
+        labels: (...) int64 or int32, already aligned with the logits: nothing is shifted here.
+        temperature: a float or a tensor broadcastable to `labels`, finite and > 0. None means 1.
+        logit_scale: factor on the logits, before the softcap.
+        softcap: bound c of c tanh(x / c), or None.
+        ignore_index: label of rows to leave out, whatever their logits hold.
+        backend: "auto", "torch" or "triton"; a named backend is used or refused.
+
+    Returns:
+        `RowStatistics`; its floats are float32 (float64 for float64 logits). Largest is decided on the logits as given
+        (times the sign of `logit_scale`): scale, softcap and temperature keep their order, their rounding would not. A
+        row that holds NaN, or whose sum of exponentials is not positive and finite, is NaN in the floats, -1 in
+        `argmax` and False in `is_top1`. No gradient: a backward pass that reaches a float output raises RuntimeError;
+        detach it (or pass detached logits, as `torch.compile` needs).
+
+    Raises:
+        ValueError: shapes, devices, options, label values (on a CPU or inside `checked()`; elsewhere the row is NaN).
+        TypeError: dtypes and tensor kinds that cannot be used.
+        RuntimeError: a named backend that cannot run here, with the reason.
+    """
+    checks.float_tensor("logits", logits)
+    if logits.dim() < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"logits must be (..., V) with V >= 1, got {tuple(logits.shape)}")
+    labels = checks.labels("labels", labels, logits.shape[:-1], logits.device, logits.shape[-1], ignore_index)
+    scale, cap = head_scalars(logit_scale, softcap)
+    heat = checks.temperature(temperature, labels.shape, logits.device)
+    chosen = _choose(backend, logits.device)
+    wide = _wide(logits.dtype)
+    inverse_rows = heat.to(wide).reciprocal() if isinstance(heat, Tensor) else None
+    inverse = 1.0 if isinstance(heat, Tensor) else 1.0 / heat
+    return RowStatistics(*_row_statistics(logits, labels, inverse_rows, inverse, scale, cap, ignore_index, chosen))
+
+
+def linear_row_statistics(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (...)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    temperature: float | Tensor | None = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    chunk_tokens: int | None = None,
+    backend: str = "auto",
+) -> RowStatistics:
+    """Return `row_statistics` of `hidden @ weight.T + bias` without forming all logits.
+
+    Args:
+        hidden: (..., D) hidden states, float32, bfloat16, float16 or float64.
+        weight: (V, D) LM head. A dtype other than that of `hidden` is promoted as PyTorch promotes.
+        labels: (...) int64 or int32, aligned with the hidden states: nothing is shifted here.
+        bias: (V,) or None; -inf entries ban a token.
+        temperature, logit_scale, softcap, ignore_index, backend: as `row_statistics`.
+        chunk_tokens: rows of a chunk; 256 on a CPU and 2048 elsewhere unless given.
+
+    Returns:
+        `RowStatistics`, without gradient as there. One GEMM of the live rows, in chunks of a fixed number of rows;
+        extra memory is one chunk of float32 logits (float64 for float64 inputs).
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `row_statistics`, and for heads that hold no values or are sharded.
+    """
+    hidden, weight, labels, bias = check_head(hidden, weight, labels, bias, ignore_index)
+    head = make_head(
+        hidden,
+        logit_scale,
+        softcap,
+        ignore_index,
+        chunk_tokens=chunk_tokens,
+        tail_mass=0.0,
+        tp_group=None,
+        backend=_choose(backend, hidden.device),
+    )
+    inverse = inverse_temperature(temperature, labels, hidden)
+    with torch.no_grad():
+        chunks = Chunks.of(hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1), inverse, head)
+        results = _linear_rows(chunks)
+    sources = [x for x in (hidden, weight, bias) if x is not None and x.requires_grad]
+    top1, log_sum_squared, argmax, mean = (x.view(labels.shape) for x in results)
+    if sources and torch.is_grad_enabled():
+        log_sum_squared, mean = _NoGradient.apply(log_sum_squared, mean, *sources)
+    return RowStatistics(top1, log_sum_squared, argmax, mean)
+
+
+def _linear_rows(chunks: Chunks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the statistics of all rows (N,), their logits formed chunk by chunk."""
+    n, device = chunks.labels.numel(), chunks.hidden.device
+    results = _ignored_rows(n, _wide(chunks.hidden.dtype), device)
+    for rows, _, logits in chunks:
+        index = chunks.live[rows]
+        values = _forward_rows(
+            chunks.head.backend, logits, chunks.labels[index], chunks.inverse[index], **chunks.scalars()
+        )
+        for result, value in zip(results, values, strict=True):
+            result[index] = value
+    return results
+
+
+def _ignored_rows(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the statistics of n ignored rows."""
+    return (
+        torch.zeros(n, dtype=torch.bool, device=device),
+        torch.zeros(n, dtype=dtype, device=device),
+        torch.full((n,), -1, dtype=torch.int64, device=device),
+        torch.zeros(n, dtype=dtype, device=device),
+    )
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def _choose(backend: str, device: torch.device) -> str:
+    """Return "torch" or "triton"; raise where a named backend cannot be used."""
+    if backend == "cpu":
+        raise RuntimeError("backend 'cpu' (C++) has no row statistics; use 'auto', 'torch' or 'triton'")
+    if backend == "auto" and device.type not in dispatch.GPU_TYPES:
+        backend = "torch"
+    return dispatch.choose(backend, device).backend
+
+
+def _forward_rows(
+    backend: str, logits: Tensor, labels: Tensor, inverse: float | Tensor, **scalars: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the statistics of rows, (N,) each, from a chosen backend."""
+    if backend == "triton":
+        from fastrl_kernels.row_statistics import row_statistics_fwd
+
+        return row_statistics_fwd(logits, labels, inverse, **scalars)
+    return row_statistics_rows(logits, labels, inverse, **scalars)
+
+
+def row_statistics_rows(
+    logits: Tensor,  # (N, V)
+    labels: Tensor,  # (N,)
+    inv_temperature: float | Tensor,  # scalar or (N,)
+    *,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (is_top1, log_sum_squared_probs, argmax, mean_logits), each (N,), in plain PyTorch."""
+    n, vocabulary = logits.shape
+    results = _ignored_rows(n, _wide(logits.dtype), logits.device)
+    for start in range(0, n, TILE_ROWS):
+        rows = slice(start, min(start + TILE_ROWS, n))
+        count = rows.stop - rows.start
+        # A whole tile whatever is left: its last row is repeated.
+        index = torch.arange(start, start + TILE_ROWS, device=logits.device).clamp_(max=n - 1)
+        tile_labels = labels[index]
+        inverse = inv_temperature[index] if isinstance(inv_temperature, Tensor) else inv_temperature
+        live = tile_labels != ignore_index
+        in_vocabulary = (tile_labels >= 0) & (tile_labels < vocabulary)
+        target = torch.where(in_vocabulary, tile_labels, 0).long().unsqueeze(-1)
+        values = _tile_statistics(logits[index], target, inverse, logit_scale, softcap)
+        invalid = live & (~in_vocabulary | values[1].isnan())
+        marks = (False, torch.nan, -1, torch.nan)
+        for result, value, mark in zip(results, values, marks, strict=True):
+            ignored = result[rows]
+            value = torch.where(invalid, mark, value)[:count]
+            result[rows] = torch.where(live[:count], value, ignored)
+    return results
+
+
+def _tile_statistics(
+    logits: Tensor,  # (R, V)
+    target: Tensor,  # (R, 1)
+    inv_temperature: float | Tensor,  # scalar or (R,)
+    logit_scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the statistics of a tile, (R,) each, NaN in the floats where a row is no distribution."""
+    x = logits.to(_wide(logits.dtype))
+    ordered = x if logit_scale > 0 else -x
+    # PyTorch gives the first of equal entries, and NaN where there is one.
+    largest, argmax = ordered.max(-1, keepdim=True)
+    is_top1 = ordered.gather(-1, target) >= largest
+    x = x * logit_scale
+    if softcap > 0.0:
+        x = softcap * torch.tanh(x / softcap)
+    if isinstance(inv_temperature, Tensor):
+        inverse = inv_temperature.to(x.dtype).unsqueeze(-1)
+    else:
+        inverse = torch.full((1, 1), inv_temperature, dtype=x.dtype, device=x.device)
+    inverse = torch.where((inverse > 0) & inverse.isfinite(), inverse, torch.nan)
+    maximum = x.gather(-1, argmax)
+    valid = maximum.isfinite() & inverse.isfinite()
+
+    mean = x.mean(-1, keepdim=True) * inverse
+    # The largest entry is 1 and stays out of both sums: log sum p^2 keeps its relative precision as p -> 1.
+    e = ((x - maximum) * inverse).exp().scatter(-1, argmax, 0.0)
+    log_sum_squared = torch.log1p(e.square().sum(-1, keepdim=True)) - 2.0 * torch.log1p(e.sum(-1, keepdim=True))
+    log_sum_squared = torch.where(valid, log_sum_squared, torch.nan)
+    return tuple(column.squeeze(-1) for column in (is_top1, log_sum_squared, argmax, mean))  # type: ignore[return-value]
+
+
+@torch.library.custom_op("fastrl::row_statistics", mutates_args=())
+def _row_statistics(
+    logits: Tensor,
+    labels: Tensor,
+    inverse_rows: Tensor | None,
+    inverse: float,
+    logit_scale: float,
+    softcap: float,
+    ignore_index: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    parts = [
+        _forward_rows(
+            backend,
+            rows,
+            row_labels,
+            inverse if row_inverse is None else row_inverse,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            ignore_index=ignore_index,
+        )
+        for rows, row_labels, row_inverse in row_blocks(logits, labels, inverse_rows)
+    ]
+    outputs = parts[0] if len(parts) == 1 else tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    first, second, third, fourth = (x.view(labels.shape) for x in outputs)
+    return first, second, third, fourth
+
+
+@_row_statistics.register_fake
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    inverse_rows: Tensor | None,
+    inverse: float,
+    logit_scale: float,
+    softcap: float,
+    ignore_index: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def like(dtype: torch.dtype) -> Tensor:
+        return torch.empty(labels.shape, dtype=dtype, device=logits.device)
+
+    dtype = _wide(logits.dtype)
+    return like(torch.bool), like(dtype), like(torch.int64), like(dtype)
+
+
+def _refuse(ctx: Any, *grads: Tensor | None) -> Any:
+    raise RuntimeError(
+        "row statistics (log_sum_squared_probs, mean_logits) are not differentiable: "
+        "detach() them, or compute them from detached inputs"
+    )
+
+
+_row_statistics.register_autograd(_refuse)
+
+
+class _NoGradient(torch.autograd.Function):
+    """Tie statistics to the tensors that they came from, so that a backward pass through them raises."""
+
+    @staticmethod
+    def forward(ctx: Any, log_sum_squared: Tensor, mean: Tensor, *sources: Tensor) -> tuple[Tensor, Tensor]:
+        return log_sum_squared.view_as(log_sum_squared), mean.view_as(mean)
+
+    backward = staticmethod(_refuse)
