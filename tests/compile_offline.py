@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastrl_kernels import advantages, policy, token_logprobs
+from fastrl_kernels import advantages, policy, row_statistics, token_logprobs
 
 TABLE = Path(__file__).parent / "data" / "kernel_resources.json"
 TARGETS = {
@@ -118,6 +118,12 @@ def launch_without_residual(dtype: torch.dtype) -> None:
     token_logprobs.token_logprobs_bwd(logits, labels, 1.0, row, row, row, row, row, row, out=logits)
 
 
+def launch_row_statistics(dtype: torch.dtype, v: int, full: bool) -> None:
+    """Launch the row statistics, plain or with softcap and a temperature per row."""
+    logits, labels = torch.empty(2, v, dtype=dtype), torch.zeros(2, dtype=torch.int64)
+    row_statistics.row_statistics_fwd(logits, labels, torch.empty(2) if full else 1.0, softcap=30.0 if full else 0.0)
+
+
 def launch_advantages(dtype: torch.dtype, baseline: str, scale: str, *, n: int = 64, size: int = 8) -> None:
     """Launch the group-normalised advantages."""
     rewards, order = torch.empty(n, dtype=dtype), torch.arange(n)
@@ -146,6 +152,8 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "token_logprobs/full/V=151936": lambda dtype: launch_token_logprobs(dtype, 151936, True),
     "token_logprobs/plain/V=151936": lambda dtype: launch_token_logprobs(dtype, 151936, False),
     "token_logprobs/no residual/V=8192": launch_without_residual,
+    "row_statistics/full/V=151936": lambda dtype: launch_row_statistics(dtype, 151936, True),
+    "row_statistics/plain/V=151936": lambda dtype: launch_row_statistics(dtype, 151936, False),
     "advantages/mean/group": lambda dtype: launch_advantages(dtype, "group_mean", "group"),
     "advantages/leave one out/batch": lambda dtype: launch_advantages(dtype, "leave_one_out", "batch"),
     **POLICY_CASES,

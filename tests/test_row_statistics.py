@@ -262,7 +262,7 @@ def test_golden(case: golden.Case, backend: str) -> None:
 
 def test_bad_input_says_expected_and_got() -> None:
     logits, labels = torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64)
-    with pytest.raises(RuntimeError, match="backend 'cpu' .* no row statistics"):
+    with pytest.raises(RuntimeError, match=r"backend 'cpu' .* no row statistics"):
         row_statistics(logits, labels, backend="cpu")
     with pytest.raises(ValueError, match="backend must be one of"):
         row_statistics(logits, labels, backend="fast")

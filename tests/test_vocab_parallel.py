@@ -18,7 +18,7 @@ from oracle import assert_as_accurate
 from torch import Tensor
 from vocabulary_cases import BACKENDS, patterns, upstream
 
-from fastrl import linear_token_logprobs, reference
+from fastrl import PolicyLoss, PreferenceLoss, linear_token_logprobs, reference
 from fastrl.ops.linear_token_logprobs import Head
 from fastrl.ops.vocab_parallel import linear_token_logprobs_parallel, merge_shards, part_statistics
 
@@ -470,6 +470,34 @@ def check_a_group_without_rows_is_refused(rank: int, world: int) -> None:
         linear_token_logprobs_parallel(hidden, weight[:0], labels, group=dist.group.WORLD)
     with pytest.raises(TypeError, match=r"tp_group must be a .*ProcessGroup"):
         linear_token_logprobs_parallel(hidden, weight, labels, group="tp")
+
+
+def check_public_entrances(rank: int, world: int) -> None:
+    """The op, the policy loss and the preference loss take a shard and give the single-process loss and gradients."""
+    hidden, weight, _, labels = draw(12, 8, 41)
+    labels = torch.where(labels < 0, 3, labels).view(4, 3)
+    mine = rows_of(rank, (30, 11) if world == 2 else (30, 0, 11))
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]])
+    advantages, old = torch.tensor([1.0, -0.5, 2.0, -1.0]), torch.full((4, 3), -3.0)
+
+    def losses(head: Tensor, leaf: Tensor, group: Any) -> Tensor:
+        policy = {"advantages": advantages, "mask": mask, "old_logprobs": old, "ref_logprobs": old, "tp_group": group}
+        states = leaf.view(4, 3, 8)
+        total = PolicyLoss.preset("grpo").from_hidden(states, head, labels, **policy).loss
+        total = total + PolicyLoss.preset("gspo", entropy_coef=0.1).from_hidden(states, head, labels, **policy).loss
+        preference = PreferenceLoss.preset("sigmoid")
+        options = {"ref_logprobs": old, "tp_group": group}
+        total = total + preference.from_hidden(states, head, labels, mask, **options).loss
+        return total + linear_token_logprobs(leaf, head, labels.view(-1), tp_group=group).logprobs.mean()
+
+    results = []
+    for head, group in ((weight, None), (weight[mine], dist.group.WORLD)):
+        leaf, shard = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        value = losses(shard, leaf, group)
+        value.backward()
+        results.append((value.detach(), leaf.grad, shard.grad if group else shard.grad[mine]))
+    for whole_result, parts in zip(*results, strict=True):
+        assert torch.allclose(whole_result, parts, rtol=1e-5, atol=1e-6)
 
 
 def check_subgroups(rank: int, world: int) -> None:

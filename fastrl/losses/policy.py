@@ -447,19 +447,22 @@ class PolicyLoss:
         """
         _refuse_entropy(inputs)
         masked = _masked_labels(labels, inputs.get("mask"))
-        hidden, weight, masked, bias = check_head(hidden, weight, masked, bias, IGNORED)
-        options = {"chunk_tokens": chunk_tokens, "tail_mass": tail_mass, "tp_group": tp_group, "backend": backend}
-        head = make_head(hidden, logit_scale, softcap, IGNORED, **options)
-        frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad)) and not self.uses_entropy
-        # A correction without old log-probs takes the current ones, and KL-Cov ranks the whole batch: log-probs first.
+        trained = (isinstance(x, Tensor) and x.requires_grad for x in (weight, bias))
+        frozen = not any(trained) and not self.uses_entropy
+        # A correction without old log-probs takes the current ones, and KL-Cov ranks the whole batch: log-probs first,
+        # as for a head whose rows are spread over ranks.
         needs_all = self.kl_fraction is not None or (self.correction is not None and inputs.get("old_logprobs") is None)
-        if needs_all or (self.couples_sequences and frozen):
+        if tp_group is not None or needs_all or (self.couples_sequences and frozen):
             result = linear_token_logprobs(
                 hidden, weight, masked, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
-                ignore_index=IGNORED, **options,
+                ignore_index=IGNORED, chunk_tokens=chunk_tokens, tail_mass=tail_mass, tp_group=tp_group,
+                backend=backend,
             )  # fmt: skip
             output = self(result.logprobs, entropy=result.entropy, **inputs)
             return with_path(output, 2.0 if frozen else 4.0)
+        hidden, weight, masked, bias = check_head(hidden, weight, masked, bias, IGNORED)
+        options = {"chunk_tokens": chunk_tokens, "tail_mass": tail_mass, "tp_group": tp_group, "backend": backend}
+        head = make_head(hidden, logit_scale, softcap, IGNORED, **options)
         layout = Layout.of(masked.shape, masked.device, inputs.pop("cu_seqlens", None), "labels")
         batch = self._batch(layout, _wide(hidden.dtype), **_named_inputs(inputs))
         inverse = inverse_temperature(temperature, masked, hidden)

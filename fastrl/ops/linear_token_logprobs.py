@@ -79,7 +79,9 @@ def linear_token_logprobs(
         ignore_index: label of rows to leave out; they never reach the head.
         chunk_tokens: rows of a chunk; 256 on a CPU and 2048 elsewhere unless given. Bits depend on it, values do not.
         tail_mass: 0.0, the exact gradient, is the only value offered.
-        tp_group: None; vocabulary-parallel heads are not offered.
+        tp_group: process group over which the rows of the head are spread: `weight` (V_r, D) and `bias` are then this
+            rank's shard, of any size, or a DTensor sharded on dimension 0; `labels` are global ids, and every rank of
+            the group makes the call, and its backward, with the same hidden states. See `fastrl.ops.vocab_parallel`.
         backend: of the row kernels: "auto", "torch", "cpu" or "triton". The GEMMs are PyTorch's.
 
     Returns:
@@ -91,6 +93,23 @@ def linear_token_logprobs(
     Raises:
         ValueError, TypeError, RuntimeError: as `token_logprobs`, and for heads that hold no values or are sharded.
     """
+    if tp_group is not None:
+        from fastrl.ops.vocab_parallel import linear_token_logprobs_parallel
+
+        return linear_token_logprobs_parallel(
+            hidden,
+            weight,
+            labels,
+            group=tp_group,
+            bias=bias,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            ignore_index=ignore_index,
+            chunk_tokens=chunk_tokens,
+            tail_mass=tail_mass,
+            backend=backend,
+        )
     hidden, weight, labels, bias = check_head(hidden, weight, labels, bias, ignore_index)
     head = make_head(
         hidden,
@@ -165,7 +184,7 @@ def make_head(
     if tail_mass != 0.0:
         raise ValueError(f"tail_mass must be 0.0 (the exact gradient), got {tail_mass!r}")
     if tp_group is not None:
-        raise ValueError("tp_group must be None: vocabulary-parallel heads are not supported; gather the head first")
+        raise ValueError("tp_group is not supported here: gather the head first, or take the log-probs with tp_group")
     scale, cap = head_scalars(logit_scale, softcap)
     if chunk_tokens is None:
         chunk_tokens = CPU_CHUNK_TOKENS if hidden.device.type == "cpu" else GPU_CHUNK_TOKENS

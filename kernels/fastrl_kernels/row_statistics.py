@@ -22,8 +22,8 @@ from fastrl_kernels.token_logprobs import _row_factor, _slope_and_factor, _tempe
 
 # Bytes per logit -> (largest V, tile): 16-byte loads and no spills with three sums per entry. Not tuned on a device.
 TILES: TileTable = {
-    2: ((8192, Tile(1024, 4)), (2**31, Tile(4096, 8))),
-    4: ((8192, Tile(1024, 4)), (2**31, Tile(4096, 8))),
+    2: ((8192, Tile(1024, 4)), (2**31, Tile(2048, 8))),
+    4: ((8192, Tile(1024, 4)), (2**31, Tile(2048, 8))),
     8: ((1024, Tile(512, 4)), (2**31, Tile(1024, 4))),
 }
 
