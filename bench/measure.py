@@ -90,7 +90,8 @@ def floors(case: Case, device: torch.device) -> dict[str, Action]:
     n, d, v = case.tokens, case.model.hidden, case.model.vocabulary
     logits = torch.empty((n, v), dtype=case.dtype, device=device)
     if case.from_logits:
-        source = torch.zeros_like(logits)
+        # Written before it is read: untouched zeros are one shared page, which reads faster than memory.
+        source = torch.ones_like(logits)
         return {COPY: lambda: logits.copy_(source)}
     hidden = torch.randn((n, d), device=device).to(case.dtype)
     weight = torch.randn((v, d), device=device).to(case.dtype)

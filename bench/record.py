@@ -61,6 +61,9 @@ def machine(device: torch.device) -> dict[str, Any]:
         "memory_bytes": None if memory is None else int(memory) * 1024,
         "load_average": os.getloadavg()[0],
         "system": platform.system(),
+        # First touches of fresh memory are a good part of a CPU time; huge pages make them cheap.
+        "huge_pages": _first_match("/sys/kernel/mm/transparent_hugepage/enabled", r"\[(\w+)\]"),
+        "huge_pages_in_torch": os.environ.get("THP_MEM_ALLOC_ENABLE"),
         "device": str(device.type),
     }
     if device.type == "cuda":

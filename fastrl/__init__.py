@@ -53,6 +53,10 @@ from fastrl.ops import TokenLogprobs as TokenLogprobs
 from fastrl.ops import explain as explain
 from fastrl.ops import linear_token_logprobs as linear_token_logprobs
 from fastrl.ops import token_logprobs as token_logprobs
+from fastrl.ops.row_statistics import RowStatistics as RowStatistics
+from fastrl.ops.row_statistics import linear_row_statistics as linear_row_statistics
+from fastrl.ops.row_statistics import round_logits as round_logits
+from fastrl.ops.row_statistics import row_statistics as row_statistics
 
 __version__ = "0.1.0"
 __all__ = [
@@ -62,6 +66,7 @@ __all__ = [
     "PolicyLoss",
     "PreferenceLoss",
     "RolloutCorrection",
+    "RowStatistics",
     "TokenLogprobs",
     "checked",
     "covariance_keep_mask",
@@ -82,6 +87,7 @@ __all__ = [
     "kl_estimate",
     "kl_penalty_rewards",
     "length_adaptive_lambda",
+    "linear_row_statistics",
     "linear_token_logprobs",
     "masked_whiten",
     "maxrl_advantages",
@@ -98,6 +104,8 @@ __all__ = [
     "reward_metrics",
     "reward_model_loss",
     "rollout_divergence_mask",
+    "round_logits",
+    "row_statistics",
     "sampled_distillation_advantages",
     "second_moment_mask",
     "sequence_square_loss",

@@ -3,9 +3,11 @@
     fastrl train grpo [--config FILE.yaml] [--FIELD VALUE ...]
     fastrl report RUN_DIR
     fastrl doctor [--json]
+    fastrl verify [--device cpu|cuda|...] [--backend NAME|all] [--seed N] [--quick] [--json]
+    fastrl bench cpu|gpu|table|plot ...
 
-It exits with 0 when all went well, 1 when the work failed and 2 when the command line or the configuration is wrong.
-An error is one line; with the environment variable FASTRL_DEBUG set it comes with its traceback.
+It exits with 0 when all went well, 1 when the work or a check failed and 2 when the command line or the configuration
+is wrong. An error is one line; with the environment variable FASTRL_DEBUG set it comes with its traceback.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,12 +55,17 @@ def _dispatch(arguments: list[str]) -> int:
     # The options of `train grpo` are the fields of a dataclass: they are read by tyro, which is not always installed.
     if arguments[:2] == ["train", "grpo"]:
         return _train_grpo(arguments[2:])
+    # So does the benchmark with its own: it is a program of the checkout.
+    if arguments[:1] == ["bench"]:
+        return _bench(arguments[1:])
     options = _parser().parse_args(arguments)
     match options.command:
         case "report":
             return _report(options.run_dir)
         case "doctor":
             return _doctor(options.json)
+        case "verify":
+            return _verify(options)
         case _:
             raise UsageError("train expects an algorithm: fastrl train grpo [--config FILE.yaml] [--FIELD VALUE ...]")
 
@@ -74,6 +82,18 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run_dir", help="the directory of the run")
     doctor = commands.add_parser("doctor", help="show versions, devices, compilers and backends")
     doctor.add_argument("--json", action="store_true", help="print JSON")
+    verify = commands.add_parser("verify", help="check every operation on every backend of this machine")
+    verify.add_argument("--device", help="cpu, cuda, cuda:1, xpu, ...; all that are here unless given")
+    verify.add_argument(
+        "--backend",
+        default="all",
+        metavar="NAME",
+        help="torch, cpu, triton (on a CPU through its interpreter, slowly), or all (the default)",
+    )
+    verify.add_argument("--seed", type=int, default=0, help="of the inputs (default 0)")
+    verify.add_argument("--quick", action="store_true", help="fewer vocabularies and presets")
+    verify.add_argument("--json", action="store_true", help="print JSON")
+    commands.add_parser("bench", help="time and memory beside the peers (in a checkout): cpu, gpu, table, plot")
     return parser
 
 
@@ -83,6 +103,49 @@ def _doctor(as_json: bool) -> int:
     findings = diagnose()
     print(json.dumps(findings, indent=2) if as_json else render(findings))
     return OK
+
+
+def _verify(options: argparse.Namespace) -> int:
+    if options.backend == "triton" and options.device is not None and options.device.partition(":")[0] == "cpu":
+        # Asked for by name where only the interpreter runs it. Triton reads this when the kernels are first imported.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    from fastrl import verify
+
+    if options.backend != "all" and options.backend not in verify.BACKENDS:
+        raise UsageError(f"--backend must be all, {', '.join(verify.BACKENDS)}, got {options.backend!r}")
+    if options.seed < 0:
+        raise UsageError(f"--seed must be >= 0, got {options.seed}")
+    backends = verify.BACKENDS if options.backend == "all" else (options.backend,)
+    devices = None if options.device is None else [options.device]
+    try:
+        results = verify.verify(devices, backends, seed=options.seed, quick=options.quick)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    checks = []
+    if not options.json:
+        print(verify.header())
+    for check in results:
+        checks.append(check)
+        if not options.json:
+            print(verify.line(check), flush=True)
+    if options.json:
+        print(json.dumps(verify.record(checks, seed=options.seed, quick=options.quick), indent=2))
+    else:
+        print(verify.summary(checks))
+    return OK if verify.succeeded(checks) else FAILURE
+
+
+def _bench(arguments: list[str]) -> int:
+    root = Path(fastrl.__file__).resolve().parent.parent
+    if not ((root / "bench" / "__main__.py").is_file() and (root / "pyproject.toml").is_file()):
+        raise FileNotFoundError(
+            "the benchmarks are not part of the installed package: they are the folder bench/ of fastrl's repository; "
+            "run `python -m bench` in a checkout, or `fastrl bench` where it is installed with pip install -e ."
+        )
+    # -P: a folder called bench in the current directory is not taken for it.
+    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-P", "-m", "bench", *arguments]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
 
 
 def _report(run_dir: str) -> int:

@@ -73,9 +73,9 @@ class Verdict(NamedTuple):
     @property
     def share(self) -> float:
         """Error as a share of what is granted; above 1 it is too large."""
-        if self.error <= self.granted:
-            return self.error / self.granted if self.granted > 0 else 0.0
-        return self.error / self.granted if self.granted > 0 else math.inf
+        if self.granted > 0.0:
+            return self.error / self.granted
+        return 0.0 if self.error == 0.0 else math.inf
 
 
 Parts = Mapping[str, Tensor]
@@ -100,6 +100,7 @@ def same_bits(result: Parts, other: Parts) -> Verdict:
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """Return the verdict that comes closest to its bound, or goes furthest beyond it."""
     return max(verdicts, key=lambda verdict: verdict.share)
 
 
@@ -196,7 +197,7 @@ def _checks(settings: Sequence[Setting]) -> Iterator[Check]:
             continue
         for operation, named in OPERATIONS.items():
             for name, look in named(setting):
-                yield _result(Check(str(setting.device), setting.backend, operation, name, PASS), look)
+                yield result(Check(str(setting.device), setting.backend, operation, name, PASS), look)
 
 
 def _obstacle(setting: Setting) -> str | None:
@@ -212,7 +213,8 @@ def _obstacle(setting: Setting) -> str | None:
     return None
 
 
-def _result(check: Check, look: Look) -> Check:
+def result(check: Check, look: Look) -> Check:
+    """Return the check with what looking found: the verdict, or what it raised, and the time it took."""
     start = time.perf_counter()
     try:
         verdict = look()

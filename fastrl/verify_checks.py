@@ -374,7 +374,7 @@ def policy_batch(generator: torch.Generator, from_logits: bool, dtype: torch.dty
     mask = torch.rand(b, t, generator=generator) < 0.75
     mask[:, 0] = True
     logits = (hidden.float() @ weight.float().t()).to(dtype)
-    current = logits.float().log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    current = (logits.float() / TEMPERATURE).log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
     def near(distance: float) -> Tensor:
         return current + distance * torch.randn(b, t, generator=generator)
@@ -396,16 +396,12 @@ def fused_loss(spec: PolicyLoss, batch: PolicyBatch, setting: Setting) -> dict[s
         for name, leaf in batch.leaves.items()
     }
     inputs = {name: value.to(setting.device) for name, value in batch.tokens.items()}
-    entry = spec.from_logits if "logits" in leaves else spec.from_hidden
-    own = {} if "logits" in leaves else {"chunk_tokens": 8}
-    output = entry(
-        *leaves.values(),
-        batch.labels.to(setting.device),
-        temperature=TEMPERATURE,
-        backend=setting.backend,
-        **own,
-        **inputs,
-    )
+    labels = batch.labels.to(setting.device)
+    options = {"temperature": TEMPERATURE, "backend": setting.backend, **inputs}
+    if "logits" in leaves:
+        output = spec.from_logits(leaves["logits"], labels, **options)
+    else:
+        output = spec.from_hidden(leaves["hidden"], leaves["weight"], labels, chunk_tokens=8, **options)
     output.loss.backward()
     return {"loss": output.loss.detach()} | {f"d{name}": _gradient(leaf) for name, leaf in leaves.items()}
 
@@ -416,8 +412,11 @@ def plain_loss(spec: PolicyLoss, batch: PolicyBatch, device: torch.device, dtype
     tokens = {name: x.to(device) if x.dtype == torch.bool else x.to(device, dtype) for name, x in batch.tokens.items()}
     mask, (b, t) = tokens.pop("mask"), batch.labels.shape
     labels = torch.where(mask, batch.labels.to(device), -100)
-    operation = reference.token_logprobs if "logits" in leaves else reference.linear_token_logprobs
-    logprobs, entropy, _ = operation(*leaves.values(), labels, temperature=TEMPERATURE)
+    if "logits" in leaves:
+        logprobs, entropy, _ = reference.token_logprobs(leaves["logits"], labels, TEMPERATURE)
+    else:
+        hidden, weight = leaves["hidden"], leaves["weight"]
+        logprobs, entropy, _ = reference.linear_token_logprobs(hidden, weight, labels, temperature=TEMPERATURE)
     advantages = tokens.pop("advantages").unsqueeze(-1).expand(b, t).reshape(-1)
     loss, _, _ = reference.policy_loss(
         spec,

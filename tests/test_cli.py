@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("tyro")
 pytest.importorskip("yaml")
 
+import fastrl
 from fastrl import cli, doctor
 from fastrl.train.config_file import load_config, parse_config
 
@@ -169,6 +170,10 @@ def test_the_examples_are_valid(example):
         (["--help"], 0),
         (["--version"], 0),
         (["report", "--help"], 0),
+        (["verify", "--help"], 0),
+        (["verify", "--backend", "mkl"], 2),
+        (["bench", "--help"], 0),
+        (["bench", "no-such-benchmark"], 2),
     ],
 )
 def test_exit_codes(arguments, code, capsys):
@@ -189,6 +194,23 @@ def test_errors_are_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FASTRL_DEBUG", "1")
     with pytest.raises(FileNotFoundError):
         cli.main(["report", str(tmp_path / "nowhere")])
+
+
+def test_bench_passes_its_arguments_on_from_any_folder(tmp_path, monkeypatch, capfd):
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "__main__.py").write_text("raise SystemExit(7)")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench", "gpu", "--help"]) == 0
+    assert "--dry-run" in capfd.readouterr().out
+
+
+def test_bench_outside_a_checkout_says_where_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fastrl, "__file__", str(tmp_path / "site-packages" / "fastrl" / "__init__.py"))
+    monkeypatch.delenv("FASTRL_DEBUG", raising=False)
+    assert cli.main(["bench", "cpu"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "the folder bench/ of fastrl's repository" in error
 
 
 def test_an_interrupt_is_no_traceback(monkeypatch, capsys):

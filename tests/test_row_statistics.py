@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastrl import reference
 from fastrl.checks import checked
-from fastrl.ops.row_statistics import RowStatistics, linear_row_statistics, row_statistics
+from fastrl.ops.row_statistics import RowStatistics, linear_row_statistics, round_logits, row_statistics
 from tests import golden
 from tests.oracle import assert_as_accurate
 from tests.vocabulary_cases import VOCABULARIES, draw, patterns
@@ -302,3 +302,22 @@ def test_compiles_into_one_graph() -> None:
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(logits, labels), step(logits, labels))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_rounded_logits_have_a_straight_through_gradient(dtype: torch.dtype) -> None:
+    logits = draw(4, 50)[0].to(dtype)
+    logits[0, 0], logits[1, 1], logits[2, 2] = -math.inf, math.nan, 3e4
+    leaf = logits.clone().requires_grad_()
+    rounded = round_logits(leaf, "bf16")
+    assert rounded.dtype == dtype
+    assert torch.equal(rounded.nan_to_num(), logits.bfloat16().to(dtype).nan_to_num())
+    assert bool(rounded[1, 1].isnan())
+    assert rounded[0, 0] == -math.inf
+    upstream = torch.rand(4, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rounded.backward(upstream)
+    # Not rounded itself: a float32 gradient keeps bits that bfloat16 does not have.
+    assert torch.equal(leaf.grad, upstream)
+    assert round_logits(leaf, "none") is leaf
+    with pytest.raises(ValueError, match="rounding must be one of 'none', 'bf16', got 'fp8'"):
+        round_logits(leaf, "fp8")

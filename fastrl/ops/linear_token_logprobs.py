@@ -98,7 +98,7 @@ def linear_token_logprobs(
 
         return linear_token_logprobs_parallel(
             hidden,
-            weight,
+            weight,  # pyright: ignore[reportCallIssue]  # the decorator that keeps it out of graphs hides its signature
             labels,
             group=tp_group,
             bias=bias,
