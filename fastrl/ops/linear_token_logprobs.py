@@ -33,6 +33,8 @@ CPU_CHUNK_TOKENS = 256
 GPU_CHUNK_TOKENS = 2048
 # Chunks whose logits are held at once where a loss couples the tokens of a sequence.
 BLOCK_CHUNKS = 4
+# Rows of a GEMM over the vocabulary come in multiples of this on a CPU.
+CPU_GEMM_ROWS = 8
 # A half-precision head on a CPU is widened in blocks of this many vocabulary rows, to keep the copy small.
 CPU_WIDEN_ROWS = 8192
 
@@ -224,6 +226,14 @@ def chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tenso
 
 def _times_weight(gradient: Tensor, weight: Tensor) -> Tensor:
     """Return gradient (C, V) @ weight (V, D) in the dtype of the gradient."""
+    count = gradient.shape[0]
+    whole = count - count % CPU_GEMM_ROWS
+    if gradient.device.type == "cpu" and whole < count:
+        # For other row counts the CPU's float32 GEMM may sum the vocabulary in one long chain: at 3 rows and V = 151936
+        # its error was 4e-4, against 1e-6 with rows of zeros added.
+        rest = torch.cat((gradient[whole:], gradient.new_zeros(CPU_GEMM_ROWS - count + whole, gradient.shape[1])))
+        ragged = _times_weight(rest, weight)[: count - whole]
+        return torch.cat((_times_weight(gradient[:whole], weight), ragged)) if whole else ragged
     if weight.dtype == gradient.dtype:
         return gradient @ weight
     if weight.device.type == "cuda":
