@@ -1,6 +1,6 @@
 """The `fastrl` command.
 
-    fastrl train grpo [--config FILE.yaml] [--FIELD VALUE ...]
+    fastrl train ALGORITHM [--config FILE.yaml] [--FIELD VALUE ...]
     fastrl report RUN_DIR
     fastrl doctor [--json]
     fastrl verify [--device cpu|cuda|...] [--backend NAME|all] [--seed N] [--quick] [--json]
@@ -13,6 +13,7 @@ is wrong. An error is one line; with the environment variable FASTRL_DEBUG set i
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
@@ -20,11 +21,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import fastrl
 
 OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 
+# The loops: the class of the settings, and the function that trains.
+ALGORITHMS = {
+    "grpo": ("fastrl.train.config:GRPOConfig", "fastrl.train.grpo:run_grpo"),
+}
 # What `train` imports before anything else; each comes with the extra.
 TRAIN_NEEDS = ("tyro", "yaml", "rich", "transformers", "accelerate", "safetensors", "reasoning_gym", "matplotlib")
 
@@ -52,9 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    # The options of `train grpo` are the fields of a dataclass: they are read by tyro, which is not always installed.
-    if arguments[:2] == ["train", "grpo"]:
-        return _train_grpo(arguments[2:])
+    # The options of a loop are the fields of a dataclass: they are read by tyro, which is not always installed.
+    if arguments[:1] == ["train"] and arguments[1:2] and arguments[1] in ALGORITHMS:
+        return _train(arguments[1], arguments[2:])
     # So does the benchmark with its own: it is a program of the checkout.
     if arguments[:1] == ["bench"]:
         return _bench(arguments[1:])
@@ -67,7 +73,10 @@ def _dispatch(arguments: list[str]) -> int:
         case "verify":
             return _verify(options)
         case _:
-            raise UsageError("train expects an algorithm: fastrl train grpo [--config FILE.yaml] [--FIELD VALUE ...]")
+            raise UsageError(
+                f"train expects an algorithm first, one of {', '.join(ALGORITHMS)}: "
+                "fastrl train ALGORITHM [--config FILE.yaml] [--FIELD VALUE ...]"
+            )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastrl {fastrl.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="train a model (`fastrl train grpo --help` lists the settings)")
-    train.add_argument("algorithm", choices=["grpo"], help="the training loop")
+    train.add_argument("algorithm", choices=list(ALGORITHMS), help="the training loop")
     report = commands.add_parser("report", help="write report.html and curves.png of a run")
     report.add_argument("run_dir", help="the directory of the run")
     doctor = commands.add_parser("doctor", help="show versions, devices, compilers and backends")
@@ -155,26 +164,31 @@ def _report(run_dir: str) -> int:
     return OK
 
 
-def _train_grpo(arguments: list[str]) -> int:
+def _train(algorithm: str, arguments: list[str]) -> int:
     missing = [name for name in TRAIN_NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f'training needs {", ".join(missing)}: pip install "fastrl[train]"')
-    from fastrl.train.config import GRPOConfig
     from fastrl.train.config_file import parse_config
 
+    config_class, train = ALGORITHMS[algorithm]
     try:
-        config = parse_config(GRPOConfig, arguments, "fastrl train grpo")
+        config = parse_config(_named(config_class), arguments, f"fastrl train {algorithm}")
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(str(error)) from error
     # A reward may be a function of the user's own, module:function, in the current directory.
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
-    from fastrl.train.grpo import run_grpo
     from fastrl.train.report import write_report
 
-    run_grpo(config)
-    print(f"report: {write_report(config.run_dir)}", file=sys.stderr)
+    result = _named(train)(config)
+    print(f"report: {write_report(result.run_dir)}", file=sys.stderr)
     return OK
+
+
+def _named(path: str) -> Any:
+    """Return what `module:name` names."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,12 @@ from tiny_model import save_tiny_model, tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from fastrl.train import grpo
+from fastrl.train import run as run_module
 from fastrl.train.config import GRPOConfig
-from fastrl.train.grpo import Batch, MetricSums, build_loss, minibatches, run_grpo
+from fastrl.train.grpo import Batch, build_loss, minibatches, run_grpo
 from fastrl.train.model import head_of
 from fastrl.train.rollout import Rollout, encode_prompts, generate
+from fastrl.train.run import MetricSums
 
 TOKENIZER = tiny_tokenizer()
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -46,11 +48,13 @@ def metrics_of(run_dir: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if not name.startswith(timed)} for line in lines]
 
 
-class PlainAccelerator:
-    """What `backward` needs of an Accelerator."""
+@dataclasses.dataclass
+class PlainRun:
+    """What `backward` needs of a Run."""
 
-    @staticmethod
-    def backward(loss: Tensor) -> None:
+    config: GRPOConfig
+
+    def backward(self, loss: Tensor) -> None:
         loss.backward()
 
 
@@ -73,7 +77,7 @@ def gradients(config: GRPOConfig, rows: list[tuple[int, int]]) -> tuple[dict[str
     batch = random_batch(model, config)
     model = model.double()
     totals = MetricSums()
-    grpo.backward(model, head_of(model), build_loss(config), batch, rows, config, PlainAccelerator, totals)
+    grpo.backward(PlainRun(config), model, head_of(model), build_loss(config), batch, rows, totals)
     return {name: p.grad for name, p in model.named_parameters()}, totals.means()
 
 
@@ -151,7 +155,7 @@ def test_resuming_continues_to_the_bit(folder: Path, tmp_path: Path, changes: di
     class Killed(BaseException):
         pass
 
-    original = grpo.RunTracker.log
+    original = run_module.RunTracker.log
 
     def dying(self: Any, step: int, metrics: dict[str, float]) -> None:
         original(self, step, metrics)
@@ -159,7 +163,7 @@ def test_resuming_continues_to_the_bit(folder: Path, tmp_path: Path, changes: di
             raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo.RunTracker, "log", dying)
+        patch.setattr(run_module.RunTracker, "log", dying)
         with pytest.raises(Killed):
             run_grpo(settings(folder, broken, **common))
     run_grpo(settings(folder, broken, resume=True, **common))

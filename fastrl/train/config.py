@@ -1,4 +1,4 @@
-"""The configuration of the GRPO loop: one frozen dataclass, every field explained where it stands."""
+"""The configuration of the loops: frozen dataclasses, every field explained where it stands."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ MAY_CHANGE_ON_RESUME = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPOConfig:
-    """Settings of `fastrl.train.grpo.run_grpo`; wrong values raise `ValueError` when the object is built."""
+class RunConfig:
+    """Settings that every loop has; wrong values raise `ValueError` when the object is built."""
 
     # The model
     model: str = "smollm2"
@@ -41,6 +41,103 @@ class GRPOConfig:
     lora_targets: str = "all-linear"
     """Modules that get adapters: `all-linear` (the head left out), or module names separated by commas."""
 
+    # The optimiser
+    steps: int = 100
+    """Steps of the whole run."""
+    learning_rate: float = 1e-5
+    """Peak learning rate of AdamW."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What follows the warm-up: constant, or a decay to 0 at the last step."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises linearly."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
+    adam_beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+    adam_beta2: float = 0.99
+    """Decay of AdamW's second moment."""
+    max_grad_norm: float = 1.0
+    """Gradients with a larger norm are scaled down to it."""
+
+    # Evaluation
+    eval_every: int = 0
+    """Steps between evaluations on held-out data; there is always one before the first and after the last step."""
+    eval_batch_size: int = 64
+    """Held-out examples in one forward pass, or answered at once."""
+    eval_samples: int = 8
+    """Completions of each evaluation that are kept to be read."""
+
+    # What is written
+    run_dir: str = "runs/run"
+    """Folder of the run: metrics, evaluations, samples, checkpoints and the final model."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 writes none."""
+    keep_checkpoints: int = 2
+    """Checkpoints that are kept, the newest ones."""
+    resume: bool = False
+    """Continue from the newest checkpoint in `run_dir`; a run without one starts from the beginning."""
+    save_model: bool = True
+    """Write the trained model (or its adapters) and the tokenizer to `run_dir/model` at the end."""
+    overwrite: bool = False
+    """Remove what an earlier run left in `run_dir`; without it, or `resume`, such a folder is refused."""
+    tensorboard: bool = False
+    """Log to TensorBoard too."""
+    trackio: bool = False
+    """Log to trackio too."""
+    seed: int = 0
+    """Seed of the data, the sampling and everything else that is random."""
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` for values that cannot be."""
+        for name in ("steps", "eval_batch_size", "keep_checkpoints"):
+            check_int(name, getattr(self, name), at_least=1)
+        for name in ("lora_rank", "warmup_steps", "eval_every", "eval_samples", "checkpoint_every", "seed"):
+            check_int(name, getattr(self, name), at_least=0)
+        for name in ("learning_rate", "max_grad_norm", "lora_alpha"):
+            check_positive(name, getattr(self, name))
+        check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        check_choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
+        check_choice("device", self.device, ("auto", "cpu"))
+        check_choice("lr_schedule", self.lr_schedule, ("constant", "linear", "cosine"))
+        if self.mixed_precision != "no" and self.dtype != "float32":
+            raise ValueError(f"mixed_precision={self.mixed_precision!r} needs dtype='float32', got {self.dtype!r}")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other, got both")
+
+    @property
+    def lora_modules(self) -> str | tuple[str, ...]:
+        """The modules that get adapters, as `fastrl.train.model.add_lora` takes them."""
+        return tuple(self.lora_targets.split(",")) if "," in self.lora_targets else self.lora_targets
+
+    def learning_rate_at(self, step: int) -> float:
+        """Return the learning rate of step `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        decay = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+        return self.learning_rate * decay[self.lr_schedule]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as values that JSON keeps as they are."""
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def check_resumable(self, saved: Mapping[str, Any]) -> None:
+        """Raise `ValueError` when a run with the `saved` settings would become a different one under these."""
+        changed = {
+            name: (saved.get(name), value)
+            for name, value in self.as_dict().items()
+            if name not in MAY_CHANGE_ON_RESUME and saved.get(name) != value
+        }
+        if changed:
+            listed = ", ".join(f"{name} (saved {old!r}, now {new!r})" for name, (old, new) in changed.items())
+            raise ValueError(f"the checkpoint belongs to a run with other settings: {listed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig(RunConfig):
+    """Settings of the loops that sample completions and score them."""
+
     # The task
     task: str = "chain_sum"
     """Name of a reasoning-gym dataset."""
@@ -50,16 +147,37 @@ class GRPOConfig:
     """Reward functions by name, with their weights."""
 
     # Rollouts
-    steps: int = 100
-    """Batches of rollouts in the whole run."""
     prompts_per_step: int = 8
     """Different prompts in a batch."""
-    group_size: int = 8
-    """Completions of each prompt, compared with each other."""
     max_new_tokens: int = 128
     """Longest completion; one that gets there without a stop token counts as truncated."""
     temperature: float = 1.0
     """Divides the logits, in the sampling and in the loss alike."""
+
+    # Evaluation on the task
+    eval_problems: int = 100
+    """Held-out problems in an evaluation; 0 leaves evaluations out."""
+    eval_modes: tuple[Literal["sampled", "greedy"], ...] = ("sampled",)
+    """`sampled` at the training temperature, `greedy`, or both."""
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` for values that cannot be."""
+        super().__post_init__()
+        for name in ("prompts_per_step", "max_new_tokens"):
+            check_int(name, getattr(self, name), at_least=1)
+        check_int("eval_problems", self.eval_problems, at_least=0)
+        check_positive("temperature", self.temperature)
+        object.__setattr__(self, "eval_modes", tuple(self.eval_modes))
+        for mode in self.eval_modes:
+            check_choice("eval_modes", mode, ("sampled", "greedy"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig(TaskConfig):
+    """Settings of `fastrl.train.grpo.run_grpo`."""
+
+    group_size: int = 8
+    """Completions of each prompt, compared with each other."""
     mask_truncated: bool = False
     """Leave truncated completions out of the loss (the overlong filtering of DAPO)."""
 
@@ -83,7 +201,7 @@ class GRPOConfig:
     advantage_baseline: str = "group_mean"
     """What is subtracted from a reward: `group_mean`, `leave_one_out`, ..."""
 
-    # The optimiser
+    # Passes over a batch
     epochs_per_batch: int = 1
     """Passes over a batch of rollouts."""
     minibatches: int = 1
@@ -91,84 +209,15 @@ class GRPOConfig:
     micro_batch_size: int | None = None
     """Completions in one forward and backward pass, a divisor of the minibatch; None: the whole minibatch at once.
     It changes the memory, not the gradient: the loss is divided by the counts of the whole optimiser step."""
-    learning_rate: float = 1e-5
-    """Peak learning rate of AdamW."""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What follows the warm-up: constant, or a decay to 0 at the last step."""
-    warmup_steps: int = 0
-    """Steps in which the learning rate rises linearly."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay of AdamW."""
-    adam_beta1: float = 0.9
-    """Decay of AdamW's first moment."""
-    adam_beta2: float = 0.99
-    """Decay of AdamW's second moment."""
-    max_grad_norm: float = 1.0
-    """Gradients with a larger norm are scaled down to it."""
 
-    # Evaluation
-    eval_every: int = 0
-    """Steps between evaluations on held-out problems; there is always one before the first and after the last step,
-    unless `eval_problems` is 0."""
-    eval_problems: int = 100
-    """Held-out problems in an evaluation."""
-    eval_modes: tuple[Literal["sampled", "greedy"], ...] = ("sampled",)
-    """`sampled` at the training temperature, `greedy`, or both."""
-    eval_batch_size: int = 64
-    """Problems that are answered at once."""
-    eval_samples: int = 8
-    """Completions of each evaluation that are kept to be read."""
-
-    # What is written
     run_dir: str = "runs/grpo"
     """Folder of the run: metrics, evaluations, samples, checkpoints and the final model."""
-    checkpoint_every: int = 0
-    """Steps between checkpoints; 0 writes none."""
-    keep_checkpoints: int = 2
-    """Checkpoints that are kept, the newest ones."""
-    resume: bool = False
-    """Continue from the newest checkpoint in `run_dir`; a run without one starts from the beginning."""
-    save_model: bool = True
-    """Write the trained model (or its adapters) and the tokenizer to `run_dir/model` at the end."""
-    overwrite: bool = False
-    """Remove what an earlier run left in `run_dir`; without it, or `resume`, such a folder is refused."""
-    tensorboard: bool = False
-    """Log to TensorBoard too."""
-    trackio: bool = False
-    """Log to trackio too."""
-    seed: int = 0
-    """Seed of the problems, the sampling and everything else that is random."""
 
     def __post_init__(self) -> None:
         """Raise `ValueError` for values that cannot be."""
-        for name in ("steps", "prompts_per_step", "group_size", "max_new_tokens", "epochs_per_batch", "minibatches",
-                     "eval_batch_size", "keep_checkpoints"):  # fmt: skip
-            _check_int(name, getattr(self, name), at_least=1)
-        for name in (
-            "lora_rank",
-            "warmup_steps",
-            "eval_every",
-            "eval_problems",
-            "eval_samples",
-            "checkpoint_every",
-            "seed",
-        ):
-            _check_int(name, getattr(self, name), at_least=0)
-        for name in ("temperature", "learning_rate", "max_grad_norm", "lora_alpha"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} must be finite and greater than 0, got {value}")
-        _check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
-        _check_choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
-        _check_choice("device", self.device, ("auto", "cpu"))
-        _check_choice("lr_schedule", self.lr_schedule, ("constant", "linear", "cosine"))
-        object.__setattr__(self, "eval_modes", tuple(self.eval_modes))
-        for mode in self.eval_modes:
-            _check_choice("eval_modes", mode, ("sampled", "greedy"))
-        if self.mixed_precision != "no" and self.dtype != "float32":
-            raise ValueError(f"mixed_precision={self.mixed_precision!r} needs dtype='float32', got {self.dtype!r}")
-        if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite exclude each other, got both")
+        super().__post_init__()
+        for name in ("group_size", "epochs_per_batch", "minibatches"):
+            check_int(name, getattr(self, name), at_least=1)
         self._check_batch()
 
     def _check_batch(self) -> None:
@@ -179,7 +228,7 @@ class GRPOConfig:
             )
         minibatch = self.batch_size // self.minibatches
         if self.micro_batch_size is not None:
-            _check_int("micro_batch_size", self.micro_batch_size, at_least=1)
+            check_int("micro_batch_size", self.micro_batch_size, at_least=1)
             if minibatch % self.micro_batch_size:
                 raise ValueError(
                     f"micro_batch_size must divide the minibatch of {minibatch} completions, "
@@ -196,39 +245,22 @@ class GRPOConfig:
         """Completions in one forward and backward pass."""
         return self.micro_batch_size or self.batch_size // self.minibatches
 
-    def learning_rate_at(self, step: int) -> float:
-        """Return the learning rate of step `step`, counted from 0."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        decay = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
-        return self.learning_rate * decay[self.lr_schedule]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields as values that JSON keeps as they are."""
-        values = dataclasses.asdict(self)
-        values["eval_modes"] = list(self.eval_modes)
-        return values
-
-    def check_resumable(self, saved: Mapping[str, Any]) -> None:
-        """Raise `ValueError` when a run with the `saved` settings would become a different one under these."""
-        changed = {
-            name: (saved.get(name), value)
-            for name, value in self.as_dict().items()
-            if name not in MAY_CHANGE_ON_RESUME and saved.get(name) != value
-        }
-        if changed:
-            listed = ", ".join(f"{name} (saved {old!r}, now {new!r})" for name, (old, new) in changed.items())
-            raise ValueError(f"the checkpoint belongs to a run with other settings: {listed}")
-
-
-def _check_int(name: str, value: Any, at_least: int) -> None:
+def check_int(name: str, value: Any, at_least: int) -> None:
+    """Raise `ValueError` unless the value is an int of at least `at_least`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name} must be an int, got {type(value).__name__} {value!r}")
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise `ValueError` unless the value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise `ValueError` unless the number is finite and greater than 0."""
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be finite and greater than 0, got {value}")

@@ -11,7 +11,7 @@ import torch
 
 from fastrl.train.rewards import RewardSet
 from fastrl.train.rollout import decode, encode_prompts, generate
-from fastrl.train.tasks import Problem
+from fastrl.train.tasks import Problem, Task
 
 # The component of the rewards that is 1 for a right answer and 0 for a wrong one.
 CORRECT = "exact"
@@ -38,6 +38,20 @@ class Evaluation:
             "standard_error": self.standard_error,
             "n": self.n,
         }
+
+    def samples(self, problems: Sequence[Problem], task: Task, count: int) -> list[dict[str, Any]]:
+        """Return what `samples.json` keeps: the first completions, to be read."""
+        return [
+            {
+                "step": self.step,
+                "mode": self.mode,
+                "prompt": problem.prompt,
+                "completion": completion,
+                "answer": problem.answer,
+                "reward": float(task.is_correct(problem, completion)),
+            }
+            for problem, completion in list(zip(problems, self.completions, strict=True))[:count]
+        ]
 
 
 def evaluate(

@@ -18,42 +18,20 @@ and losses that need more than this loop has at hand (they are refused by name).
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import importlib.metadata
-import json
 import logging
-import math
-import os
-import platform
-import random
-import shutil
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-import fastrl
 from fastrl.losses.advantage import group_advantages, reward_metrics
 from fastrl.losses.policy import PolicyLoss
-from fastrl.train.checkpoint import (
-    latest_checkpoint,
-    load_checkpoint,
-    optimizer_from_tensors,
-    optimizer_to_tensors,
-    random_state,
-    save_checkpoint,
-    set_random_state,
-    write_json,
-)
 from fastrl.train.config import GRPOConfig
-from fastrl.train.evaluate import CORRECT, Evaluation, evaluate
+from fastrl.train.evaluate import CORRECT, evaluate
 from fastrl.train.model import Head, add_lora, head_of, load_model, stop_token_ids
+from fastrl.train.reference_policy import ReferencePolicy
 from fastrl.train.rewards import build_rewards
 from fastrl.train.rollout import (
     Rollout,
@@ -64,25 +42,10 @@ from fastrl.train.rollout import (
     token_logprobs_of,
     verify_logprobs,
 )
-from fastrl.train.tasks import Problem, Task, load_task
-from fastrl.train.tracking import RunTracker
+from fastrl.train.run import MetricSums, Run, RunResult
+from fastrl.train.tasks import load_task
 
 logger = logging.getLogger(__name__)
-
-RUN_FILES = ("metrics.jsonl", "evaluations.json", "samples.json", "checkpoints", "model")
-PACKAGES = ("fastrl", "torch", "triton", "transformers", "accelerate", "peft", "safetensors", "reasoning-gym", "numpy")
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a run leaves behind."""
-
-    run_dir: Path
-    steps: int
-    evaluations: list[dict[str, Any]]
-    """Records of `evaluations.json`, in the order in which they were made."""
-    metrics: dict[str, float]
-    """Metrics of the last step."""
 
 
 @dataclass(frozen=True)
@@ -104,35 +67,16 @@ def run_grpo(config: GRPOConfig) -> RunResult:
     loss_function = build_loss(config)
     task = load_task(config.task, **{"seed": config.seed, **config.task_parameters})
     problems = task.held_out(config.eval_problems) if config.eval_problems else []
-    run_dir = open_run_dir(config)
-    accelerator = _accelerator(config)
-    device = accelerator.device
-    seed_everything(config.seed)
-    generator = torch.Generator(device=device).manual_seed(config.seed)
-
-    model, tokenizer = load_model(config.model, dtype=config.dtype, device=device)
+    run = Run(config)
+    model, tokenizer = load_model(config.model, dtype=config.dtype, device=run.device)
     stop_ids = stop_token_ids(model, tokenizer)
-    reference = _reference_model(model, config, loss_function)
+    reference = None
+    if loss_function.kl is not None and loss_function.kl_to == "ref":
+        reference = ReferencePolicy(model, adapters=config.lora_rank > 0)
     if config.lora_rank:
-        targets = tuple(config.lora_targets.split(",")) if "," in config.lora_targets else config.lora_targets
-        model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, targets=targets)
+        model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_modules)
     head = head_of(model)
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        trainable.values(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.weight_decay,
-    )
-    optimizer = accelerator.prepare(optimizer)
-
-    checkpoints = run_dir / "checkpoints"
-    start_step = 0
-    if config.resume and (newest := latest_checkpoint(checkpoints)) is not None:
-        start_step = _restore(newest, config, trainable, optimizer, generator)
-    log = RunLog(run_dir, start_step)
-    write_json(run_dir / "config.json", config.as_dict())
-    write_json(run_dir / "environment.json", environment(device))
+    run.optimize(dict(model.named_parameters()))
 
     rewards = build_rewards({CORRECT: 0.0, **config.rewards}, task)
     sampling = {"stop_ids": stop_ids, "temperature": config.temperature, "max_new_tokens": config.max_new_tokens}
@@ -145,20 +89,14 @@ def run_grpo(config: GRPOConfig) -> RunResult:
                 model, tokenizer, problems, rewards, step=step, mode=mode, batch_size=config.eval_batch_size,
                 seed=config.seed, **sampling, **prompting,
             )  # fmt: skip
-            log.add(result, problems, task, config.eval_samples)
+            run.log.add(result.record(), result.samples(problems, task, config.eval_samples))
             found[f"eval/{mode}_accuracy"] = result.accuracy
         return found
 
-    metrics: dict[str, float] = {}
-    tracker = RunTracker(run_dir, config.steps, tensorboard=config.tensorboard, trackio=config.trackio)
-    with rewards, tracker, accelerator.autocast():
-        if config.resume:
-            tracker.resume(start_step)
-        if start_step == 0:
+    with rewards, run:
+        if run.start_step == 0:
             evaluate_now(0)
-        for step in range(start_step, config.steps):
-            clock = Clock(device)
-
+        for step in run.steps():
             # Rollouts
             problem_batch = task.train(config.prompts_per_step, start=step * config.prompts_per_step)
             prompts = [problem.prompt for problem in problem_batch]
@@ -168,14 +106,14 @@ def run_grpo(config: GRPOConfig) -> RunResult:
                 encoded,
                 group_size=config.group_size,
                 pad_id=tokenizer.pad_token_id,
-                generator=generator,
+                generator=run.generator,
                 **sampling,
             )
-            if step == start_step:
+            if step == run.start_step:
                 few = rollout.rows(0, min(4, config.batch_size))
                 difference = verify_logprobs(model, head, few, config.temperature)
                 logger.info("log-probs equal those of the model's own logits within %.2g nats", difference)
-            clock.lap("rollout")
+            run.clock.lap("rollout")
 
             # Rewards and advantages
             lengths = rollout.completion_mask.sum(dim=1)
@@ -190,45 +128,35 @@ def run_grpo(config: GRPOConfig) -> RunResult:
                 scale=config.advantage_scale,
                 baseline=config.advantage_baseline,
                 lengths=lengths.cpu() if config.advantage_baseline == "length_weighted" else None,
-            ).to(device)
-            clock.lap("reward")
+            ).to(run.device)
+            run.clock.lap("reward")
 
             # Old and reference log-probs. With one optimiser step per batch the policy in the loss is the one that
             # sampled, so old log-probs are only computed once, to measure that the first ratio is 1.
             mask = rollout.completion_mask
             if config.mask_truncated:
                 mask = mask & ~rollout.truncated[:, None]
-            needs_old = config.epochs_per_batch * config.minibatches > 1 or step == start_step
+            needs_old = config.epochs_per_batch * config.minibatches > 1 or step == run.start_step
             old = _in_micro_batches(model, head, rollout, config) if needs_old else None
             ref = None
             if reference is not None:
                 with reference.active(model) as reference_model:
                     ref = _in_micro_batches(reference_model, reference.head(head), rollout, config)
             batch = Batch(rollout, advantages, mask, old, ref)
-            clock.lap("logprobs")
+            run.clock.lap("logprobs")
 
             # Optimisation
-            learning_rate = config.learning_rate_at(step)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
             totals = MetricSums()
             first_step = True
             for _ in range(config.epochs_per_batch):
-                for rows in minibatches(config, generator):
-                    deviation = backward(model, head, loss_function, batch, rows, config, accelerator, totals)
-                    clock.lap("backward")
+                for rows in minibatches(config, run.generator):
+                    deviation = backward(run, model, head, loss_function, batch, rows, totals)
+                    run.clock.lap("backward")
                     if first_step and batch.old_logprobs is not None:
                         totals.add({"first_step_ratio_max_dev": (deviation, torch.ones_like(deviation))})
                     first_step = False
-                    norm = accelerator.clip_grad_norm_(list(trainable.values()), config.max_grad_norm)
-                    # A gradient that is not finite would leave nothing of the model: the step is left out, and counted.
-                    finite = bool(torch.isfinite(norm))
-                    if finite:
-                        optimizer.step()
-                    optimizer.zero_grad()
-                    one = torch.ones((), device=device)
-                    totals.add({"grad_norm": (norm, one), "skipped_updates": (one * (not finite), one)})
-                    clock.lap("optimizer")
+                    totals.add(run.clip_and_step())
+                    run.clock.lap("optimizer")
 
             # Bookkeeping
             totals.add(reward_metrics(scored.total, group_size=config.group_size))
@@ -236,34 +164,28 @@ def run_grpo(config: GRPOConfig) -> RunResult:
                 **totals.means(),
                 **{f"reward/{name}": float(values.nanmean()) for name, values in scored.components.items()},
                 "reward_failures": float(scored.failures),
-                "learning_rate": learning_rate,
+                "learning_rate": run.learning_rate,
                 "completion_length": float(lengths.float().mean()),
                 "completion_length_max": float(lengths.max()),
                 "truncated_fraction": float(rollout.truncated.float().mean()),
-                **clock.times(),
+                **run.clock.times(),
             }
             metrics["tokens_per_second"] = float(lengths.sum()) / metrics["time/step"]
-            done = step + 1
-            if done == config.steps or (config.eval_every and done % config.eval_every == 0):
-                metrics |= evaluate_now(done)
-            tracker.log(done, metrics)
-            if config.checkpoint_every and (done % config.checkpoint_every == 0 or done == config.steps):
-                _save(checkpoints, done, config, trainable, optimizer, generator)
+            if run.evaluation_due(step + 1):
+                metrics |= evaluate_now(step + 1)
+            run.finish_step(step, metrics)
 
-    if config.save_model:
-        model.save_pretrained(run_dir / "model")
-        tokenizer.save_pretrained(run_dir / "model")
-    return RunResult(run_dir, config.steps, log.evaluations, metrics)
+    run.save_model(model, tokenizer)
+    return run.result()
 
 
 def backward(
+    run: Run[GRPOConfig],
     model: Any,
     head: Head,
     loss_function: PolicyLoss,
     batch: Batch,
     rows: list[tuple[int, int]],
-    config: GRPOConfig,
-    accelerator: Any,
     totals: MetricSums,
 ) -> Tensor:
     """Accumulate the gradient of one optimiser step over the micro-batches `rows`; return max |ratio - 1|.
@@ -288,7 +210,7 @@ def backward(
             completion_hidden(model, part),
             head.weight,
             part.completion_ids,
-            temperature=config.temperature,
+            temperature=run.config.temperature,
             advantages=batch.advantages[start:stop],
             mask=mask,
             rollout_logprobs=part.logprobs,
@@ -297,7 +219,7 @@ def backward(
             **inputs,
             **head.kwargs(),
         )
-        accelerator.backward(output.loss)
+        run.backward(output.loss)
         totals.add(output.metrics)
         totals.add({"loss": (output.loss.detach(), torch.zeros((), device=live.device))})
         if inputs["old_logprobs"] is not None:
@@ -316,19 +238,6 @@ def minibatches(config: GRPOConfig, generator: torch.Generator) -> Iterator[list
         starts = starts[torch.randperm(len(starts), generator=generator, device=generator.device).cpu()]
     for chunk in starts.chunk(config.minibatches):
         yield [(start, start + size) for start in sorted(chunk.tolist())]
-
-
-def open_run_dir(config: GRPOConfig) -> Path:
-    """Return the folder of the run, made or emptied as `config` says; raise where an earlier run is in it."""
-    run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    earlier = [run_dir / name for name in RUN_FILES if (run_dir / name).exists()]
-    if earlier and not (config.resume or config.overwrite):
-        raise ValueError(f"run_dir {str(run_dir)!r} holds an earlier run; resume it, overwrite it, or choose another")
-    if config.overwrite:
-        for path in earlier:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return run_dir
 
 
 def build_loss(config: GRPOConfig) -> PolicyLoss:
@@ -357,111 +266,6 @@ def build_loss(config: GRPOConfig) -> PolicyLoss:
     return loss
 
 
-class MetricSums:
-    """Sums and counts of metrics, added over micro-batches and divided once."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def add(self, metrics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Add (sum, count) by name; the tensors stay where they are."""
-        for name, (total, count) in metrics.items():
-            before = self._sums.get(name)
-            self._sums[name] = (total, count) if before is None else (before[0] + total, before[1] + count)
-
-    def means(self) -> dict[str, float]:
-        """Return the quotients, NaN where nothing was counted; waits for the device."""
-        return {
-            name: float(total) / float(count) if float(count) else math.nan
-            for name, (total, count) in self._sums.items()
-        }
-
-
-class Clock:
-    """Wall time of the parts of a step."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._laps: dict[str, float] = {}
-        self._start = self._last = self._now()
-
-    def lap(self, name: str) -> None:
-        """Book the time since the last lap under `name`."""
-        now = self._now()
-        self._laps[name] = self._laps.get(name, 0.0) + now - self._last
-        self._last = now
-
-    def times(self) -> dict[str, float]:
-        """Return seconds per part and of the whole step."""
-        return {
-            **{f"time/{name}": seconds for name, seconds in self._laps.items()},
-            "time/step": self._last - self._start,
-        }
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
-
-class RunLog:
-    """`evaluations.json` and `samples.json` of a run; on resuming, what came after the checkpoint is dropped."""
-
-    def __init__(self, run_dir: Path, start_step: int) -> None:
-        self._dir = run_dir
-        self.evaluations = self._read("evaluations.json", start_step)
-        self._samples = self._read("samples.json", start_step)
-
-    def _read(self, name: str, start_step: int) -> list[dict[str, Any]]:
-        path = self._dir / name
-        if start_step == 0 or not path.is_file():
-            return []
-        return [record for record in json.loads(path.read_text()) if record["step"] <= start_step]
-
-    def add(self, result: Evaluation, problems: list[Problem], task: Task, samples: int) -> None:
-        """Append an evaluation and its first completions, and write both files."""
-        self.evaluations.append(result.record())
-        for problem, completion in list(zip(problems, result.completions, strict=True))[:samples]:
-            self._samples.append(
-                {
-                    "step": result.step,
-                    "mode": result.mode,
-                    "prompt": problem.prompt,
-                    "completion": completion,
-                    "answer": problem.answer,
-                    "reward": float(task.is_correct(problem, completion)),
-                }
-            )
-        write_json(self._dir / "evaluations.json", self.evaluations)
-        write_json(self._dir / "samples.json", self._samples)
-
-
-class Reference:
-    """The policy that the KL is measured to: a frozen copy, or the model with its adapters switched off."""
-
-    def __init__(self, copied: Any | None) -> None:
-        self._copied = copied
-
-    @contextlib.contextmanager
-    def active(self, model: Any) -> Iterator[Any]:
-        """Yield the reference model."""
-        if self._copied is not None:
-            yield self._copied
-            return
-        with model.disable_adapter():
-            yield model
-
-    def head(self, policy_head: Head) -> Head:
-        """Return the reference model's head."""
-        return policy_head if self._copied is None else head_of(self._copied)
-
-
-def _reference_model(model: Any, config: GRPOConfig, loss: PolicyLoss) -> Reference | None:
-    if loss.kl is None or loss.kl_to != "ref":
-        return None
-    return Reference(None if config.lora_rank else copy.deepcopy(model).requires_grad_(False))
-
-
 def _in_micro_batches(model: Any, head: Head, rollout: Rollout, config: GRPOConfig) -> Tensor:
     """Return log-probs (B, T), computed in the micro-batches of the loss, so that equal weights give equal bits."""
     result = torch.zeros_like(rollout.logprobs)
@@ -470,73 +274,3 @@ def _in_micro_batches(model: Any, head: Head, rollout: Rollout, config: GRPOConf
         logprobs = token_logprobs_of(model, head, part, config.temperature).logprobs
         result[start : start + config.micro_batch, : logprobs.shape[1]] = logprobs
     return result
-
-
-def _accelerator(config: GRPOConfig) -> Any:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"this loop runs in one process, got WORLD_SIZE={os.environ['WORLD_SIZE']}")
-    from accelerate import Accelerator
-
-    return Accelerator(mixed_precision=config.mixed_precision, cpu=config.device == "cpu")
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's generators."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    torch.manual_seed(seed)
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Return versions and the machine, as JSON values."""
-    versions = {}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "cpu_count": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "packages": versions,
-        "backends": fastrl.explain(device),
-    }
-
-
-def _save(
-    root: Path,
-    step: int,
-    config: GRPOConfig,
-    trainable: Mapping[str, Tensor],
-    optimizer: Any,
-    generator: torch.Generator,
-) -> None:
-    optimizer_tensors, groups = optimizer_to_tensors(optimizer)
-    random_tensors, random_values = random_state(generator)
-    save_checkpoint(
-        root,
-        step,
-        {"weights": trainable, "optimizer": optimizer_tensors, "random": random_tensors},
-        {"config": config.as_dict(), "optimizer_groups": groups, "random": random_values},
-        keep=config.keep_checkpoints,
-    )
-
-
-def _restore(
-    path: Path, config: GRPOConfig, trainable: Mapping[str, Tensor], optimizer: Any, generator: torch.Generator
-) -> int:
-    """Load the checkpoint in `path` into the policy, the optimiser and the generators; return its step."""
-    saved = load_checkpoint(path)
-    config.check_resumable(saved.state["config"])
-    weights = saved.tensors["weights"]
-    if weights.keys() != trainable.keys():
-        different = sorted(weights.keys() ^ trainable.keys())
-        raise ValueError(f"the checkpoint {path} holds other parameters than the model trains: {different[:4]}")
-    with torch.no_grad():
-        for name, parameter in trainable.items():
-            parameter.copy_(weights[name])
-    optimizer_from_tensors(optimizer, saved.tensors["optimizer"], saved.state["optimizer_groups"])
-    set_random_state(generator, saved.tensors["random"], saved.state["random"])
-    return int(saved.state["step"])
