@@ -173,33 +173,18 @@ class TaskConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPOConfig(TaskConfig):
-    """Settings of `fastrl.train.grpo.run_grpo`."""
+class BatchConfig(TaskConfig):
+    """Settings of the loops that take optimiser steps on batches of sampled completions."""
 
     group_size: int = 8
-    """Completions of each prompt, compared with each other."""
+    """Completions of each prompt."""
     mask_truncated: bool = False
     """Leave truncated completions out of the loss (the overlong filtering of DAPO)."""
-
-    # The loss
-    loss: str = "grpo"
-    """A preset of `fastrl.PolicyLoss`: grpo, dr_grpo, dapo, gspo, cispo, ..."""
-    clip_low: float | None = None
-    """Width of the clip below 1; None keeps the preset's."""
-    clip_high: float | None = None
-    """Width of the clip above 1; None keeps the preset's."""
-    kl: str | None = None
-    """KL estimator in the loss (k1, k2, k3, abs); None keeps the preset's."""
-    kl_coef: float | None = None
-    """Coefficient of the KL; None keeps the preset's, 0 switches the KL off and saves the reference model."""
-    entropy_coef: float | None = None
-    """Coefficient of the entropy bonus; None keeps the preset's."""
-    loss_options: dict[str, int | float | str | bool] = field(default_factory=dict)
-    """Any other field of `fastrl.PolicyLoss`, and `style`."""
-    advantage_scale: str = "group"
-    """Divisor of the advantages: `group` (std of the group), `batch`, `none` (Dr. GRPO), ..."""
-    advantage_baseline: str = "group_mean"
-    """What is subtracted from a reward: `group_mean`, `leave_one_out`, ..."""
+    reward_model: str | None = None
+    """Folder or hub name of a sequence classifier with one label, whose score is added to the rewards; its tokenizer
+    must be the policy's."""
+    reward_model_weight: float = 1.0
+    """Weight of its score."""
 
     # Passes over a batch
     epochs_per_batch: int = 1
@@ -210,14 +195,15 @@ class GRPOConfig(TaskConfig):
     """Completions in one forward and backward pass, a divisor of the minibatch; None: the whole minibatch at once.
     It changes the memory, not the gradient: the loss is divided by the counts of the whole optimiser step."""
 
-    run_dir: str = "runs/grpo"
-    """Folder of the run: metrics, evaluations, samples, checkpoints and the final model."""
-
     def __post_init__(self) -> None:
         """Raise `ValueError` for values that cannot be."""
         super().__post_init__()
         for name in ("group_size", "epochs_per_batch", "minibatches"):
             check_int(name, getattr(self, name), at_least=1)
+        if not math.isfinite(self.reward_model_weight):
+            raise ValueError(f"reward_model_weight must be finite, got {self.reward_model_weight}")
+        if not self.rewards and self.reward_model is None:
+            raise ValueError("rewards must name at least one reward where there is no reward_model, got none")
         self._check_batch()
 
     def _check_batch(self) -> None:
@@ -244,6 +230,34 @@ class GRPOConfig(TaskConfig):
     def micro_batch(self) -> int:
         """Completions in one forward and backward pass."""
         return self.micro_batch_size or self.batch_size // self.minibatches
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig(BatchConfig):
+    """Settings of `fastrl.train.grpo.run_grpo`; the completions of a group are compared with each other."""
+
+    # The loss
+    loss: str = "grpo"
+    """A preset of `fastrl.PolicyLoss`: grpo, dr_grpo, dapo, gspo, cispo, ..."""
+    clip_low: float | None = None
+    """Width of the clip below 1; None keeps the preset's."""
+    clip_high: float | None = None
+    """Width of the clip above 1; None keeps the preset's."""
+    kl: str | None = None
+    """KL estimator in the loss (k1, k2, k3, abs); None keeps the preset's."""
+    kl_coef: float | None = None
+    """Coefficient of the KL; None keeps the preset's, 0 switches the KL off and saves the reference model."""
+    entropy_coef: float | None = None
+    """Coefficient of the entropy bonus; None keeps the preset's."""
+    loss_options: dict[str, int | float | str | bool] = field(default_factory=dict)
+    """Any other field of `fastrl.PolicyLoss`, and `style`."""
+    advantage_scale: str = "group"
+    """Divisor of the advantages: `group` (std of the group), `batch`, `none` (Dr. GRPO), ..."""
+    advantage_baseline: str = "group_mean"
+    """What is subtracted from a reward: `group_mean`, `leave_one_out`, ..."""
+
+    run_dir: str = "runs/grpo"
+    """Folder of the run: metrics, evaluations, samples, checkpoints and the final model."""
 
 
 def check_int(name: str, value: Any, at_least: int) -> None:

@@ -19,8 +19,6 @@ and losses that need more than this loop has at hand (they are refused by name).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,35 +26,27 @@ from torch import Tensor
 
 from fastrl.losses.advantage import group_advantages, reward_metrics
 from fastrl.losses.policy import PolicyLoss
+from fastrl.train.batches import (
+    Batch,
+    Counts,
+    Sampler,
+    batch_metrics,
+    logprobs_in_micro_batches,
+    minibatches,
+    policy_output,
+    ratio_deviation,
+)
 from fastrl.train.config import GRPOConfig
-from fastrl.train.evaluate import CORRECT, evaluate
-from fastrl.train.model import Head, add_lora, head_of, load_model, stop_token_ids
+from fastrl.train.evaluate import CORRECT
+from fastrl.train.model import Head, add_lora, head_of, load_model
 from fastrl.train.reference_policy import ReferencePolicy
 from fastrl.train.rewards import build_rewards
-from fastrl.train.rollout import (
-    Rollout,
-    completion_hidden,
-    decode,
-    encode_prompts,
-    generate,
-    token_logprobs_of,
-    verify_logprobs,
-)
+from fastrl.train.rollout import completion_hidden, verify_logprobs
 from fastrl.train.run import MetricSums, Run, RunResult
+from fastrl.train.scoring import load_reward_model
 from fastrl.train.tasks import load_task
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A batch of rollouts with everything that the loss needs beside the policy."""
-
-    rollout: Rollout
-    advantages: Tensor  # (B,)
-    mask: Tensor  # (B, T) tokens in the loss
-    old_logprobs: Tensor | None  # (B, T), None where the policy still is the one that sampled
-    ref_logprobs: Tensor | None  # (B, T)
 
 
 def run_grpo(config: GRPOConfig) -> RunResult:
@@ -66,10 +56,11 @@ def run_grpo(config: GRPOConfig) -> RunResult:
     """
     loss_function = build_loss(config)
     task = load_task(config.task, **{"seed": config.seed, **config.task_parameters})
-    problems = task.held_out(config.eval_problems) if config.eval_problems else []
     run = Run(config)
     model, tokenizer = load_model(config.model, dtype=config.dtype, device=run.device)
-    stop_ids = stop_token_ids(model, tokenizer)
+    reward_model = None
+    if config.reward_model is not None:
+        reward_model = load_reward_model(config.reward_model, tokenizer, dtype=config.dtype, device=run.device)
     reference = None
     if loss_function.kl is not None and loss_function.kl_to == "ref":
         reference = ReferencePolicy(model, adapters=config.lora_rank > 0)
@@ -77,38 +68,16 @@ def run_grpo(config: GRPOConfig) -> RunResult:
         model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_modules)
     head = head_of(model)
     run.optimize(dict(model.named_parameters()))
-
     rewards = build_rewards({CORRECT: 0.0, **config.rewards}, task)
-    sampling = {"stop_ids": stop_ids, "temperature": config.temperature, "max_new_tokens": config.max_new_tokens}
-    prompting = {"prompt_template": config.prompt_template, "system_prompt": config.system_prompt}
-
-    def evaluate_now(step: int) -> dict[str, float]:
-        found = {}
-        for mode in config.eval_modes if problems else ():
-            result = evaluate(
-                model, tokenizer, problems, rewards, step=step, mode=mode, batch_size=config.eval_batch_size,
-                seed=config.seed, **sampling, **prompting,
-            )  # fmt: skip
-            run.log.add(result.record(), result.samples(problems, task, config.eval_samples))
-            found[f"eval/{mode}_accuracy"] = result.accuracy
-        return found
+    sampler = Sampler(run, task, model, tokenizer, rewards, reward_model)
 
     with rewards, run:
         if run.start_step == 0:
-            evaluate_now(0)
+            sampler.evaluate(0)
         for step in run.steps():
             # Rollouts
-            problem_batch = task.train(config.prompts_per_step, start=step * config.prompts_per_step)
-            prompts = [problem.prompt for problem in problem_batch]
-            encoded = encode_prompts(tokenizer, prompts, template=config.prompt_template, system=config.system_prompt)
-            rollout = generate(
-                model,
-                encoded,
-                group_size=config.group_size,
-                pad_id=tokenizer.pad_token_id,
-                generator=run.generator,
-                **sampling,
-            )
+            problems = sampler.problems(step)
+            rollout = sampler.rollout(problems)
             if step == run.start_step:
                 few = rollout.rows(0, min(4, config.batch_size))
                 difference = verify_logprobs(model, head, few, config.temperature)
@@ -117,11 +86,7 @@ def run_grpo(config: GRPOConfig) -> RunResult:
 
             # Rewards and advantages
             lengths = rollout.completion_mask.sum(dim=1)
-            scored = rewards(
-                [problem for problem in problem_batch for _ in range(config.group_size)],
-                decode(tokenizer, rollout),
-                lengths.tolist(),
-            )
+            scored = sampler.score(problems, rollout)
             advantages = group_advantages(
                 scored.total,
                 group_size=config.group_size,
@@ -137,11 +102,11 @@ def run_grpo(config: GRPOConfig) -> RunResult:
             if config.mask_truncated:
                 mask = mask & ~rollout.truncated[:, None]
             needs_old = config.epochs_per_batch * config.minibatches > 1 or step == run.start_step
-            old = _in_micro_batches(model, head, rollout, config) if needs_old else None
+            old = logprobs_in_micro_batches(model, head, rollout, config) if needs_old else None
             ref = None
             if reference is not None:
                 with reference.active(model) as reference_model:
-                    ref = _in_micro_batches(reference_model, reference.head(head), rollout, config)
+                    ref = logprobs_in_micro_batches(reference_model, reference.head(head), rollout, config)
             batch = Batch(rollout, advantages, mask, old, ref)
             run.clock.lap("logprobs")
 
@@ -162,17 +127,13 @@ def run_grpo(config: GRPOConfig) -> RunResult:
             totals.add(reward_metrics(scored.total, group_size=config.group_size))
             metrics = {
                 **totals.means(),
-                **{f"reward/{name}": float(values.nanmean()) for name, values in scored.components.items()},
-                "reward_failures": float(scored.failures),
+                **batch_metrics(rollout, scored),
                 "learning_rate": run.learning_rate,
-                "completion_length": float(lengths.float().mean()),
-                "completion_length_max": float(lengths.max()),
-                "truncated_fraction": float(rollout.truncated.float().mean()),
                 **run.clock.times(),
             }
             metrics["tokens_per_second"] = float(lengths.sum()) / metrics["time/step"]
             if run.evaluation_due(step + 1):
-                metrics |= evaluate_now(step + 1)
+                metrics |= sampler.evaluate(step + 1)
             run.finish_step(step, metrics)
 
     run.save_model(model, tokenizer)
@@ -192,52 +153,19 @@ def backward(
 
     Each micro-batch is divided by the token and sequence counts of all of them, so their gradients simply add up.
     """
-    live = torch.cat([batch.mask[start:stop].sum(dim=1) for start, stop in rows])
-    n_tokens, n_sequences = live.sum().clamp_min(1), (live > 0).sum().clamp_min(1)
-    deviation = torch.zeros((), device=live.device)
+    counts = Counts.of(batch.mask, rows)
+    zero, one = torch.zeros((), device=batch.mask.device), torch.ones((), device=batch.mask.device)
+    deviation = zero
     for start, stop in rows:
-        part = batch.rollout.rows(start, stop)
-        width = part.completion_ids.shape[1]
-
-        def cut(values: Tensor | None, here: slice = slice(start, stop), width: int = width) -> Tensor | None:
-            return None if values is None else values[here, :width]
-
-        inputs: dict[str, Any] = {"old_logprobs": cut(batch.old_logprobs), "ref_logprobs": cut(batch.ref_logprobs)}
-        if loss_function.aggregate == "prompt_mean":
-            inputs["group_ids"] = part.prompt_index
-        mask = cut(batch.mask)
-        output = loss_function.from_hidden(
-            completion_hidden(model, part),
-            head.weight,
-            part.completion_ids,
-            temperature=run.config.temperature,
-            advantages=batch.advantages[start:stop],
-            mask=mask,
-            rollout_logprobs=part.logprobs,
-            n_tokens=n_tokens,
-            n_sequences=n_sequences,
-            **inputs,
-            **head.kwargs(),
-        )
+        part = batch.rows(start, stop)
+        hidden = completion_hidden(model, part.rollout)
+        output = policy_output(loss_function, head, hidden, part, counts, run.config.temperature)
         run.backward(output.loss)
         totals.add(output.metrics)
-        totals.add({"loss": (output.loss.detach(), torch.zeros((), device=live.device))})
-        if inputs["old_logprobs"] is not None:
-            ratio = torch.exp(output.logprobs - inputs["old_logprobs"])
-            live_deviation = torch.where(batch.mask[start:stop, :width], (ratio - 1.0).abs(), 0.0)
-            deviation = torch.maximum(deviation, live_deviation.max())
-    totals.add({"loss": (torch.zeros((), device=live.device), torch.ones((), device=live.device))})
+        totals.add({"loss": (output.loss.detach(), zero)})
+        deviation = torch.maximum(deviation, ratio_deviation(output, part))
+    totals.add({"loss": (zero, one)})
     return deviation
-
-
-def minibatches(config: GRPOConfig, generator: torch.Generator) -> Iterator[list[tuple[int, int]]]:
-    """Yield, for each optimiser step of a pass, the (start, stop) rows of its micro-batches, in random order."""
-    size = config.micro_batch
-    starts = torch.arange(0, config.batch_size, size)
-    if config.minibatches > 1:
-        starts = starts[torch.randperm(len(starts), generator=generator, device=generator.device).cpu()]
-    for chunk in starts.chunk(config.minibatches):
-        yield [(start, start + size) for start in sorted(chunk.tolist())]
 
 
 def build_loss(config: GRPOConfig) -> PolicyLoss:
@@ -264,13 +192,3 @@ def build_loss(config: GRPOConfig) -> PolicyLoss:
             f"got {config.micro_batch_size}"
         )
     return loss
-
-
-def _in_micro_batches(model: Any, head: Head, rollout: Rollout, config: GRPOConfig) -> Tensor:
-    """Return log-probs (B, T), computed in the micro-batches of the loss, so that equal weights give equal bits."""
-    result = torch.zeros_like(rollout.logprobs)
-    for start in range(0, config.batch_size, config.micro_batch):
-        part = rollout.rows(start, start + config.micro_batch)
-        logprobs = token_logprobs_of(model, head, part, config.temperature).logprobs
-        result[start : start + config.micro_batch, : logprobs.shape[1]] = logprobs
-    return result

@@ -1,0 +1,190 @@
+"""What the loops share that sample: prompts to scored completions, log-probs in micro-batches, the passes over a batch.
+
+Shapes: P prompts, G completions of each, B = P * G completions, T time, D hidden.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from fastrl.losses.output import LossOutput
+from fastrl.losses.policy import PolicyLoss
+from fastrl.train.config import BatchConfig
+from fastrl.train.evaluate import evaluate
+from fastrl.train.model import Head, causal_lm, stop_token_ids
+from fastrl.train.rewards import RewardBatch, RewardSet
+from fastrl.train.rollout import Rollout, decode, encode_prompts, generate, token_logprobs_of
+from fastrl.train.run import Run
+from fastrl.train.scoring import RewardModel
+from fastrl.train.tasks import Problem, Task
+
+Rows = Sequence[tuple[int, int]]  # (start, stop) of micro-batches
+REWARD_MODEL = "reward_model"
+
+
+class Sampler:
+    """Problems to completions and their rewards, in training and on held-out problems."""
+
+    def __init__(
+        self, run: Run[Any], task: Task, model: Any, tokenizer: Any, rewards: RewardSet,
+        reward_model: RewardModel | None = None,
+    ) -> None:  # fmt: skip
+        """Take the parts of a run whose configuration is a `BatchConfig`."""
+        self._run, self._task, self._rewards, self._reward_model = run, task, rewards, reward_model
+        self._model, self._tokenizer = model, tokenizer
+        config: BatchConfig = run.config
+        self._config = config
+        self._held_out = task.held_out(config.eval_problems) if config.eval_problems else []
+        self._sampling = {
+            "stop_ids": stop_token_ids(causal_lm(model), tokenizer),
+            "temperature": config.temperature,
+            "max_new_tokens": config.max_new_tokens,
+        }
+
+    def problems(self, step: int) -> list[Problem]:
+        """Return the P problems of step `step`."""
+        count = self._config.prompts_per_step
+        return self._task.train(count, start=step * count)
+
+    def rollout(self, problems: Sequence[Problem]) -> Rollout:
+        """Sample G completions of each problem."""
+        config = self._config
+        prompts = [problem.prompt for problem in problems]
+        encoded = encode_prompts(self._tokenizer, prompts, template=config.prompt_template, system=config.system_prompt)
+        return generate(
+            self._model, encoded, group_size=config.group_size, pad_id=self._tokenizer.pad_token_id,
+            generator=self._run.generator, **self._sampling,
+        )  # fmt: skip
+
+    def score(self, problems: Sequence[Problem], rollout: Rollout) -> RewardBatch:
+        """Return the rewards (B,) of the completions of `problems`, those of the reward model included."""
+        lengths = rollout.completion_mask.sum(dim=1).tolist()
+        repeated = [problem for problem in problems for _ in range(self._config.group_size)]
+        scored = self._rewards(repeated, decode(self._tokenizer, rollout), lengths)
+        if self._reward_model is None:
+            return scored
+        prompts = [ids[mask].tolist() for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]
+        scores = self._reward_model.score(
+            [prompts[index] for index in rollout.prompt_index.tolist()],
+            [row[mask].tolist() for row, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)],
+        ).cpu()
+        return dataclasses.replace(
+            scored,
+            total=scored.total + self._config.reward_model_weight * scores,
+            components={**scored.components, REWARD_MODEL: scores},
+        )
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Evaluate on the held-out problems, log it, and return the accuracies as metrics."""
+        config, found = self._config, {}
+        for mode in config.eval_modes if self._held_out else ():
+            result = evaluate(
+                self._model, self._tokenizer, self._held_out, self._rewards, step=step, mode=mode,
+                batch_size=config.eval_batch_size, seed=config.seed, prompt_template=config.prompt_template,
+                system_prompt=config.system_prompt, **self._sampling,
+            )  # fmt: skip
+            self._run.log.add(result.record(), result.samples(self._held_out, self._task, config.eval_samples))
+            found[f"eval/{mode}_accuracy"] = result.accuracy
+        return found
+
+
+def batch_metrics(rollout: Rollout, scored: RewardBatch) -> dict[str, float]:
+    """Return the metrics of sampled completions and their rewards."""
+    lengths = rollout.completion_mask.sum(dim=1).float()
+    return {
+        **{f"reward/{name}": float(values.nanmean()) for name, values in scored.components.items()},
+        "reward_failures": float(scored.failures),
+        "completion_length": float(lengths.mean()),
+        "completion_length_max": float(lengths.max()),
+        "truncated_fraction": float(rollout.truncated.float().mean()),
+    }
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of rollouts with everything that the policy loss needs beside the policy."""
+
+    rollout: Rollout
+    advantages: Tensor  # (B,) or (B, T)
+    mask: Tensor  # (B, T) tokens in the loss
+    old_logprobs: Tensor | None  # (B, T), None where the policy still is the one that sampled
+    ref_logprobs: Tensor | None  # (B, T)
+
+    def rows(self, start: int, stop: int) -> Self:
+        """Return completions `start` to `stop`, no longer than they need."""
+        rollout = self.rollout.rows(start, stop)
+        width = rollout.completion_ids.shape[1]
+
+        def cut(values: Tensor | None) -> Tensor | None:
+            if values is None:
+                return None
+            return values[start:stop, :width] if values.dim() == 2 else values[start:stop]
+
+        names = [field.name for field in dataclasses.fields(self) if field.name != "rollout"]
+        return dataclasses.replace(self, rollout=rollout, **{name: cut(getattr(self, name)) for name in names})
+
+
+class Counts(NamedTuple):
+    """What an optimiser step divides its losses by, so that the split into micro-batches changes nothing."""
+
+    tokens: Tensor
+    sequences: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor, rows: Rows) -> Counts:
+        """Count over all micro-batches of a step; at least 1."""
+        live = torch.cat([mask[start:stop].sum(dim=1) for start, stop in rows])
+        return cls(live.sum().clamp_min(1), (live > 0).sum().clamp_min(1))
+
+
+def policy_output(
+    loss_function: PolicyLoss,
+    head: Head,
+    hidden: Tensor,  # (B, T, D)
+    part: Batch,
+    counts: Counts,
+    temperature: float,
+) -> LossOutput:
+    """Return the policy loss of a micro-batch from the hidden states that predict its tokens."""
+    grouped = {"group_ids": part.rollout.prompt_index} if loss_function.aggregate == "prompt_mean" else {}
+    return loss_function.from_hidden(
+        hidden, head.weight, part.rollout.completion_ids, temperature=temperature, advantages=part.advantages,
+        mask=part.mask, old_logprobs=part.old_logprobs, ref_logprobs=part.ref_logprobs,
+        rollout_logprobs=part.rollout.logprobs, n_tokens=counts.tokens, n_sequences=counts.sequences,
+        **grouped, **head.kwargs(),
+    )  # fmt: skip
+
+
+def ratio_deviation(output: LossOutput, part: Batch) -> Tensor:
+    """Return max |ratio - 1| over the live tokens, 0 where the old log-probs are not known."""
+    assert output.logprobs is not None
+    if part.old_logprobs is None:
+        return torch.zeros((), device=output.logprobs.device)
+    ratio = torch.exp(output.logprobs - part.old_logprobs)
+    return torch.where(part.mask, (ratio - 1.0).abs(), 0.0).max()
+
+
+def logprobs_in_micro_batches(model: Any, head: Head, rollout: Rollout, config: BatchConfig) -> Tensor:
+    """Return log-probs (B, T), computed in the micro-batches of the loss, so that equal weights give equal bits."""
+    result = torch.zeros_like(rollout.logprobs)
+    for start in range(0, config.batch_size, config.micro_batch):
+        part = rollout.rows(start, start + config.micro_batch)
+        logprobs = token_logprobs_of(model, head, part, config.temperature).logprobs
+        result[start : start + config.micro_batch, : logprobs.shape[1]] = logprobs
+    return result
+
+
+def minibatches(config: BatchConfig, generator: torch.Generator) -> Iterator[list[tuple[int, int]]]:
+    """Yield, for each optimiser step of a pass, the (start, stop) rows of its micro-batches, in random order."""
+    size = config.micro_batch
+    starts = torch.arange(0, config.batch_size, size)
+    if config.minibatches > 1:
+        starts = starts[torch.randperm(len(starts), generator=generator, device=generator.device).cpu()]
+    for chunk in starts.chunk(config.minibatches):
+        yield [(start, start + size) for start in sorted(chunk.tolist())]
