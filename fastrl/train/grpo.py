@@ -29,7 +29,7 @@ from torch import Tensor
 from fastrl.losses.advantage import group_advantages, reward_metrics
 from fastrl.losses.policy import PolicyLoss
 from fastrl.train.config import GRPOConfig
-from fastrl.train.evaluate import CORRECT, evaluate
+from fastrl.train.evaluate import CORRECT, HeldOut
 from fastrl.train.model import Head, add_lora, head_of, load_model, stop_token_ids
 from fastrl.train.reference_policy import ReferencePolicy
 from fastrl.train.rewards import build_rewards
@@ -66,7 +66,7 @@ def run_grpo(config: GRPOConfig) -> RunResult:
     """
     loss_function = build_loss(config)
     task = load_task(config.task, **{"seed": config.seed, **config.task_parameters})
-    problems = task.held_out(config.eval_problems) if config.eval_problems else []
+    task.held_out(config.eval_problems)  # too many of them are refused before the model is loaded
     run = Run(config)
     model, tokenizer = load_model(config.model, dtype=config.dtype, device=run.device)
     stop_ids = stop_token_ids(model, tokenizer)
@@ -80,22 +80,11 @@ def run_grpo(config: GRPOConfig) -> RunResult:
 
     rewards = build_rewards({CORRECT: 0.0, **config.rewards}, task)
     sampling = {"stop_ids": stop_ids, "temperature": config.temperature, "max_new_tokens": config.max_new_tokens}
-    prompting = {"prompt_template": config.prompt_template, "system_prompt": config.system_prompt}
-
-    def evaluate_now(step: int) -> dict[str, float]:
-        found = {}
-        for mode in config.eval_modes if problems else ():
-            result = evaluate(
-                model, tokenizer, problems, rewards, step=step, mode=mode, batch_size=config.eval_batch_size,
-                seed=config.seed, **sampling, **prompting,
-            )  # fmt: skip
-            run.log.add(result.record(), result.samples(problems, task, config.eval_samples))
-            found[f"eval/{mode}_accuracy"] = result.accuracy
-        return found
+    held_out = HeldOut(run, task, rewards, stop_ids)
 
     with rewards, run:
         if run.start_step == 0:
-            evaluate_now(0)
+            held_out.evaluate(model, tokenizer, 0)
         for step in run.steps():
             # Rollouts
             problem_batch = task.train(config.prompts_per_step, start=step * config.prompts_per_step)
@@ -172,7 +161,7 @@ def run_grpo(config: GRPOConfig) -> RunResult:
             }
             metrics["tokens_per_second"] = float(lengths.sum()) / metrics["time/step"]
             if run.evaluation_due(step + 1):
-                metrics |= evaluate_now(step + 1)
+                metrics |= held_out.evaluate(model, tokenizer, step + 1)
             run.finish_step(step, metrics)
 
     run.save_model(model, tokenizer)
