@@ -10,7 +10,8 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from fastrl.train.curves import _drawings, draw_curves, smoothed
+from fastrl.train.curves import Series, _drawings, draw_curves, smoothed
+from fastrl.train.measure import ACCURACY, PERPLEXITY, Measure, Measurement
 from fastrl.train.report import Evaluation, Gain, gains, read_run, write_report
 
 
@@ -72,25 +73,77 @@ def test_the_report_is_one_small_file_that_needs_no_network(tmp_path):
 def test_gains_against_hand_arithmetic():
     points = [Evaluation(0, 0.1, 0.03, 100), Evaluation(5, math.nan, math.nan, 0), Evaluation(9, 0.5, 0.04, 100)]
     train = [Evaluation(0, 0.9, 0.0, 0), Evaluation(9, 0.8, 0.0, 0)]
-    held_out, trained = gains({("train", ""): train, ("held_out", "greedy"): points, ("lonely", ""): points[:1]})
-    assert (held_out.split, held_out.before.step, held_out.after.step) == ("held_out", 0, 9)
+    held_out, trained = gains(
+        {Series("train", ""): train, Series("held_out", "greedy"): points, Series("lonely", ""): points[:1]}
+    )
+    assert (held_out.series.split, held_out.before.step, held_out.after.step) == ("held_out", 0, 9)
     assert held_out.difference == pytest.approx(0.4)
     assert held_out.standard_error == pytest.approx(0.05)
     assert held_out.in_standard_errors == pytest.approx(8.0)
-    assert trained.split == "train"
-    assert math.isnan(Gain("train", "", *train).in_standard_errors)
+    assert trained.series.split == "train"
+    assert math.isnan(Gain(Series("train", ""), *train).in_standard_errors)
 
 
 def test_a_missing_standard_error_is_that_of_a_share(tmp_path):
     entries = [{"step": s, "accuracy": 0.5, "n": 100} for s in (0, 4)]
-    points = read_run(write_run(tmp_path, evaluations=entries)).evaluations["held_out", ""]
+    points = read_run(write_run(tmp_path, evaluations=entries)).evaluations[Series("held_out", "")]
     assert [point.standard_error for point in points] == pytest.approx([0.05, 0.05])
 
 
 def test_a_step_evaluated_twice_counts_once(tmp_path):
     entries = [{"step": s, "accuracy": a, "n": 10} for s, a in ((0, 0.1), (4, 0.2), (4, 0.3))]
-    points = read_run(write_run(tmp_path, evaluations=entries)).evaluations["held_out", ""]
-    assert [(point.step, point.accuracy) for point in points] == [(0, 0.1), (4, 0.3)]
+    points = read_run(write_run(tmp_path, evaluations=entries)).evaluations[Series("held_out", "")]
+    assert [(point.step, point.value) for point in points] == [(0, 0.1), (4, 0.3)]
+
+
+def measurements(measure: Measure, first: float, last: float) -> list[dict[str, object]]:
+    return [
+        Measurement(step, value, standard_error=0.3, n=40, measure=measure).record()
+        for step, value in ((0, first), (12, last))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("measure", "first", "last", "expected"),
+    [
+        (
+            PERPLEXITY,
+            12.34,
+            5.5,
+            ["held-out perplexity (lower is better)", "12.34", "-6.84 = -16.1", "change up", "40 ex"],
+        ),
+        (PERPLEXITY, 5.5, 12.34, ["+6.84 = +16.1 standard errors", "change down"]),
+        (Measure("reward margin"), -0.25, 1.5, ["held-out reward margin<", ">-0.25<", "+1.75 = +4.1", "change up"]),
+        (Measure("win rate", share=True), 0.5, 0.75, ["held-out win rate<", "75.0 %", "+25.0 points", "change up"]),
+        (Measure("completion length", "neither"), 9.0, 30.0, ["held-out completion length<", "+21 =", "change same"]),
+        (ACCURACY, 0.5, 0.25, ["held-out accuracy<", "-25.0 points", "change down", "40 problems"]),
+    ],
+)
+def test_other_measures_have_their_own_label_unit_and_direction(tmp_path, measure, first, last, expected):
+    page = write_report(write_run(tmp_path, evaluations=measurements(measure, first, last))).read_text()
+    for text in expected:
+        assert text in page
+
+
+def test_each_measure_has_its_own_panel_and_gain(tmp_path):
+    both = [*measurements(PERPLEXITY, 9.0, 4.0), *measurements(ACCURACY, 0.1, 0.6)]
+    run = read_run(write_run(tmp_path, evaluations=both))
+    assert [(gain.series.measure, gain.difference) for gain in gains(run.evaluations)] == [
+        (PERPLEXITY, -5.0),
+        (ACCURACY, 0.5),
+    ]
+    curves = {key: ([0, 12], [p.value for p in points], [0.3, 0.3]) for key, points in run.evaluations.items()}
+    assert [*plan_panels([], curves)] == [
+        "Perplexity, held-out (± standard error)",
+        "Accuracy, held-out (± standard error)",
+    ]
+
+
+def test_a_measure_has_a_name_and_a_known_direction():
+    with pytest.raises(ValueError, match="better must be one of higher, lower, neither, got 'up'"):
+        Measure("length", better="up")
+    with pytest.raises(ValueError, match="must not be empty"):
+        Measure("")
 
 
 @pytest.mark.parametrize(
@@ -154,6 +207,7 @@ def test_smoothing_has_no_bias_at_the_start_and_keeps_constants():
 
 def test_the_names_that_the_loop_logs_are_drawn():
     names = [
+        "loss",
         "reward",
         "reward_std",
         "reward/exact",
@@ -180,6 +234,7 @@ def test_the_names_that_the_loop_logs_are_drawn():
     assert panels == {
         "Reward": ["reward"],
         "Parts of the reward": ["exact", "format"],
+        "Loss": ["loss"],
         "KL divergence": ["kl"],
         "Entropy": ["entropy"],
         "Clipped tokens": ["clip fraction", "low"],
@@ -192,12 +247,12 @@ def test_the_names_that_the_loop_logs_are_drawn():
     }
 
 
-def plan_panels(metrics: list[dict]) -> dict[str, list[str]]:
+def plan_panels(metrics: list[dict], evaluated: dict | None = None) -> dict[str, list[str]]:
     """Draw onto real axes and read back what each panel shows."""
     from matplotlib.figure import Figure
 
     shown = {}
-    for draw in _drawings(metrics, {}):
+    for draw in _drawings(metrics, evaluated or {}):
         axis = Figure().add_subplot()
         draw(axis)
         handles, labels = axis.get_legend_handles_labels()

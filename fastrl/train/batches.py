@@ -16,7 +16,7 @@ from torch import Tensor
 from fastrl.losses.output import LossOutput
 from fastrl.losses.policy import PolicyLoss
 from fastrl.train.config import BatchConfig
-from fastrl.train.evaluate import evaluate
+from fastrl.train.evaluate import HeldOut
 from fastrl.train.model import Head, causal_lm, stop_token_ids
 from fastrl.train.rewards import RewardBatch, RewardSet
 from fastrl.train.rollout import Rollout, decode, encode_prompts, generate, token_logprobs_of
@@ -40,9 +40,10 @@ class Sampler:
         self._model, self._tokenizer = model, tokenizer
         config: BatchConfig = run.config
         self._config = config
-        self._held_out = task.held_out(config.eval_problems) if config.eval_problems else []
+        stop_ids = stop_token_ids(causal_lm(model), tokenizer)
+        self._held_out = HeldOut(run, task, rewards, stop_ids)
         self._sampling = {
-            "stop_ids": stop_token_ids(causal_lm(model), tokenizer),
+            "stop_ids": stop_ids,
             "temperature": config.temperature,
             "max_new_tokens": config.max_new_tokens,
         }
@@ -82,16 +83,7 @@ class Sampler:
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Evaluate on the held-out problems, log it, and return the accuracies as metrics."""
-        config, found = self._config, {}
-        for mode in config.eval_modes if self._held_out else ():
-            result = evaluate(
-                self._model, self._tokenizer, self._held_out, self._rewards, step=step, mode=mode,
-                batch_size=config.eval_batch_size, seed=config.seed, prompt_template=config.prompt_template,
-                system_prompt=config.system_prompt, **self._sampling,
-            )  # fmt: skip
-            self._run.log.add(result.record(), result.samples(self._held_out, self._task, config.eval_samples))
-            found[f"eval/{mode}_accuracy"] = result.accuracy
-        return found
+        return self._held_out.evaluate(self._model, self._tokenizer, step)
 
 
 def batch_metrics(rollout: Rollout, scored: RewardBatch) -> dict[str, float]:

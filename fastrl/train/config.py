@@ -135,26 +135,15 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskConfig(RunConfig):
-    """Settings of the loops that sample completions and score them."""
+class TaskEvaluationConfig(RunConfig):
+    """Settings of the loops that answer held-out problems of a task."""
 
-    # The task
-    task: str = "chain_sum"
-    """Name of a reasoning-gym dataset."""
     task_parameters: dict[str, int | float | str | bool] = field(default_factory=dict)
     """Parameters of the task: those of the dataset, and `extraction` (how an answer is read off a completion)."""
-    rewards: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0})
-    """Reward functions by name, with their weights."""
-
-    # Rollouts
-    prompts_per_step: int = 8
-    """Different prompts in a batch."""
     max_new_tokens: int = 128
     """Longest completion; one that gets there without a stop token counts as truncated."""
     temperature: float = 1.0
     """Divides the logits, in the sampling and in the loss alike."""
-
-    # Evaluation on the task
     eval_problems: int = 100
     """Held-out problems in an evaluation; 0 leaves evaluations out."""
     eval_modes: tuple[Literal["sampled", "greedy"], ...] = ("sampled",)
@@ -163,13 +152,29 @@ class TaskConfig(RunConfig):
     def __post_init__(self) -> None:
         """Raise `ValueError` for values that cannot be."""
         super().__post_init__()
-        for name in ("prompts_per_step", "max_new_tokens"):
-            check_int(name, getattr(self, name), at_least=1)
+        check_int("max_new_tokens", self.max_new_tokens, at_least=1)
         check_int("eval_problems", self.eval_problems, at_least=0)
         check_positive("temperature", self.temperature)
         object.__setattr__(self, "eval_modes", tuple(self.eval_modes))
         for mode in self.eval_modes:
             check_choice("eval_modes", mode, ("sampled", "greedy"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig(TaskEvaluationConfig):
+    """Settings of the loops that sample completions and score them."""
+
+    task: str = "chain_sum"
+    """Name of a reasoning-gym dataset."""
+    rewards: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0})
+    """Reward functions by name, with their weights."""
+    prompts_per_step: int = 8
+    """Different prompts in a batch."""
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` for values that cannot be."""
+        super().__post_init__()
+        check_int("prompts_per_step", self.prompts_per_step, at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastrl.train.measure import ACCURACY, Measure
+
+
+class Series(NamedTuple):
+    """What one curve of evaluations shows."""
+
+    split: str
+    mode: str
+    measure: Measure = ACCURACY
+
+
 Metrics = Sequence[Mapping[str, Any]]
-# (split, mode) -> steps, accuracies, standard errors
-Accuracies = Mapping[tuple[str, str], tuple[Sequence[int], Sequence[float], Sequence[float]]]
+# What was measured -> steps, values, standard errors
+Evaluated = Mapping[Series, tuple[Sequence[int], Sequence[float], Sequence[float]]]
 
 BLUE, AMBER, GREEN, RED, VIOLET, SLATE = "#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#64748b"
 COLOURS = (BLUE, AMBER, GREEN, VIOLET, RED, SLATE)
@@ -36,6 +47,7 @@ class Panel(NamedTuple):
 PANELS = (
     Panel("Reward", re.compile(r"reward(?:/mean|_mean)?")),
     Panel("Parts of the reward", re.compile(r"rewards?/(?!mean|std)(?P<label>.+?)(?:/mean)?"), at_least=2),
+    Panel("Loss", re.compile(r"loss")),
     Panel("KL divergence", re.compile(r"(?:mean_)?kl(?:/(?P<label>.+)|_mean)?|(?P<l2>approx_kl(?:_old)?)")),
     Panel("Entropy", re.compile(r"entropy(?:/(?P<label>mean)|_mean)?")),
     Panel("Clipped tokens", re.compile(r"clip(?:ped|_ratio|_fraction|frac)?(?:[/_](?P<label>.+))?"), percent=True),
@@ -54,12 +66,12 @@ TIMES = re.compile(r"(?:time|seconds)[/_](?P<label>.+?)(?:_s|_seconds)?|(?P<l2>.
 TOTALS = ("step", "total")
 
 
-def draw_curves(metrics: Metrics, accuracies: Accuracies) -> bytes:
-    """Return a PNG with the accuracies, a panel per recorded family of metrics, and where the time went.
+def draw_curves(metrics: Metrics, evaluated: Evaluated) -> bytes:
+    """Return a PNG with a panel per evaluated measure, one per recorded family of metrics, and where the time went.
 
     Args:
         metrics: one record per step, with the key `step`; a value that is missing or not finite is a gap.
-        accuracies: (split, mode) -> steps, accuracies, standard errors.
+        evaluated: what was measured -> steps, values, standard errors.
     """
     try:
         from matplotlib import rc_context
@@ -67,7 +79,7 @@ def draw_curves(metrics: Metrics, accuracies: Accuracies) -> bytes:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ImportError('the report needs matplotlib: pip install "fastrl[train]"') from error
-    drawn = _drawings(metrics, accuracies)
+    drawn = _drawings(metrics, evaluated)
     columns = min(3, max(1, len(drawn)))
     rows = max(1, math.ceil(len(drawn) / columns))
     style = {
@@ -111,7 +123,7 @@ def _png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _drawings(metrics: Metrics, accuracies: Accuracies) -> list[Callable[[Any], None]]:
+def _drawings(metrics: Metrics, evaluated: Evaluated) -> list[Callable[[Any], None]]:
     names = list(dict.fromkeys(name for record in metrics for name in record if name != "step"))
     series = {name: _series(metrics, name) for name in names}
     # What a long run recorded once (in its first step, say) is no curve.
@@ -121,8 +133,11 @@ def _drawings(metrics: Metrics, accuracies: Accuracies) -> list[Callable[[Any], 
         lines = {_label(match): series[name] for name in series if (match := panel.names.fullmatch(name))}
         if len(lines) >= panel.at_least:
             drawings.append(lambda axis, panel=panel, lines=lines: _draw_lines(axis, panel, lines))
-    if any(_is_number(value) for _, values, _ in accuracies.values() for value in values):
-        drawings.insert(min(1, len(drawings)), lambda axis: _draw_accuracies(axis, accuracies))
+    place = min(1, len(drawings))
+    for measure in reversed(dict.fromkeys(key.measure for key in evaluated)):
+        curves = {key: columns for key, columns in evaluated.items() if key.measure == measure}
+        if any(_is_number(value) for _, values, _ in curves.values() for value in values):
+            drawings.insert(place, lambda axis, curves=curves: _draw_evaluations(axis, curves))
     matches = [match for name in series if (match := TIMES.fullmatch(name))]
     times = {_label(match): match.group() for match in matches if _label(match) not in TOTALS}
     if times:
@@ -155,16 +170,19 @@ def _draw_lines(axis: Any, panel: Panel, lines: Mapping[str, tuple[np.ndarray, n
     _finish(axis, panel.title, percent=panel.percent, legend=len(lines) > 1)
 
 
-def _draw_accuracies(axis: Any, accuracies: Accuracies) -> None:
-    for ((split, mode), (steps, values, errors)), colour in zip(accuracies.items(), COLOURS, strict=False):
-        label = f"{split.replace('_', '-')}{', ' + mode if mode else ''}"
+def _draw_evaluations(axis: Any, curves: Evaluated) -> None:
+    """Draw the curves of one measure with their standard errors."""
+    for (key, (steps, values, errors)), colour in zip(curves.items(), COLOURS, strict=False):
+        label = f"{key.split.replace('_', '-')}{', ' + key.mode if key.mode else ''}"
         bars = [error if _is_number(error) else 0.0 for error in errors]
         axis.errorbar(
             steps, values, yerr=bars, color=colour, marker="o", markersize=4, capsize=3, linewidth=1.8, label=label
         )
-    several = len(accuracies) > 1
-    title = "Accuracy" if several else f"Accuracy, {next(iter(accuracies))[0].replace('_', '-')} (± standard error)"
-    _finish(axis, title, percent=True, legend=several)
+    first = next(iter(curves))
+    title = first.measure.name[:1].upper() + first.measure.name[1:]
+    if len(curves) == 1:
+        title += f", {first.split.replace('_', '-')} (± standard error)"
+    _finish(axis, title, percent=first.measure.share, legend=len(curves) > 1)
 
 
 def _draw_times(axis: Any, metrics: Metrics, times: Mapping[str, str]) -> None:

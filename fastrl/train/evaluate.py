@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from fastrl.train.config import TaskEvaluationConfig
 from fastrl.train.rewards import RewardSet
 from fastrl.train.rollout import decode, encode_prompts, generate
+from fastrl.train.run import Run
 from fastrl.train.tasks import Problem, Task
 
 # The component of the rewards that is 1 for a right answer and 0 for a wrong one.
@@ -52,6 +54,43 @@ class Evaluation:
             }
             for problem, completion in list(zip(problems, self.completions, strict=True))[:count]
         ]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out problems of a run, answered whenever it is evaluated."""
+
+    run: Run[Any]
+    """A run with the settings of `TaskEvaluationConfig`."""
+    task: Task
+    rewards: RewardSet
+    """Among them the one called `CORRECT`; its weight does not matter."""
+    stop_ids: Sequence[int]
+
+    def evaluate(self, model: Any, tokenizer: Any, step: int) -> dict[str, float]:
+        """Record accuracy and samples in each of the run's modes, and return the accuracies as metrics."""
+        config: TaskEvaluationConfig = self.run.config
+        problems = self.task.held_out(config.eval_problems) if config.eval_problems else []
+        found = {}
+        for mode in config.eval_modes if problems else ():
+            result = evaluate(
+                model,
+                tokenizer,
+                problems,
+                self.rewards,
+                step=step,
+                mode=mode,
+                prompt_template=config.prompt_template,
+                system_prompt=config.system_prompt,
+                max_new_tokens=config.max_new_tokens,
+                stop_ids=self.stop_ids,
+                temperature=config.temperature,
+                batch_size=config.eval_batch_size,
+                seed=config.seed,
+            )
+            self.run.log.add(result.record(), result.samples(problems, self.task, config.eval_samples))
+            found[f"eval/{mode}_accuracy"] = result.accuracy
+        return found
 
 
 def evaluate(

@@ -56,6 +56,7 @@ def run_grpo(config: GRPOConfig) -> RunResult:
     """
     loss_function = build_loss(config)
     task = load_task(config.task, **{"seed": config.seed, **config.task_parameters})
+    task.held_out(config.eval_problems)  # too many of them are refused before the model is loaded
     run = Run(config)
     model, tokenizer = load_model(config.model, dtype=config.dtype, device=run.device)
     reward_model = None

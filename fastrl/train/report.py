@@ -15,7 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastrl.train.curves import draw_curves
+from fastrl.train.curves import MAX_VALUE, Series, draw_curves
+from fastrl.train.measure import ACCURACY, Measure
 from fastrl.train.tracking import METRICS_FILE, read_metrics
 
 MAX_SAMPLES = 12
@@ -24,10 +25,10 @@ MAX_TEXT = 600
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Accuracy on one split at one step."""
+    """What was measured at one step."""
 
     step: int
-    accuracy: float
+    value: float
     standard_error: float
     """NaN where it was not recorded and cannot be computed."""
     n: int
@@ -36,17 +37,16 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Gain:
-    """What training changed in the accuracy of one split."""
+    """What training changed in one measured number."""
 
-    split: str
-    mode: str
+    series: Series
     before: Evaluation
     after: Evaluation
 
     @property
     def difference(self) -> float:
-        """Accuracy after minus before."""
-        return self.after.accuracy - self.before.accuracy
+        """The value after minus the one before."""
+        return self.after.value - self.before.value
 
     @property
     def standard_error(self) -> float:
@@ -59,7 +59,7 @@ class Gain:
         return self.difference / self.standard_error if self.standard_error > 0 else math.nan
 
 
-Evaluations = dict[tuple[str, str], list[Evaluation]]
+Evaluations = dict[Series, list[Evaluation]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Run:
     name: str
     metrics: list[dict[str, Any]]
     evaluations: Evaluations
-    """(split, mode) -> evaluations by step."""
+    """What was measured, and on what -> evaluations by step."""
     samples: list[dict[str, Any]]
     config: dict[str, Any]
     environment: dict[str, Any]
@@ -112,13 +112,13 @@ def read_run(run_dir: str | Path) -> Run:
 
 
 def gains(evaluations: Evaluations) -> list[Gain]:
-    """Return the gain of every (split, mode) that was evaluated at two steps or more; held-out splits first."""
+    """Return the gain of every series that was evaluated at two steps or more; held-out splits first."""
     found = []
-    for (split, mode), points in evaluations.items():
-        known = [point for point in points if math.isfinite(point.accuracy)]
+    for series, points in evaluations.items():
+        known = [point for point in points if math.isfinite(point.value)]
         if len(known) > 1 and known[0].step < known[-1].step:
-            found.append(Gain(split, mode, known[0], known[-1]))
-    return sorted(found, key=lambda gain: not gain.split.startswith("held"))
+            found.append(Gain(series, known[0], known[-1]))
+    return sorted(found, key=lambda gain: not gain.series.split.startswith("held"))
 
 
 def _read_json(path: Path, kind: type) -> Any:
@@ -135,26 +135,31 @@ def _read_json(path: Path, kind: type) -> Any:
 
 def _evaluations(entries: Iterable[Any]) -> Evaluations:
     # A resumed run may evaluate a step again: the later entry stands.
-    by_key: dict[tuple[str, str], dict[int, Evaluation]] = {}
+    by_series: dict[Series, dict[int, Evaluation]] = {}
     for entry in entries:
         if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
             continue
-        accuracy, n = _float(entry.get("accuracy")), _float(entry.get("n"))
-        accuracy = accuracy if 0 <= accuracy <= 1 else math.nan
-        error = _float(entry.get("standard_error"))
-        error = error if 0 <= error <= 1 else math.nan
-        if math.isnan(error) and n > 0:
-            error = math.sqrt(accuracy * (1 - accuracy) / n)
-        key = (str(entry.get("split", "held_out")), str(entry.get("mode", "")))
-        point = Evaluation(entry["step"], accuracy, error, int(n) if n > 0 else 0)
-        by_key.setdefault(key, {})[point.step] = point
-    return {key: [points[step] for step in sorted(points)] for key, points in by_key.items()}
+        series = Series(str(entry.get("split", "held_out")), str(entry.get("mode", "")), Measure.of(entry))
+        point = _evaluation(entry, share=series.measure.share)
+        by_series.setdefault(series, {})[point.step] = point
+    return {series: [points[step] for step in sorted(points)] for series, points in by_series.items()}
+
+
+def _evaluation(entry: Mapping[str, Any], *, share: bool) -> Evaluation:
+    value, n = _float(entry.get("value", entry.get("accuracy"))), _float(entry.get("n"))
+    error = _float(entry.get("standard_error"))
+    highest = 1.0 if share else MAX_VALUE
+    value = value if (0.0 if share else -highest) <= value <= highest else math.nan
+    error = error if 0.0 <= error <= highest else math.nan
+    if share and math.isnan(error) and n > 0:
+        error = math.sqrt(value * (1.0 - value) / n)
+    return Evaluation(entry["step"], value, error, int(n) if n > 0 else 0)
 
 
 def _columns(points: Sequence[Evaluation]) -> tuple[list[int], list[float], list[float]]:
     return (
         [point.step for point in points],
-        [point.accuracy for point in points],
+        [point.value for point in points],
         [point.standard_error for point in points],
     )
 
@@ -185,7 +190,7 @@ def _page(run: Run, image: bytes) -> str:
 def _headline(run: Run) -> str:
     found = gains(run.evaluations)
     cards = [_gain_card(gain) for gain in found] or [
-        _card("Accuracy", "no gain to report", "it takes evaluations at two steps or more")
+        _card("Evaluation", "no gain to report", "it takes evaluations at two steps or more")
     ]
     if run.metrics:
         cards.append(_card("Steps", f"{max(record['step'] for record in run.metrics):,}", _described(run)))
@@ -193,28 +198,34 @@ def _headline(run: Run) -> str:
 
 
 def _gain_card(gain: Gain) -> str:
-    before, after = gain.before, gain.after
-    name = f"{gain.split.replace('_', '-')} accuracy" + (f", {gain.mode}" if gain.mode else "")
-    change = f"{100 * gain.difference:+.1f} points"
+    before, after, series = gain.before, gain.after, gain.series
+    measure = series.measure
+    name = f"{series.split.replace('_', '-')} {measure.name}" + (f", {series.mode}" if series.mode else "")
+    if measure.better == "lower":
+        name += " (lower is better)"
+    change = measure.text(gain.difference, signed=True)
     if math.isfinite(gain.in_standard_errors):
         change += f" = {gain.in_standard_errors:+.1f} standard errors"
     counts = f"step {before.step} &rarr; {after.step}"
     if before.n and after.n:
-        same = before.n == after.n
-        counts += f", {after.n} problems" if same else f", {before.n} and {after.n} problems"
+        what = "problems" if measure == ACCURACY else "examples"
+        counts += f", {after.n} {what}" if before.n == after.n else f", {before.n} and {after.n} {what}"
     numbers = (
-        f"<span>{_percent(before)}</span> <span class='arrow'>&rarr;</span> "
-        f"<span><strong>{_percent(after)}</strong></span>"
+        f"<span>{_value(measure, before)}</span> <span class='arrow'>&rarr;</span> "
+        f"<span><strong>{_value(measure, after)}</strong></span>"
     )
+    direction = {True: "up", False: "down", None: "same"}[measure.improved(gain.difference)]
     return (
         f'<div class="card wide"><h3>{html.escape(name)}</h3><p class="number">{numbers}</p>'
-        f"<p class='change {'up' if gain.difference > 0 else 'down'}'>{change}</p><p>{counts}</p></div>"
+        f"<p class='change {direction}'>{change}</p><p>{counts}</p></div>"
     )
 
 
-def _percent(point: Evaluation) -> str:
-    error = f"<small> &plusmn; {100 * point.standard_error:.1f}</small>" if math.isfinite(point.standard_error) else ""
-    return f"{100 * point.accuracy:.1f} %{error}"
+def _value(measure: Measure, point: Evaluation) -> str:
+    if not math.isfinite(point.standard_error):
+        return measure.text(point.value)
+    error = f"{100 * point.standard_error:.1f}" if measure.share else f"{point.standard_error:.2g}"
+    return f"{measure.text(point.value)}<small> &plusmn; {error}</small>"
 
 
 def _card(name: str, number: str, below: str) -> str:
@@ -225,7 +236,9 @@ def _card(name: str, number: str, below: str) -> str:
 
 
 def _described(run: Run) -> str:
-    parts = [f"{key} {run.config[key]}" for key in ("model", "task", "loss") if isinstance(run.config.get(key), str)]
+    parts = [
+        f"{key} {run.config[key]}" for key in ("model", "data", "task", "loss") if isinstance(run.config.get(key), str)
+    ]
     return ", ".join(parts)
 
 
