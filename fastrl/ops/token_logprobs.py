@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastrl import checks
-from fastrl.ops import dispatch
+from fastrl.ops import buffers, dispatch
 
 
 class TokenLogprobs(NamedTuple):
@@ -202,7 +202,7 @@ def _token_logprobs_backward(
     ignore_index: int,
     backend: str,
 ) -> Tensor:
-    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    gradient = buffers.empty(logits.shape, logits.dtype, logits.device)
     kept = residual if dispatch.keeps_residual(backend) else None
     given = (labels, inverse_rows, logprobs, entropy, logsumexp, kept, grad_logprobs, grad_entropy, grad_logsumexp)
     # The output is viewed like the input: both split along the first dimension, or neither does.
