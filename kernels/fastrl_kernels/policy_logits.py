@@ -318,7 +318,7 @@ def scale_rows(
     result = torch.empty_like(x) if out is None else out
     n, v = x.shape
     if n > 0:
-        options: dict[str, Any] = {"IN_PLACE": result is x, "BLOCK_V": SCALE_TILE.block}
+        options: dict[str, Any] = {"IN_PLACE": result.data_ptr() == x.data_ptr(), "BLOCK_V": SCALE_TILE.block}
         strides = (result.stride(0), result.stride(1))
         with on_device_of(x):
             _scale_rows_kernel[(n,)](
