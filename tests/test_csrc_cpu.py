@@ -116,9 +116,12 @@ def judge(
 ) -> None:
     """Assert that outputs and gradient are as accurate as eager code in the dtype of the results."""
     options = {"logit_scale": logit_scale, "softcap": softcap}
-    outputs = csrc_loader.token_logprobs_fwd(x, labels, inv_temperature, **options)
+    residual = torch.full((x.shape[0],), math.nan, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    outputs = csrc_loader.token_logprobs_fwd(x, labels, inv_temperature, residual=residual, **options)
     grads = tuple(w * torch.randn(x.shape[0], dtype=outputs[0].dtype) for w in weights)
-    gradient = csrc_loader.token_logprobs_bwd(x, labels, inv_temperature, *outputs, *grads, **options)
+    arguments = (x, labels, inv_temperature, *outputs, *grads)
+    gradient = csrc_loader.token_logprobs_bwd(*arguments, **options)
+    kept_gradient = csrc_loader.token_logprobs_bwd(*arguments, residual=residual, **options)
     scaling = (inv_temperature, logit_scale, softcap)
     if x.dtype == torch.float64:
         exact, exact_gradient = extended(x, labels, grads, scaling)
@@ -129,12 +132,16 @@ def judge(
         assert got.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
         assert_as_accurate(f"{name} V={x.shape[1]}", got, want, usual)
     assert gradient.dtype == x.dtype
-    assert_as_accurate(f"gradient V={x.shape[1]}", gradient, exact_gradient, plain_gradient)
+    for name, got in (("gradient", gradient), ("gradient by residual", kept_gradient)):
+        assert_as_accurate(f"{name} V={x.shape[1]}", got, exact_gradient, plain_gradient)
 
 
 def both(x: Tensor, labels: Tensor, grads: tuple[Tensor, ...], inv_temperature: float | Tensor = 1.0) -> list[Tensor]:
-    outputs = csrc_loader.token_logprobs_fwd(x, labels, inv_temperature)
-    return [*outputs, csrc_loader.token_logprobs_bwd(x, labels, inv_temperature, *outputs, *grads)]
+    residual = torch.empty(x.shape[0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    outputs = csrc_loader.token_logprobs_fwd(x, labels, inv_temperature, residual=residual)
+    arguments = (x, labels, inv_temperature, *outputs, *grads)
+    gradients = (csrc_loader.token_logprobs_bwd(*arguments, residual=kept) for kept in (None, residual))
+    return [*outputs, *gradients, residual]
 
 
 def bits(x: Tensor) -> Tensor:
@@ -237,8 +244,8 @@ def test_minus_infinity(isa: str, seed: int, where: str) -> None:
         judge(x, labels)
         if where == "the label":
             continue
-        gradient = both(x, labels, (torch.randn(6, dtype=torch.float64).to(x.dtype),) * 3)[3]
-        assert not gradient[mask].any()
+        for gradient in both(x, labels, (torch.randn(6, dtype=torch.float64).to(x.dtype),) * 3)[3:5]:
+            assert not gradient[mask].any()
 
 
 def test_nan_and_infinity_stay_visible(isa: str, seed: int) -> None:
@@ -292,9 +299,9 @@ def test_rows_without_a_gradient_are_zero(isa: str, seed: int) -> None:
     x, labels = torch.randn(3, 50), torch.tensor([1, 2, 3])
     x[1, 7] = math.nan
     upstream = torch.tensor([1.0, 0.0, 0.0])
-    gradient = both(x, labels, (upstream, upstream, upstream))[3]
-    assert gradient[0].all()
-    assert not gradient[1:].any()
+    for gradient in both(x, labels, (upstream, upstream, upstream))[3:5]:
+        assert gradient[0].all()
+        assert not gradient[1:].any()
 
 
 @pytest.mark.parametrize("label", [-1, -101, 50, 51, 10**12, -(10**12)])
@@ -328,7 +335,7 @@ def test_extreme_logits(isa: str) -> None:
 def test_no_rows(isa: str) -> None:
     empty = torch.empty(0)
     results = both(torch.empty(0, 12), torch.empty(0, dtype=torch.int64), (empty, empty, empty))
-    assert [tuple(r.shape) for r in results] == [(0,), (0,), (0,), (0, 12)]
+    assert [tuple(r.shape) for r in results] == [(0,), (0,), (0,), (0, 12), (0, 12), (0,)]
 
 
 def test_offsets_beyond_32_bits(isa: str, seed: int) -> None:
@@ -439,6 +446,8 @@ def test_errors_say_what_was_expected() -> None:
         (ValueError, "softcap", lambda: forward(x, labels, 1.0, softcap=math.inf)),
         (ValueError, "grad_entropy", lambda: backward(x, labels, 1.0, ones, ones, ones, ones, ones[:2], None)),
         (ValueError, "logprobs", lambda: backward(x, labels, 1.0, ones[:1], ones, ones, ones, None, None)),
+        (ValueError, "residual must be contiguous", lambda: forward(x, labels, 1.0, residual=ones.double())),
+        (ValueError, r"residual must be \(3,\)", lambda: forward(x, labels, 1.0, residual=ones[:2])),
     ]
     outs = [
         (x.double(), "float32"),

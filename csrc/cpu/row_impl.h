@@ -268,8 +268,14 @@ struct RowScale {
 };
 
 struct RowResult {
-  double logprob = kNan, entropy = kNan, logsumexp = kNan;
+  double logprob = kNan, entropy = kNan, logsumexp = kNan, residual = kNan;
 };
+
+// The position of a row's rounded log-sum-exp: forward and backward must agree on its bits.
+template <class Real>
+inline Real frame_of(Real logsumexp, double rate) {
+  return static_cast<Real>(static_cast<double>(logsumexp) / rate);
+}
 
 template <class Real, class In, bool kSoftcap>
 RowResult row_forward(const In* row, int64_t label, const RowProblem& problem, const RowScale<Real>& scale) {
@@ -283,6 +289,8 @@ RowResult row_forward(const In* row, int64_t label, const RowProblem& problem, c
   result.logprob = scale.rate * target - log_sum;
   result.entropy = log_sum - scale.rate * stats.mean();
   result.logsumexp = scale.rate * stats.reference + log_sum;
+  const double frame = frame_of(static_cast<Real>(result.logsumexp), scale.rate);
+  result.residual = scale.rate * (stats.reference - frame) + log_sum;
   return result;
 }
 
@@ -295,7 +303,7 @@ void forward_rows(const RowProblem& problem, const ForwardOutputs& outputs, int6
     const RowScale<Real> scale(problem, i);
     RowResult result;
     if (label == problem.ignore_index) {
-      result = {0.0, 0.0, 0.0};
+      result = {0.0, 0.0, 0.0, 0.0};
     } else if (label >= 0 && label < problem.vocab && scale.usable) {
       result = problem.softcap > 0.0 ? row_forward<Real, In, true>(row, label, problem, scale)
                                      : row_forward<Real, In, false>(row, label, problem, scale);
@@ -303,6 +311,7 @@ void forward_rows(const RowProblem& problem, const ForwardOutputs& outputs, int6
     static_cast<Real*>(outputs.logprobs)[i] = static_cast<Real>(result.logprob);
     static_cast<Real*>(outputs.entropy)[i] = static_cast<Real>(result.entropy);
     static_cast<Real*>(outputs.logsumexp)[i] = static_cast<Real>(result.logsumexp);
+    if (outputs.residual) static_cast<Real*>(outputs.residual)[i] = static_cast<Real>(result.residual);
   }
 }
 
@@ -320,15 +329,42 @@ struct RowCoefficients {
   bool valid;
 };
 
+// What forward left of a row. Without a residual it is NaN.
+struct RowKept {
+  double logprob, entropy, logsumexp, residual;
+};
+
+// A residual beyond this, of a log-sum-exp of 1e9 and more, would leave the range of float as a factor.
+constexpr double kTrustedResidual = 40.0;
+
 // A log-prob above this has an absolute rounding error of at most 1.2e-7 in float: the normaliser of the row can be
-// taken from it. Below, and for the entropy's gradient, it is summed again; the row is then in the cache when the
-// gradient is written.
+// taken from it where there is no residual. Below, and for the entropy's gradient, it is summed again; the row is then
+// in the cache when the gradient is written.
 constexpr double kTrustedLogprob = -4.0;
 
+// log p_v = rate (position_v - frame) - residual.
+template <class Real>
+RowCoefficients kept_coefficients(const RowKept& kept, const RowGradients& grad, const RowScale<Real>& scale) {
+  const double frame = frame_of(static_cast<Real>(kept.logsumexp), scale.rate);
+  const double unit = scale.slope * std::exp(-kept.residual);
+  const double probability = std::exp(kept.logprob);
+  double constant = grad.logsumexp - grad.logprob, at_label = -grad.logprob * std::expm1(kept.logprob);
+  if (grad.entropy != 0.0) constant -= grad.entropy * (kept.entropy - kept.residual);
+  // At probability 0 the product is 0, whatever its other factor.
+  if (probability > 0.0) {
+    at_label += probability * (grad.logsumexp - grad.entropy * (kept.logprob + kept.entropy));
+  }
+  return {frame, unit * constant, -unit * grad.entropy * scale.rate, scale.slope * at_label, true};
+}
+
 template <class Real, class In, bool kSoftcap>
-RowCoefficients row_coefficients(const In* row, int64_t label, double logprob, const RowGradients& grad,
+RowCoefficients row_coefficients(const In* row, int64_t label, const RowKept& kept, const RowGradients& grad,
                                  const Position<Real, kSoftcap>& position, const ScaledExp<Real>& exp,
                                  const RowScale<Real>& scale, int64_t vocab) {
+  const double logprob = kept.logprob;
+  if (std::isfinite(kept.logsumexp) && std::fabs(kept.residual) <= kTrustedResidual) {
+    return kept_coefficients<Real>(kept, grad, scale);
+  }
   const double target = position(static_cast<Real>(to_real(row[label])));
   if (grad.entropy == 0.0 && logprob > kTrustedLogprob && logprob <= 0.0 && std::isfinite(target)) {
     const double probability = std::exp(logprob);
@@ -377,12 +413,12 @@ void write_gradient(const In* row, In* out, int64_t vocab, const RowCoefficients
 }
 
 template <class Real, class In, bool kSoftcap>
-bool row_backward(const In* row, In* out, int64_t label, double logprob, const RowGradients& grad,
+bool row_backward(const In* row, In* out, int64_t label, const RowKept& kept, const RowGradients& grad,
                   const RowProblem& problem, const RowScale<Real>& scale) {
   const Position<Real, kSoftcap> position(problem.logit_scale, problem.softcap);
   const ScaledExp<Real> exp(scale.rate);
   const RowCoefficients coefficients =
-      row_coefficients<Real, In, kSoftcap>(row, label, logprob, grad, position, exp, scale, problem.vocab);
+      row_coefficients<Real, In, kSoftcap>(row, label, kept, grad, position, exp, scale, problem.vocab);
   if (!coefficients.valid) return false;
   const Real bend = position.derivative(broadcast(position(static_cast<Real>(to_real(row[label])))))[0];
   write_gradient<Real, In, kSoftcap>(row, out, problem.vocab, coefficients, position, exp);
@@ -399,8 +435,8 @@ void fill_row(In* out, int64_t vocab, double value) {
 }
 
 template <class Real>
-inline double gradient_at(const void* gradient, int64_t i) {
-  return gradient ? static_cast<double>(static_cast<const Real*>(gradient)[i]) : 0.0;
+inline double value_at(const void* values, int64_t i, double otherwise) {
+  return values ? static_cast<double>(static_cast<const Real*>(values)[i]) : otherwise;
 }
 
 template <class In>
@@ -410,8 +446,8 @@ void backward_rows(const RowProblem& problem, const BackwardArgs& args, int64_t 
     const In* row = static_cast<const In*>(problem.logits) + i * problem.row_stride;
     In* out = static_cast<In*>(args.out) + i * args.out_stride;
     const int64_t label = problem.labels[i];
-    const RowGradients grad{gradient_at<Real>(args.grad_logprobs, i), gradient_at<Real>(args.grad_entropy, i),
-                            gradient_at<Real>(args.grad_logsumexp, i)};
+    const RowGradients grad{value_at<Real>(args.grad_logprobs, i, 0.0), value_at<Real>(args.grad_entropy, i, 0.0),
+                            value_at<Real>(args.grad_logsumexp, i, 0.0)};
     const RowScale<Real> scale(problem, i);
     bool valid = false;
     if (label == problem.ignore_index) {
@@ -422,9 +458,10 @@ void backward_rows(const RowProblem& problem, const BackwardArgs& args, int64_t 
         fill_row(out, problem.vocab, 0.0);  // selected, not multiplied: NaN logits under a zero gradient do not matter
         valid = true;
       } else {
-        const double logprob = static_cast<const Real*>(args.logprobs)[i];
-        valid = problem.softcap > 0.0 ? row_backward<Real, In, true>(row, out, label, logprob, grad, problem, scale)
-                                      : row_backward<Real, In, false>(row, out, label, logprob, grad, problem, scale);
+        const RowKept kept{value_at<Real>(args.logprobs, i, kNan), value_at<Real>(args.entropy, i, kNan),
+                           value_at<Real>(args.logsumexp, i, kNan), value_at<Real>(args.residual, i, kNan)};
+        valid = problem.softcap > 0.0 ? row_backward<Real, In, true>(row, out, label, kept, grad, problem, scale)
+                                      : row_backward<Real, In, false>(row, out, label, kept, grad, problem, scale);
       }
     }
     if (!valid) fill_row(out, problem.vocab, kNan);

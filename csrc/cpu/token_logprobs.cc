@@ -92,14 +92,16 @@ void for_each_chunk(std::int64_t rows, std::int64_t vocab, std::int64_t num_thre
 
 void token_logprobs_fwd(TensorView logits, TensorView labels, TensorView inv_temperatures, double inv_temperature,
                         double logit_scale, double softcap, std::int64_t ignore_index, TensorView logprobs,
-                        TensorView entropy, TensorView logsumexp, int isa, std::int64_t num_threads) {
+                        TensorView entropy, TensorView logsumexp, TensorView residual, int isa,
+                        std::int64_t num_threads) {
   const RowProblem problem =
       problem_of(logits, labels, inv_temperatures, inv_temperature, logit_scale, softcap, ignore_index);
   const std::int64_t rows = logits.size(0);
   for (const TensorView* out : {&logprobs, &entropy, &logsumexp}) {
     check_rows(*out, rows, false, "outputs must be (N,) and contiguous");
   }
-  const ForwardOutputs outputs{logprobs.data_ptr(), entropy.data_ptr(), logsumexp.data_ptr()};
+  check_rows(residual, rows, true, "residual must be (N,) and contiguous");
+  const ForwardOutputs outputs{logprobs.data_ptr(), entropy.data_ptr(), logsumexp.data_ptr(), data_or_null(residual)};
   const ForwardFn kernel = kernels_of(static_cast<Isa>(isa)).forward[static_cast<int>(dtype_of(logits))];
   for_each_chunk(rows, problem.vocab, num_threads,
                  [&](std::int64_t begin, std::int64_t end) { kernel(problem, outputs, begin, end); });
@@ -107,12 +109,15 @@ void token_logprobs_fwd(TensorView logits, TensorView labels, TensorView inv_tem
 
 void token_logprobs_bwd(TensorView logits, TensorView labels, TensorView inv_temperatures, double inv_temperature,
                         double logit_scale, double softcap, std::int64_t ignore_index, TensorView logprobs,
-                        TensorView grad_logprobs, TensorView grad_entropy, TensorView grad_logsumexp, TensorView out,
-                        int isa, std::int64_t num_threads) {
+                        TensorView entropy, TensorView logsumexp, TensorView residual, TensorView grad_logprobs,
+                        TensorView grad_entropy, TensorView grad_logsumexp, TensorView out, int isa, std::int64_t num_threads) {
   const RowProblem problem =
       problem_of(logits, labels, inv_temperatures, inv_temperature, logit_scale, softcap, ignore_index);
   const std::int64_t rows = logits.size(0);
-  check_rows(logprobs, rows, false, "logprobs must be (N,) and contiguous");
+  for (const TensorView* kept : {&logprobs, &entropy, &logsumexp}) {
+    check_rows(*kept, rows, false, "outputs of the forward must be (N,) and contiguous");
+  }
+  check_rows(residual, rows, true, "residual must be (N,) and contiguous");
   for (const TensorView* grad : {&grad_logprobs, &grad_entropy, &grad_logsumexp}) {
     check_rows(*grad, rows, true, "gradients must be (N,) and contiguous");
   }
@@ -120,6 +125,9 @@ void token_logprobs_bwd(TensorView logits, TensorView labels, TensorView inv_tem
               (out.size(1) == 1 || out.stride(1) == 1),
           "out must be (N, V) with the dtype of the logits and vocabulary stride 1");
   const BackwardArgs args{logprobs.data_ptr(),
+                          entropy.data_ptr(),
+                          logsumexp.data_ptr(),
+                          data_or_null<const void>(residual),
                           data_or_null<const void>(grad_logprobs),
                           data_or_null<const void>(grad_entropy),
                           data_or_null<const void>(grad_logsumexp),

@@ -23,7 +23,8 @@ from fastrl.losses.policy_metrics import policy_metrics
 from fastrl.losses.policy_presets import PRESETS, preset_fields
 from fastrl.ops.linear_token_logprobs import check_head, inverse_temperature, linear_token_logprobs, make_head
 from fastrl.ops.policy import fused_policy_terms
-from fastrl.ops.token_logprobs import token_logprobs
+from fastrl.ops.policy_logits import policy_logits
+from fastrl.ops.token_logprobs import checked_rows, token_logprobs
 
 RATIO_LEVELS = ("token", "sequence", "sequence_token", "sequence_sum", "none")
 SURROGATES = (
@@ -401,25 +402,67 @@ class PolicyLoss:
         logit_scale: float = 1.0,
         softcap: float | None = None,
         backend: str = "auto",
+        inplace: bool = False,
         **inputs: Any,
     ) -> LossOutput:
         """Return the loss from logits aligned with `labels`; `inputs` are those of the call, without `entropy`.
 
         Masked rows never enter the log-prob: their labels may hold any id and their logits NaN. The gradient is with
-        respect to `logits`.
+        respect to `logits`, in their dtype, for any upstream factor, once (`create_graph=True` is refused).
+
+        Where a token's gradient depends on its own row alone, it is formed here and the backward hands it out: the
+        only memory of the size of the logits is the gradient's, and the logits are not kept. Losses that couple the
+        tokens of a sequence or of the batch (a sequence ratio, VESPO, GMPO, KL-Cov, a correction without
+        `old_logprobs`) form it in the backward, and so do float16 logits, whose gradient must see the loss scale
+        before it is rounded, and graphs of `torch.compile`. Without a gradient to form, none is.
+
+        Args:
+            logits: (B, T, V) or (N, V), of any strides: a slice is not copied.
+            labels: (B, T) or (N,) int64 or int32.
+            temperature, logit_scale, softcap, backend: as in `token_logprobs`.
+            inplace: write the gradient over the logits, which are lost: no memory of their size is taken at all. Their
+                version is raised, so that an earlier operation whose backward needs them raises there as PyTorch does.
+                The memory is the gradient's from then on and must not be written to. Ignored where no gradient is
+                wanted.
+            inputs: `advantages`, `mask`, `old_logprobs`, ...: see the call.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as `token_logprobs` and the call do; with `inplace`, for losses and
+                dtypes whose gradient is formed in the backward, leaves and views of leaves that require grad, rows
+                that overlap or whose entries are apart, and inference tensors.
         """
         _refuse_entropy(inputs)
         masked = _masked_labels(labels, inputs.get("mask"))
-        result = token_logprobs(
-            logits,
-            masked,
-            temperature=temperature,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            ignore_index=IGNORED,
-            backend=backend,
-        )
-        return self(result.logprobs, entropy=result.entropy, **inputs)
+        options = {
+            "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap, "ignore_index": IGNORED,
+            "backend": backend,
+        }  # fmt: skip
+        reason = self._why_in_backward(logits, inputs)
+        if inplace and reason is not None:
+            raise ValueError(f"inplace=True needs the gradient to be formed in the forward, but {reason}")
+        wanted = torch.is_grad_enabled() and isinstance(logits, Tensor) and logits.requires_grad
+        if reason is not None or not wanted:
+            result = token_logprobs(logits, masked, **options)
+            return self(result.logprobs, entropy=result.entropy, **inputs)
+        rows = checked_rows(logits, masked, **options)
+        layout = Layout.of(masked.shape, masked.device, inputs.pop("cu_seqlens", None), "labels")
+        batch = self._batch(layout, _wide(logits.dtype), **_named_inputs(inputs))
+        columns = self.columns(layout, batch, None)
+        loss, logprobs, entropy, terms = policy_logits(self, logits, rows, columns, layout.lengths, inplace=inplace)
+        metrics = policy_metrics(self, batch, logprobs, entropy, columns, terms)
+        return LossOutput(loss, metrics, layout.restore(logprobs), layout.restore(entropy))
+
+    def _why_in_backward(self, logits: Any, inputs: dict[str, Any]) -> str | None:
+        """Return why the gradient cannot be formed in the forward, or None."""
+        if self.couples_sequences or self.ratio_level not in ("token", "none"):
+            return "this loss couples the tokens of a sequence or of the batch"
+        if self.correction is not None and inputs.get("old_logprobs") is None:
+            return "correction without old_logprobs= needs the log-probs of the whole batch"
+        if isinstance(logits, Tensor) and logits.dtype == torch.float16:
+            return "a float16 gradient must see the loss scale before it is rounded"
+        if torch.compiler.is_compiling():
+            return "torch.compile has no storage to write over"
+        return None
 
     def from_hidden(
         self,

@@ -83,9 +83,9 @@ def choose(backend: str, device: torch.device) -> Choice:
 def keeps_residual(backend: str) -> bool:
     """Return whether the backend's backward wants what rounding took from the log-sum-exp, beside the outputs.
 
-    The others sum the row again where its log-prob does not give the normaliser well enough.
+    PyTorch's rows sum the row again.
     """
-    return backend == "triton"
+    return backend in ("triton", "cpu")
 
 
 def row_kernels(backend: str) -> ModuleType:

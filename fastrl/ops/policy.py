@@ -136,6 +136,27 @@ def _numbers(spec: Any) -> list[float]:
     return [float(values[name] if name in values else getattr(spec, name)) for name in NUMBERS]
 
 
+def kernel_axes(spec: Any) -> Any:
+    """Return the kernels' `PolicyAxes` of a loss."""
+    from fastrl_kernels import policy
+
+    return policy.PolicyAxes(*_axes(spec))
+
+
+def kernel_numbers(spec: Any) -> Any:
+    """Return the kernels' `PolicyNumbers` of a loss."""
+    from fastrl_kernels import policy
+
+    return policy.PolicyNumbers(*_numbers(spec))
+
+
+def kernel_columns(values: Sequence[Tensor | None]) -> Any:
+    """Return the kernels' `PolicyColumns` from the columns named by `CONSTANTS`, in that order."""
+    from fastrl_kernels import policy
+
+    return policy.PolicyColumns(*values)  # pyright: ignore[reportArgumentType]  # the first two are always there
+
+
 def _bounds(spec: Any) -> tuple[float, float]:
     """Return what the surrogate clips or drops by: the ratio for "clip", else the log-ratio or the divergence."""
     low, high = spec.clip_low, spec.clip_high

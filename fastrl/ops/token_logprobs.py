@@ -6,13 +6,14 @@ Legend: N tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastrl import checks
-from fastrl.ops import dispatch
+from fastrl.ops import buffers, dispatch
 
 
 class TokenLogprobs(NamedTuple):
@@ -56,6 +57,58 @@ def token_logprobs(
         TypeError: dtypes and tensor kinds that cannot be used.
         RuntimeError: a named backend that cannot run here, with the reason.
     """
+    rows = checked_rows(
+        logits,
+        labels,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        backend=backend,
+    )
+    outputs = _token_logprobs(
+        logits,
+        rows.labels,
+        rows.inverse_rows,
+        rows.inverse,
+        rows.logit_scale,
+        rows.softcap,
+        rows.ignore_index,
+        rows.backend,
+    )
+    return TokenLogprobs(*outputs[:3])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How rows of logits become log-probs: everything of the vocabulary operation but the logits, validated."""
+
+    labels: Tensor  # (...)
+    inverse: float
+    """1/T, where `inverse_rows` is None."""
+    inverse_rows: Tensor | None  # (...)
+    logit_scale: float
+    softcap: float
+    """0.0 for none."""
+    ignore_index: int
+    backend: str
+
+    def scalars(self) -> dict[str, Any]:
+        """Return the keyword arguments of the row kernels."""
+        return {"logit_scale": self.logit_scale, "softcap": self.softcap, "ignore_index": self.ignore_index}
+
+
+def checked_rows(
+    logits: Tensor,  # (..., V)
+    labels: Tensor,  # (...)
+    *,
+    temperature: float | Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    backend: str,
+) -> Rows:
+    """Return the arguments of `token_logprobs` as `Rows`, or raise what it raises."""
     checks.float_tensor("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits must be (..., V) with V >= 1, got {tuple(logits.shape)}")
@@ -64,8 +117,7 @@ def token_logprobs(
     heat = checks.temperature(temperature, labels.shape, logits.device)
     chosen = dispatch.choose(backend, logits.device).backend
     inverse, inverse_rows = _inverse(heat)
-    outputs = _token_logprobs(logits, labels, inverse_rows, inverse, scale, cap, ignore_index, chosen)
-    return TokenLogprobs(*outputs[:3])
+    return Rows(labels, inverse, inverse_rows, scale, cap, ignore_index, chosen)
 
 
 def head_scalars(logit_scale: Any, softcap: Any) -> tuple[float, float]:
@@ -202,7 +254,7 @@ def _token_logprobs_backward(
     ignore_index: int,
     backend: str,
 ) -> Tensor:
-    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    gradient = buffers.empty(logits.shape, logits.dtype, logits.device)
     kept = residual if dispatch.keeps_residual(backend) else None
     given = (labels, inverse_rows, logprobs, entropy, logsumexp, kept, grad_logprobs, grad_entropy, grad_logsumexp)
     # The output is viewed like the input: both split along the first dimension, or neither does.

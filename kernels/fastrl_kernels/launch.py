@@ -1,6 +1,7 @@
 """What every kernel launch needs around it."""
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,3 +56,22 @@ def tile_for(table: TileTable, dtype: torch.dtype, length: int) -> Tile:
     """Return the tile of the first band of `dtype` that holds rows of `length` entries."""
     bands = table[dtype.itemsize]
     return next((tile for largest, tile in bands if length <= largest), bands[-1][1])
+
+
+def slope_and_factor(logit_scale: float, softcap: float) -> tuple[float, float]:
+    """Return (slope, factor) with z * T = factor * tanh(slope * x) under a softcap, else factor * slope * x."""
+    if softcap:
+        return logit_scale / softcap, softcap
+    return math.copysign(1.0, logit_scale), abs(logit_scale)
+
+
+def temperature_arguments(inv_temperature: float | Tensor) -> tuple[Tensor | None, int, float]:
+    """Return the kernel's (pointer, stride, scalar) for a temperature per row or for all rows."""
+    if isinstance(inv_temperature, Tensor):
+        return inv_temperature, inv_temperature.stride(0), 1.0
+    return None, 0, float(inv_temperature)
+
+
+def result_dtype(logits: Tensor) -> torch.dtype:
+    """Return the dtype in which rows are computed and their results are stored."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32

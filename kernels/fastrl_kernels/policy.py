@@ -303,33 +303,18 @@ def _kl_term(logp, other, ratio, log_ratio_bound, value_bound, ratio_max, KL: tl
     return value, d_logp, d_ratio
 
 
-# --- the kernel -------------------------------------------------------------------------------------------------------
-
-_NUMBERS = list(PolicyNumbers._fields)
-_POINTERS = [
-    "logprobs_ptr",
-    "entropy_ptr",
-    "sequence_ptr",
-    *(f"{name}_ptr" for name in PolicyColumns._fields),
-    "contribution_ptr",
-    "surrogate_ptr",
-    "kl_ptr",
-    "ratio_ptr",
-    "clipped_low_ptr",
-    "clipped_high_ptr",
-    "dual_clipped_ptr",
-    "grad_logprobs_ptr",
-    "grad_sequence_ptr",
-]
+# --- a token ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=_POINTERS)
-def _policy_fwd_kernel(
-    logprobs_ptr,  # (N,), and so are all pointers; all but those up to `weights_ptr` may be None
-    advantages_ptr,
+@triton.jit
+def token_terms(
+    logp,  # of one token, or of a block of them
+    entropy,
+    offs,  # their places in the columns and results
+    mask,
+    sequence_ptr,  # (N,), and so are all pointers: the log-ratio that the tokens of a sequence share, or None
+    advantages_ptr,  # of the next eight only the first two are always there
     weights_ptr,
-    entropy_ptr,
-    sequence_ptr,  # log-ratio that the tokens of a sequence share
     kl_weights_ptr,
     entropy_weights_ptr,
     anchor_ptr,
@@ -338,45 +323,39 @@ def _policy_fwd_kernel(
     positive_ptr,
     contribution_ptr,
     surrogate_ptr,
+    kl_ptr,
     ratio_ptr,
     clipped_low_ptr,
     clipped_high_ptr,
-    kl_ptr,
     dual_clipped_ptr,
-    grad_logprobs_ptr,
-    grad_sequence_ptr,
-    N,
-    low: "fp64",  # noqa: F821
-    high: "fp64",  # noqa: F821
-    max_ratio: "fp64",  # noqa: F821
-    dual_clip: "fp64",  # noqa: F821
-    weight_low: "fp64",  # noqa: F821
-    weight_high: "fp64",  # noqa: F821
-    tau_pos: "fp64",  # noqa: F821
-    tau_neg: "fp64",  # noqa: F821
-    k_pos: "fp64",  # noqa: F821
-    k_neg: "fp64",  # noqa: F821
-    lambda_pos: "fp64",  # noqa: F821
-    lambda_neg: "fp64",  # noqa: F821
-    log_ratio_bound: "fp64",  # noqa: F821
-    kl_log_ratio_bound: "fp64",  # noqa: F821
-    kl_value_bound: "fp64",  # noqa: F821
-    kl_ratio_max: "fp64",  # noqa: F821
+    low,
+    high,
+    max_ratio,
+    dual_clip,
+    weight_low,
+    weight_high,
+    tau_pos,
+    tau_neg,
+    k_pos,
+    k_neg,
+    lambda_pos,
+    lambda_neg,
+    log_ratio_bound,
+    kl_log_ratio_bound,
+    kl_value_bound,
+    kl_ratio_max,
     SURROGATE: tl.constexpr,
     CARRIER: tl.constexpr,
     KL: tl.constexpr,
     KL_GRADIENT: tl.constexpr,
     KL_RATIO: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
+    """Store what tokens add to the loss and what the metrics need; return d_logp, and d_u of the shared log-ratio."""
     ACC: tl.constexpr = contribution_ptr.dtype.element_ty
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < N
     low, high = tl.full((), low, ACC), tl.full((), high, ACC)
     weight_low, weight_high = tl.full((), weight_low, ACC), tl.full((), weight_high, ACC)
     log_ratio_bound = tl.full((), log_ratio_bound, ACC)
 
-    logp = tl.load(logprobs_ptr + offs, mask=mask, other=0.0)
     advantages = tl.load(advantages_ptr + offs, mask=mask, other=0.0)
     weights = tl.load(weights_ptr + offs, mask=mask, other=0.0)
     anchor = _load(anchor_ptr, offs, mask, logp)
@@ -474,8 +453,7 @@ def _policy_fwd_kernel(
                 grad_logp += tl.where(kl_inside > 0, d_ratio * kl_slope, 0.0)
     if entropy_weights_ptr is not None:
         entropy_weights = tl.load(entropy_weights_ptr + offs, mask=mask, other=0.0)
-        bonus = entropy_weights * tl.load(entropy_ptr + offs, mask=mask, other=0.0)
-        contribution -= tl.where(entropy_weights != 0, bonus, 0.0)
+        contribution -= tl.where(entropy_weights != 0, entropy_weights * entropy, 0.0)
 
     tl.store(contribution_ptr + offs, contribution, mask=mask)
     tl.store(surrogate_ptr + offs, surrogate, mask=mask)
@@ -484,13 +462,134 @@ def _policy_fwd_kernel(
     tl.store(clipped_high_ptr + offs, above.to(tl.int8), mask=mask)
     if dual_clipped_ptr is not None:
         tl.store(dual_clipped_ptr + offs, dual.to(tl.int8), mask=mask)
+    grad_u = grad_ratio * ratio_slope
+    if sequence_ptr is not None:
+        grad_u = tl.where(u <= LOG_RATIO_LIMIT, grad_u, 0.0)
+    else:
+        grad_logp += tl.where(token_inside > 0, grad_u, 0.0)
+    return grad_logp, grad_u
+
+
+# --- the kernel -------------------------------------------------------------------------------------------------------
+
+_NUMBERS = list(PolicyNumbers._fields)
+_POINTERS = [
+    "logprobs_ptr",
+    "entropy_ptr",
+    "sequence_ptr",
+    *(f"{name}_ptr" for name in PolicyColumns._fields),
+    "contribution_ptr",
+    "surrogate_ptr",
+    "kl_ptr",
+    "ratio_ptr",
+    "clipped_low_ptr",
+    "clipped_high_ptr",
+    "dual_clipped_ptr",
+    "grad_logprobs_ptr",
+    "grad_sequence_ptr",
+]
+
+
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=_POINTERS)
+def _policy_fwd_kernel(
+    logprobs_ptr,  # (N,), and so are all pointers; all but this one, the first two columns and the results may be None
+    entropy_ptr,
+    sequence_ptr,  # log-ratio that the tokens of a sequence share
+    advantages_ptr,
+    weights_ptr,
+    kl_weights_ptr,
+    entropy_weights_ptr,
+    anchor_ptr,
+    kl_anchor_ptr,
+    kl_ratio_anchor_ptr,
+    positive_ptr,
+    contribution_ptr,
+    surrogate_ptr,
+    kl_ptr,
+    ratio_ptr,
+    clipped_low_ptr,
+    clipped_high_ptr,
+    dual_clipped_ptr,
+    grad_logprobs_ptr,
+    grad_sequence_ptr,
+    N,
+    low: "fp64",  # noqa: F821
+    high: "fp64",  # noqa: F821
+    max_ratio: "fp64",  # noqa: F821
+    dual_clip: "fp64",  # noqa: F821
+    weight_low: "fp64",  # noqa: F821
+    weight_high: "fp64",  # noqa: F821
+    tau_pos: "fp64",  # noqa: F821
+    tau_neg: "fp64",  # noqa: F821
+    k_pos: "fp64",  # noqa: F821
+    k_neg: "fp64",  # noqa: F821
+    lambda_pos: "fp64",  # noqa: F821
+    lambda_neg: "fp64",  # noqa: F821
+    log_ratio_bound: "fp64",  # noqa: F821
+    kl_log_ratio_bound: "fp64",  # noqa: F821
+    kl_value_bound: "fp64",  # noqa: F821
+    kl_ratio_max: "fp64",  # noqa: F821
+    SURROGATE: tl.constexpr,
+    CARRIER: tl.constexpr,
+    KL: tl.constexpr,
+    KL_GRADIENT: tl.constexpr,
+    KL_RATIO: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    ACC: tl.constexpr = contribution_ptr.dtype.element_ty
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < N
+    logp = tl.load(logprobs_ptr + offs, mask=mask, other=0.0)
+    entropy = tl.zeros((BLOCK,), ACC)
+    if entropy_weights_ptr is not None:
+        entropy = tl.load(entropy_ptr + offs, mask=mask, other=0.0)
+    grad_logp, grad_u = token_terms(
+        logp,
+        entropy,
+        offs,
+        mask,
+        sequence_ptr,
+        advantages_ptr,
+        weights_ptr,
+        kl_weights_ptr,
+        entropy_weights_ptr,
+        anchor_ptr,
+        kl_anchor_ptr,
+        kl_ratio_anchor_ptr,
+        positive_ptr,
+        contribution_ptr,
+        surrogate_ptr,
+        kl_ptr,
+        ratio_ptr,
+        clipped_low_ptr,
+        clipped_high_ptr,
+        dual_clipped_ptr,
+        low,
+        high,
+        max_ratio,
+        dual_clip,
+        weight_low,
+        weight_high,
+        tau_pos,
+        tau_neg,
+        k_pos,
+        k_neg,
+        lambda_pos,
+        lambda_neg,
+        log_ratio_bound,
+        kl_log_ratio_bound,
+        kl_value_bound,
+        kl_ratio_max,
+        SURROGATE,
+        CARRIER,
+        KL,
+        KL_GRADIENT,
+        KL_RATIO,
+    )
     if grad_logprobs_ptr is not None:
-        grad_u = grad_ratio * ratio_slope
-        if grad_sequence_ptr is not None:
-            tl.store(grad_sequence_ptr + offs, tl.where(u <= LOG_RATIO_LIMIT, grad_u, 0.0), mask=mask)
-        else:
-            grad_logp += tl.where(token_inside > 0, grad_u, 0.0)
         tl.store(grad_logprobs_ptr + offs, grad_logp, mask=mask)
+        if grad_sequence_ptr is not None:
+            tl.store(grad_sequence_ptr + offs, grad_u, mask=mask)
 
 
 def policy_terms(
@@ -517,60 +616,72 @@ def policy_terms(
             The derivative with respect to the entropy is -entropy_weights.
     """
     n = logprobs.numel()
-
-    def row(wanted: bool = True) -> Tensor | None:
-        return torch.empty_like(logprobs, memory_format=torch.contiguous_format) if wanted else None
-
-    def flags(wanted: bool = True) -> Tensor | None:
-        return torch.empty(n, dtype=torch.int8, device=logprobs.device) if wanted else None
-
-    def given(column: Tensor | None) -> Tensor | None:
-        if column is None:
-            return None
-        return column.contiguous() if column.dtype == logprobs.dtype else column.to(logprobs.dtype).contiguous()
-
-    positive = None if columns.positive is None else columns.positive.contiguous().view(torch.int8)
-    has_dual = axes.surrogate == "clip" and numbers.dual_clip < math.inf
-    kl, dual = row(axes.kl != ""), flags(has_dual)
-    contribution, surrogate, ratio, below, above = row(), row(), row(), flags(), flags()
-    grad_logprobs, grad_sequence = row(gradient), row(gradient and sequence_log_ratio is not None)
+    dtype = logprobs.dtype
+    results = allocate_results(axes, numbers, n, dtype, logprobs.device)
+    if gradient:
+        results = results._replace(grad_logprobs=_row(n, dtype, logprobs.device))
+    if gradient and sequence_log_ratio is not None:
+        results = results._replace(grad_sequence=_row(n, dtype, logprobs.device))
     if n > 0:
         with on_device_of(logprobs):
             _policy_fwd_kernel[(triton.cdiv(n, TILE.block),)](
                 logprobs.contiguous(),
-                given(columns.advantages),
-                given(columns.weights),
-                given(entropy),
-                given(sequence_log_ratio),
-                given(columns.kl_weights),
-                given(columns.entropy_weights),
-                given(columns.anchor),
-                given(columns.kl_anchor),
-                given(columns.kl_ratio_anchor),
-                positive,
-                contribution,
-                surrogate,
-                ratio,
-                below,
-                above,
-                kl,
-                dual,
-                grad_logprobs,
-                grad_sequence,
+                _given(entropy, dtype),
+                _given(sequence_log_ratio, dtype),
+                *column_arguments(columns, dtype),
+                *result_arguments(results),
+                results.grad_logprobs,
+                results.grad_sequence,
                 n,
                 *numbers,
-                SURROGATE=axes.surrogate,
-                CARRIER=axes.carrier,
-                KL=axes.kl,
-                KL_GRADIENT=axes.kl_gradient,
-                KL_RATIO=axes.kl_ratio if "ratio" in axes.kl_gradient else "loss",
+                **compiled_axes(axes),
                 BLOCK=TILE.block,
                 num_warps=TILE.num_warps,
                 **COMPILE_OPTIONS,
             )
-    results = (contribution, surrogate, kl, ratio, *(_bool(x) for x in (below, above, dual)))
-    return PolicyResults(*results, grad_logprobs, grad_sequence)
+    return results
 
 
-def _bool(flags: Tensor | None) -> Tensor | None:
-    return None if flags is None else flags.view(torch.bool)
+# --- arguments, shared with the kernel that reads the logits ----------------------------------------------------------
+
+
+def compiled_axes(axes: PolicyAxes) -> dict[str, str]:
+    """Return the axes as the kernels' compile-time arguments."""
+    return {
+        "SURROGATE": axes.surrogate,
+        "CARRIER": axes.carrier,
+        "KL": axes.kl,
+        "KL_GRADIENT": axes.kl_gradient,
+        "KL_RATIO": axes.kl_ratio if "ratio" in axes.kl_gradient else "loss",
+    }
+
+
+def column_arguments(columns: PolicyColumns, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """Return the columns as the kernels read them: contiguous, of the dtype of the log-probs, flags as bytes."""
+    positive = None if columns.positive is None else columns.positive.contiguous().view(torch.int8)
+    return (*(_given(column, dtype) for column in columns[:-1]), positive)
+
+
+def allocate_results(
+    axes: PolicyAxes, numbers: PolicyNumbers, n: int, dtype: torch.dtype, device: torch.device
+) -> PolicyResults:
+    """Return room for the results of n tokens, without their gradients."""
+    has_dual = axes.surrogate == "clip" and numbers.dual_clip < math.inf
+    below, above, dual = (torch.empty(n, dtype=torch.bool, device=device) for _ in range(3))
+    contribution, surrogate, kl, ratio = (_row(n, dtype, device) for _ in range(4))
+    return PolicyResults(
+        contribution, surrogate, kl if axes.kl else None, ratio, below, above, dual if has_dual else None, None, None
+    )
+
+
+def result_arguments(results: PolicyResults) -> tuple[Tensor | None, ...]:
+    """Return the results but the gradients as the kernels write them, flags as bytes."""
+    return tuple(x.view(torch.int8) if x is not None and x.dtype == torch.bool else x for x in results[:7])
+
+
+def _row(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(n, dtype=dtype, device=device)
+
+
+def _given(column: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if column is None else column.to(dtype).contiguous()

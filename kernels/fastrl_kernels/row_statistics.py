@@ -16,9 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl_kernels.launch import COMPILE_OPTIONS, Tile, TileTable, on_device_of, tile_for
-from fastrl_kernels.rowmath import LOG2E, entry, exponent, log1p_unit, lowest
-from fastrl_kernels.token_logprobs import _row_factor, _slope_and_factor, _temperature_arguments
+from fastrl_kernels.launch import (
+    COMPILE_OPTIONS,
+    Tile,
+    TileTable,
+    on_device_of,
+    result_dtype,
+    slope_and_factor,
+    temperature_arguments,
+    tile_for,
+)
+from fastrl_kernels.rowmath import LOG2E, entry, exponent, log1p_unit, lowest, row_factor
 
 # Bytes per logit -> (largest V, tile): 16-byte loads and no spills with three sums per entry. Not tuned on a device.
 TILES: TileTable = {
@@ -125,7 +133,7 @@ def _row_statistics_fwd_kernel(
 
     in_vocab = (label >= 0) & (label < V)
     label = tl.where(in_vocab, label, 0)
-    c = _row_factor(row, inv_temperature_ptr, stride_inv_temperature, inv_temperature, factor, ACC)
+    c = row_factor(row, inv_temperature_ptr, stride_inv_temperature, inv_temperature, factor, ACC)
     k = c * LOG2E
     slope = tl.full((), slope, ACC)
     sign = tl.where(slope < 0, -1.0, 1.0).to(ACC)
@@ -191,13 +199,13 @@ def row_statistics_fwd(
         ignore_index: the label of rows that do not count.
     """
     n, v = logits.shape
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = result_dtype(logits)
     is_top1 = torch.empty(n, dtype=torch.int8, device=logits.device)
     log_sum_squared, mean = (torch.empty(n, dtype=dtype, device=logits.device) for _ in range(2))
     argmax = torch.empty(n, dtype=torch.int64, device=logits.device)
     if n > 0:
         tile = tile_for(TILES, logits.dtype, v)
-        slope, factor = _slope_and_factor(logit_scale, softcap)
+        slope, factor = slope_and_factor(logit_scale, softcap)
         with on_device_of(logits):
             _row_statistics_fwd_kernel[(n,)](
                 logits,
@@ -205,7 +213,7 @@ def row_statistics_fwd(
                 logits.stride(1),
                 labels,
                 labels.stride(0),
-                *_temperature_arguments(inv_temperature),
+                *temperature_arguments(inv_temperature),
                 is_top1,
                 log_sum_squared,
                 argmax,

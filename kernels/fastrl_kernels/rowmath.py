@@ -138,3 +138,21 @@ def finish_row(u_label, m, s_others, w_others, c, k):
     mass = total > 0
     nan = float("nan")
     return tl.where(mass, logp, nan), tl.where(mass, entropy, nan), tl.where(mass, m * c + log_total, nan), log_total
+
+
+@triton.jit
+def row_factor(
+    row,
+    inv_temperature_ptr,  # (N,) or None
+    stride_inv_temperature,
+    inv_temperature,  # scalar, used where the pointer is None
+    factor,
+    ACC: tl.constexpr,
+):
+    """Return c, the factor from u to z, of a row; NaN where the temperature is not a positive number."""
+    if inv_temperature_ptr is not None:
+        inverse = tl.load(inv_temperature_ptr + row * stride_inv_temperature).to(ACC)
+    else:
+        inverse = tl.full((), inv_temperature, ACC)
+    c = inverse * tl.full((), factor, ACC)
+    return tl.where((inverse > 0) & (c > 0) & (c < float("inf")), c, float("nan"))

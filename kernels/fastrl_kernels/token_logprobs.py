@@ -9,14 +9,21 @@ The host functions validate nothing: their caller did. What protects memory is i
 is never used as an address.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl_kernels.launch import COMPILE_OPTIONS, Tile, TileTable, on_device_of, tile_for
+from fastrl_kernels.launch import (
+    COMPILE_OPTIONS,
+    Tile,
+    TileTable,
+    on_device_of,
+    result_dtype,
+    slope_and_factor,
+    temperature_arguments,
+    tile_for,
+)
 from fastrl_kernels.rowmath import (
     EXPONENT_FLOOR,
     LN2,
@@ -26,6 +33,7 @@ from fastrl_kernels.rowmath import (
     lowest,
     one_minus_exp,
     online_softmax_update,
+    row_factor,
     row_frame,
     tanh_and_slope,
 )
@@ -52,21 +60,50 @@ _BWD_UNALIGNED = [*_FWD_UNALIGNED, "grad_logprobs_ptr", "grad_entropy_ptr", "gra
 
 
 @triton.jit
-def _row_factor(
-    row,
-    inv_temperature_ptr,  # (N,) or None
-    stride_inv_temperature,
-    inv_temperature,  # scalar, used where the pointer is None
-    factor,
+def scan_row(
+    block_ptr,  # to the row's first entry
+    stride_v,
+    label,  # int64; outside [0, V) it is no address, and the results are not to be used
+    V,
+    slope,
+    c,
     ACC: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    EVICTION: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
-    """Return c, the factor from u to z, of a row; NaN where the temperature is not a positive number."""
-    if inv_temperature_ptr is not None:
-        inverse = tl.load(inv_temperature_ptr + row * stride_inv_temperature).to(ACC)
-    else:
-        inverse = tl.full((), inv_temperature, ACC)
-    c = inverse * tl.full((), factor, ACC)
-    return tl.where((inverse > 0) & (c > 0) & (c < float("inf")), c, float("nan"))
+    """Return logp, entropy, log-sum-exp and what rounding took from it, of a row, in one read."""
+    in_vocab = (label >= 0) & (label < V)
+    label = tl.where(in_vocab, label, -1).to(tl.int32)
+    k = c * LOG2E
+    x_label = tl.load(block_ptr + label.to(tl.int64) * stride_v, mask=in_vocab, other=float("-inf")).to(ACC)
+    u_label = entry(x_label, slope, HAS_SOFTCAP)
+    u_label = tl.where(in_vocab, u_label, float("-inf"))
+    # The label's entry opens the running max and stays out of the sums; -inf and NaN must not become the max.
+    m = tl.where(u_label > lowest(ACC), u_label, lowest(ACC))
+    s = tl.zeros((BLOCK_V,), ACC)
+    w = tl.zeros((BLOCK_V,), ACC)
+
+    offs_v = tl.arange(0, BLOCK_V)
+    offsets = offs_v.to(tl.int64) * stride_v
+    step = tl.full((), BLOCK_V, tl.int64) * stride_v
+    # Whole blocks carry no mask: one that depends on a V of unknown alignment splits 16-byte loads into 2-byte ones.
+    whole = V // BLOCK_V * BLOCK_V
+    for start in range(0, whole, BLOCK_V):
+        u = entry(tl.load(block_ptr + offsets, eviction_policy=EVICTION).to(ACC), slope, HAS_SOFTCAP)
+        if (label >= start) & (label < start + BLOCK_V):
+            u = tl.where(start + offs_v == label, float("-inf"), u)
+        m, s, w = online_softmax_update(u, m, s, w, k)
+        block_ptr += step
+    if whole < V:
+        mask_v = whole + offs_v < V
+        x = tl.load(block_ptr + offsets, mask=mask_v, other=0.0, eviction_policy=EVICTION).to(ACC)
+        u = entry(x, slope, HAS_SOFTCAP)
+        u = tl.where(mask_v & (whole + offs_v != label), u, float("-inf"))
+        m, s, w = online_softmax_update(u, m, s, w, k)
+
+    logp, entropy, logsumexp, log_total = finish_row(u_label, m, tl.sum(s, 0), tl.sum(w, 0), c, k)
+    return logp, entropy, logsumexp, (m - row_frame(logsumexp, c)) * c + log_total
 
 
 @triton.jit(do_not_specialize=_FWD_RUNTIME, do_not_specialize_on_alignment=_FWD_UNALIGNED)
@@ -102,43 +139,16 @@ def _token_logprobs_fwd_kernel(
         return
 
     in_vocab = (label >= 0) & (label < V)
-    label = tl.where(in_vocab, label, -1).to(tl.int32)
-    c = _row_factor(row, inv_temperature_ptr, stride_inv_temperature, inv_temperature, factor, ACC)
-    k = c * LOG2E
+    c = row_factor(row, inv_temperature_ptr, stride_inv_temperature, inv_temperature, factor, ACC)
     slope = tl.full((), slope, ACC)
-
     block_ptr = logits_ptr + row * stride_row
-    x_label = tl.load(block_ptr + label.to(tl.int64) * stride_v, mask=in_vocab, other=float("-inf")).to(ACC)
-    u_label = entry(x_label, slope, HAS_SOFTCAP)
-    u_label = tl.where(in_vocab, u_label, float("-inf"))
-    # The label's entry opens the running max and stays out of the sums; -inf and NaN must not become the max.
-    m = tl.where(u_label > lowest(ACC), u_label, lowest(ACC))
-    s = tl.zeros((BLOCK_V,), ACC)
-    w = tl.zeros((BLOCK_V,), ACC)
-
-    offs_v = tl.arange(0, BLOCK_V)
-    offsets = offs_v.to(tl.int64) * stride_v
-    step = tl.full((), BLOCK_V, tl.int64) * stride_v
-    # Whole blocks carry no mask: one that depends on a V of unknown alignment splits 16-byte loads into 2-byte ones.
-    whole = V // BLOCK_V * BLOCK_V
-    for start in range(0, whole, BLOCK_V):
-        u = entry(tl.load(block_ptr + offsets).to(ACC), slope, HAS_SOFTCAP)
-        if (label >= start) & (label < start + BLOCK_V):
-            u = tl.where(start + offs_v == label, float("-inf"), u)
-        m, s, w = online_softmax_update(u, m, s, w, k)
-        block_ptr += step
-    if whole < V:
-        mask_v = whole + offs_v < V
-        u = entry(tl.load(block_ptr + offsets, mask=mask_v, other=0.0).to(ACC), slope, HAS_SOFTCAP)
-        u = tl.where(mask_v & (whole + offs_v != label), u, float("-inf"))
-        m, s, w = online_softmax_update(u, m, s, w, k)
-
-    logp, entropy, logsumexp, log_total = finish_row(u_label, m, tl.sum(s, 0), tl.sum(w, 0), c, k)
+    logp, entropy, logsumexp, residual = scan_row(
+        block_ptr, stride_v, label, V, slope, c, ACC, HAS_SOFTCAP, "", BLOCK_V
+    )
     tl.store(logprobs_ptr + row, tl.where(in_vocab, logp, float("nan")))
     tl.store(entropy_ptr + row, tl.where(in_vocab, entropy, float("nan")))
     tl.store(logsumexp_ptr + row, tl.where(in_vocab, logsumexp, float("nan")))
     if residual_ptr is not None:
-        residual = (m - row_frame(logsumexp, c)) * c + log_total
         tl.store(residual_ptr + row, tl.where(in_vocab, residual, float("nan")))
 
 
@@ -181,6 +191,84 @@ def _grad_block(
     return dx
 
 
+@triton.jit
+def zero_row(out_block_ptr, stride_out_v, V, BLOCK_V: tl.constexpr):
+    """Write zeros to a row."""
+    offs_v = tl.arange(0, BLOCK_V)
+    offsets = offs_v.to(tl.int64) * stride_out_v
+    step = tl.full((), BLOCK_V, tl.int64) * stride_out_v
+    zeros = tl.zeros((BLOCK_V,), out_block_ptr.dtype.element_ty)
+    whole = V // BLOCK_V * BLOCK_V
+    for _ in range(0, whole, BLOCK_V):
+        tl.store(out_block_ptr + offsets, zeros)
+        out_block_ptr += step
+    tl.store(out_block_ptr + offsets, zeros, mask=whole + offs_v < V)
+
+
+@triton.jit
+def write_gradient(
+    block_ptr,  # to the row's first entry
+    stride_v,
+    out_block_ptr,  # may be block_ptr
+    stride_out_v,
+    label,
+    V,
+    logp,
+    entropy,
+    frame,
+    bias,
+    g,
+    h,
+    l,
+    slope,
+    c,
+    ACC: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    EVICTION: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Write the gradient of a row, with log2 p_v = (u_v - frame) k + bias, from those of logp, entropy, log-sum-exp."""
+    in_vocab = (label >= 0) & (label < V)
+    label = tl.where(in_vocab, label, -1).to(tl.int32)
+    k = c * LOG2E
+    constant = l - g
+    p_label = tl.exp(logp)
+    grad_label = g * one_minus_exp(logp) + p_label * l
+    if HAS_ENTROPY:
+        constant -= h * entropy
+        # p log p is 0 at p = 0, not 0 * -inf.
+        grad_label -= h * tl.where(p_label > 0, p_label * (logp + entropy), 0.0)
+    scale = tl.where(in_vocab, c * slope, float("nan"))
+    constant *= scale
+    grad_label *= scale
+    per_exponent = h * LN2 * scale
+
+    offs_v = tl.arange(0, BLOCK_V)
+    offsets = offs_v.to(tl.int64) * stride_v
+    out_offsets = offs_v.to(tl.int64) * stride_out_v
+    step = tl.full((), BLOCK_V, tl.int64) * stride_v
+    out_step = tl.full((), BLOCK_V, tl.int64) * stride_out_v
+    whole = V // BLOCK_V * BLOCK_V
+    for start in range(0, whole, BLOCK_V):
+        x = tl.load(block_ptr + offsets, eviction_policy=EVICTION).to(ACC)
+        is_label = start + offs_v == label
+        dx = _grad_block(
+            x, is_label, grad_label, slope, frame, bias, k, constant, per_exponent, HAS_ENTROPY, HAS_SOFTCAP
+        )
+        tl.store(out_block_ptr + out_offsets, dx.to(out_block_ptr.dtype.element_ty), eviction_policy=EVICTION)
+        block_ptr += step
+        out_block_ptr += out_step
+    if whole < V:
+        mask_v = whole + offs_v < V
+        x = tl.load(block_ptr + offsets, mask=mask_v, other=0.0).to(ACC)
+        is_label = whole + offs_v == label
+        dx = _grad_block(
+            x, is_label, grad_label, slope, frame, bias, k, constant, per_exponent, HAS_ENTROPY, HAS_SOFTCAP
+        )
+        tl.store(out_block_ptr + out_offsets, dx.to(out_block_ptr.dtype.element_ty), mask=mask_v)
+
+
 @triton.jit(do_not_specialize=_BWD_RUNTIME, do_not_specialize_on_alignment=_BWD_UNALIGNED)
 def _token_logprobs_bwd_kernel(
     logits_ptr,  # (N, V)
@@ -216,35 +304,24 @@ def _token_logprobs_bwd_kernel(
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row * stride_labels).to(tl.int64)
     out_block_ptr = out_ptr + row * stride_out_row
-    offs_v = tl.arange(0, BLOCK_V)
-    out_offsets = offs_v.to(tl.int64) * stride_out_v
-    out_step = tl.full((), BLOCK_V, tl.int64) * stride_out_v
-    whole = V // BLOCK_V * BLOCK_V
-
     if label == ignore_index:
-        zeros = tl.zeros((BLOCK_V,), ACC).to(out_ptr.dtype.element_ty)
-        for _ in range(0, whole, BLOCK_V):
-            tl.store(out_block_ptr + out_offsets, zeros)
-            out_block_ptr += out_step
-        tl.store(out_block_ptr + out_offsets, zeros, mask=whole + offs_v < V)
+        zero_row(out_block_ptr, stride_out_v, V, BLOCK_V)
         return
 
     in_vocab = (label >= 0) & (label < V)
-    label = tl.where(in_vocab, label, -1).to(tl.int32)
-    c = _row_factor(row, inv_temperature_ptr, stride_inv_temperature, inv_temperature, factor, ACC)
-    k = c * LOG2E
+    c = row_factor(row, inv_temperature_ptr, stride_inv_temperature, inv_temperature, factor, ACC)
     slope = tl.full((), slope, ACC)
     logp = tl.load(logprobs_ptr + row)
     logsumexp = tl.load(logsumexp_ptr + row)
     block_ptr = logits_ptr + row * stride_row
 
-    # log2 p_v = (u_v - frame) k + bias. A log-sum-exp of 1e6 is known to 0.06 only: as a frame it needs the part that
-    # rounding took; without that part the label's entry, whose log-prob is known, serves where it is finer.
+    # A log-sum-exp of 1e6 is known to 0.06 only: as a frame it needs the part that rounding took; without that part the
+    # label's entry, whose log-prob is known, serves where it is finer.
     frame = row_frame(logsumexp, c)
     if residual_ptr is not None:
         bias = -LOG2E * tl.load(residual_ptr + row)
     else:
-        x_label = tl.load(block_ptr + label.to(tl.int64) * stride_v, mask=in_vocab, other=0.0).to(ACC)
+        x_label = tl.load(block_ptr + label * stride_v, mask=in_vocab, other=0.0).to(ACC)
         by_label = tl.abs(logp) < tl.abs(logsumexp)
         frame = tl.where(by_label, entry(x_label, slope, HAS_SOFTCAP), frame)
         bias = tl.where(by_label, logp * LOG2E, 0.0)
@@ -254,56 +331,31 @@ def _token_logprobs_bwd_kernel(
     g = _upstream(grad_logprobs_ptr, row, stride_grad_logprobs, ACC)
     h = _upstream(grad_entropy_ptr, row, stride_grad_entropy, ACC)
     l = _upstream(grad_logsumexp_ptr, row, stride_grad_logsumexp, ACC)
-    constant = l - g
-    p_label = tl.exp(logp)
-    grad_label = g * one_minus_exp(logp) + p_label * l
+    entropy = tl.zeros((), ACC)
     if HAS_ENTROPY:
         entropy = tl.load(entropy_ptr + row)
-        constant -= h * entropy
-        # p log p is 0 at p = 0, not 0 * -inf.
-        grad_label -= h * tl.where(p_label > 0, p_label * (logp + entropy), 0.0)
-    scale = tl.where(in_vocab, c * slope, float("nan"))
-    constant *= scale
-    grad_label *= scale
-    per_exponent = h * LN2 * scale
-
-    offsets = offs_v.to(tl.int64) * stride_v
-    step = tl.full((), BLOCK_V, tl.int64) * stride_v
-    for start in range(0, whole, BLOCK_V):
-        x = tl.load(block_ptr + offsets).to(ACC)
-        is_label = start + offs_v == label
-        dx = _grad_block(
-            x, is_label, grad_label, slope, frame, bias, k, constant, per_exponent, HAS_ENTROPY, HAS_SOFTCAP
-        )
-        tl.store(out_block_ptr + out_offsets, dx.to(out_ptr.dtype.element_ty))
-        block_ptr += step
-        out_block_ptr += out_step
-    if whole < V:
-        mask_v = whole + offs_v < V
-        x = tl.load(block_ptr + offsets, mask=mask_v, other=0.0).to(ACC)
-        is_label = whole + offs_v == label
-        dx = _grad_block(
-            x, is_label, grad_label, slope, frame, bias, k, constant, per_exponent, HAS_ENTROPY, HAS_SOFTCAP
-        )
-        tl.store(out_block_ptr + out_offsets, dx.to(out_ptr.dtype.element_ty), mask=mask_v)
-
-
-def _slope_and_factor(logit_scale: float, softcap: float) -> tuple[float, float]:
-    """Return (slope, factor) with z * T = factor * tanh(slope * x) under a softcap, else factor * slope * x."""
-    if softcap:
-        return logit_scale / softcap, softcap
-    return math.copysign(1.0, logit_scale), abs(logit_scale)
-
-
-def _temperature_arguments(inv_temperature: float | Tensor) -> tuple[Tensor | None, int, float]:
-    """Return the kernel's (pointer, stride, scalar) for a temperature per row or for all rows."""
-    if isinstance(inv_temperature, Tensor):
-        return inv_temperature, inv_temperature.stride(0), 1.0
-    return None, 0, float(inv_temperature)
-
-
-def _result_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+    write_gradient(
+        block_ptr,
+        stride_v,
+        out_block_ptr,
+        stride_out_v,
+        label,
+        V,
+        logp,
+        entropy,
+        frame,
+        bias,
+        g,
+        h,
+        l,
+        slope,
+        c,
+        ACC,
+        HAS_ENTROPY,
+        HAS_SOFTCAP,
+        "",
+        BLOCK_V,
+    )
 
 
 def token_logprobs_fwd(
@@ -333,11 +385,11 @@ def token_logprobs_fwd(
             about 6e-8 * min(|logprobs|, |logsumexp|) in float32.
     """
     n, v = logits.shape
-    logprobs, entropy, logsumexp = (torch.empty(n, dtype=_result_dtype(logits), device=logits.device) for _ in range(3))
+    logprobs, entropy, logsumexp = (torch.empty(n, dtype=result_dtype(logits), device=logits.device) for _ in range(3))
     if n == 0:
         return logprobs, entropy, logsumexp
     tile = tile_for(FWD_TILES, logits.dtype, v)
-    slope, factor = _slope_and_factor(logit_scale, softcap)
+    slope, factor = slope_and_factor(logit_scale, softcap)
     with on_device_of(logits):
         _token_logprobs_fwd_kernel[(n,)](
             logits,
@@ -345,7 +397,7 @@ def token_logprobs_fwd(
             logits.stride(1),
             labels,
             labels.stride(0),
-            *_temperature_arguments(inv_temperature),
+            *temperature_arguments(inv_temperature),
             logprobs,
             entropy,
             logsumexp,
@@ -392,7 +444,7 @@ def token_logprobs_bwd(
     if n == 0:
         return result
     tile = tile_for(BWD_TILES, logits.dtype, v)
-    slope, factor = _slope_and_factor(logit_scale, softcap)
+    slope, factor = slope_and_factor(logit_scale, softcap)
     upstream = [
         argument
         for grad in (grad_logprobs, grad_entropy, grad_logsumexp)
@@ -408,7 +460,7 @@ def token_logprobs_bwd(
             result.stride(1),
             labels,
             labels.stride(0),
-            *_temperature_arguments(inv_temperature),
+            *temperature_arguments(inv_temperature),
             logprobs.contiguous(),
             entropy.contiguous(),
             logsumexp.contiguous(),

@@ -32,11 +32,15 @@ struct ForwardOutputs {
   void* logprobs;   // (N,)
   void* entropy;    // (N,)
   void* logsumexp;  // (N,)
+  void* residual;   // (N,) or null: what rounding took from logsumexp, relative to frame_of(logsumexp)
 };
 
 // Gradients have the dtype of the results; a null gradient is zero. `out` has the dtype of the logits and may be them.
 struct BackwardArgs {
-  const void* logprobs;        // (N,), as forward returned them
+  const void* logprobs;        // (N,), as forward returned them, and so the next three
+  const void* entropy;         // (N,)
+  const void* logsumexp;       // (N,)
+  const void* residual;        // (N,) or null: without it most rows are summed again
   const void* grad_logprobs;   // (N,) or null
   const void* grad_entropy;    // (N,) or null
   const void* grad_logsumexp;  // (N,) or null

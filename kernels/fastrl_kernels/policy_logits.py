@@ -1,0 +1,336 @@
+"""The policy loss of a row of logits and its gradient in one launch: one read and one write of the logits.
+
+    logp, entropy                         the row's first walk, as `token_logprobs` takes it
+    contribution, g = d/dlogp, h = d/dH   the token arithmetic, as `policy` has it
+    dz_v = g (1[v = y] - p_v) - h p_v (log p_v + entropy)       the row's second walk, from the cache
+
+One program per row, for losses in which a token's gradient depends on its own row alone. A row of 151,936 entries in
+bfloat16 is 304 kB: those of the programs at work fit the L2 cache of a large GPU, so that the second walk does not
+reach the memory. Every step is the helper of the kernel that does it alone: the bits are theirs.
+
+N tokens (rows), V vocabulary entries. The host functions validate nothing: their caller did.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastrl_kernels import token_logprobs
+from fastrl_kernels.launch import (
+    COMPILE_OPTIONS,
+    Tile,
+    on_device_of,
+    result_dtype,
+    slope_and_factor,
+    temperature_arguments,
+    tile_for,
+)
+from fastrl_kernels.policy import (
+    PolicyAxes,
+    PolicyColumns,
+    PolicyNumbers,
+    PolicyResults,
+    allocate_results,
+    column_arguments,
+    compiled_axes,
+    result_arguments,
+    token_terms,
+)
+from fastrl_kernels.rowmath import LOG2E, row_factor, row_frame
+from fastrl_kernels.token_logprobs import scan_row, write_gradient, zero_row
+
+# The first walk's tile is that of `token_logprobs`, as the order of its sums depends on it; the second walk takes the
+# block of its backward under the same number of warps.
+SCALE_TILE = Tile(2048, 8)
+
+_RUNTIME = ["stride_labels", "stride_inv_temperature", "V", "ignore_index"]
+_RESULTS = [name for name in PolicyResults._fields if not name.startswith("grad_")]
+_UNALIGNED = [
+    "labels_ptr",
+    "inv_temperature_ptr",
+    "logprobs_ptr",
+    "entropy_ptr",
+    *(f"{name}_ptr" for name in (*PolicyColumns._fields, *_RESULTS)),
+]
+
+
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_UNALIGNED)
+def _policy_logits_fwd_kernel(
+    logits_ptr,  # (N, V)
+    stride_row,
+    stride_v,
+    out_ptr,  # (N, V), may be logits_ptr
+    stride_out_row,
+    stride_out_v,
+    labels_ptr,  # (N,)
+    stride_labels,
+    inv_temperature_ptr,  # (N,) or None
+    stride_inv_temperature,
+    inv_temperature: "fp64",  # noqa: F821
+    logprobs_ptr,  # (N,), and so are all that follow
+    entropy_ptr,
+    advantages_ptr,  # of the columns only the first two are always there
+    weights_ptr,
+    kl_weights_ptr,
+    entropy_weights_ptr,
+    anchor_ptr,
+    kl_anchor_ptr,
+    kl_ratio_anchor_ptr,
+    positive_ptr,
+    contribution_ptr,
+    surrogate_ptr,
+    kl_ptr,
+    ratio_ptr,
+    clipped_low_ptr,
+    clipped_high_ptr,
+    dual_clipped_ptr,
+    V,
+    slope: "fp64",  # noqa: F821
+    factor: "fp64",  # noqa: F821
+    ignore_index: "i64",  # noqa: F821
+    low: "fp64",  # noqa: F821
+    high: "fp64",  # noqa: F821
+    max_ratio: "fp64",  # noqa: F821
+    dual_clip: "fp64",  # noqa: F821
+    weight_low: "fp64",  # noqa: F821
+    weight_high: "fp64",  # noqa: F821
+    tau_pos: "fp64",  # noqa: F821
+    tau_neg: "fp64",  # noqa: F821
+    k_pos: "fp64",  # noqa: F821
+    k_neg: "fp64",  # noqa: F821
+    lambda_pos: "fp64",  # noqa: F821
+    lambda_neg: "fp64",  # noqa: F821
+    log_ratio_bound: "fp64",  # noqa: F821
+    kl_log_ratio_bound: "fp64",  # noqa: F821
+    kl_value_bound: "fp64",  # noqa: F821
+    kl_ratio_max: "fp64",  # noqa: F821
+    SURROGATE: tl.constexpr,
+    CARRIER: tl.constexpr,
+    KL: tl.constexpr,
+    KL_GRADIENT: tl.constexpr,
+    KL_RATIO: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_SCAN: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    ACC: tl.constexpr = logprobs_ptr.dtype.element_ty
+    HAS_ENTROPY: tl.constexpr = entropy_weights_ptr is not None
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + row * stride_labels).to(tl.int64)
+    live = label != ignore_index
+    block_ptr = logits_ptr + row * stride_row
+    out_block_ptr = out_ptr + row * stride_out_row
+    c = row_factor(row, inv_temperature_ptr, stride_inv_temperature, inv_temperature, factor, ACC)
+    slope = tl.full((), slope, ACC)
+
+    logp = tl.zeros((), ACC)
+    entropy = tl.zeros((), ACC)
+    frame = tl.zeros((), ACC)
+    bias = tl.zeros((), ACC)
+    if live:
+        logp, entropy, logsumexp, residual = scan_row(
+            block_ptr, stride_v, label, V, slope, c, ACC, HAS_SOFTCAP, "evict_last", BLOCK_SCAN
+        )
+        in_vocab = (label >= 0) & (label < V)
+        logp = tl.where(in_vocab, logp, float("nan"))
+        entropy = tl.where(in_vocab, entropy, float("nan"))
+        frame = row_frame(logsumexp, c)
+        bias = -LOG2E * residual
+    tl.store(logprobs_ptr + row, logp)
+    tl.store(entropy_ptr + row, entropy)
+    g, _ = token_terms(
+        logp,
+        entropy,
+        row,
+        row >= 0,
+        None,
+        advantages_ptr,
+        weights_ptr,
+        kl_weights_ptr,
+        entropy_weights_ptr,
+        anchor_ptr,
+        kl_anchor_ptr,
+        kl_ratio_anchor_ptr,
+        positive_ptr,
+        contribution_ptr,
+        surrogate_ptr,
+        kl_ptr,
+        ratio_ptr,
+        clipped_low_ptr,
+        clipped_high_ptr,
+        dual_clipped_ptr,
+        low,
+        high,
+        max_ratio,
+        dual_clip,
+        weight_low,
+        weight_high,
+        tau_pos,
+        tau_neg,
+        k_pos,
+        k_neg,
+        lambda_pos,
+        lambda_neg,
+        log_ratio_bound,
+        kl_log_ratio_bound,
+        kl_value_bound,
+        kl_ratio_max,
+        SURROGATE,
+        CARRIER,
+        KL,
+        KL_GRADIENT,
+        KL_RATIO,
+    )
+    h = tl.zeros((), ACC)
+    if HAS_ENTROPY:
+        h -= tl.load(entropy_weights_ptr + row)
+    # Selected, not multiplied: what stands in a row without a gradient cannot matter, and is not read again.
+    if live & ((g != 0) | (h != 0)):
+        write_gradient(
+            block_ptr,
+            stride_v,
+            out_block_ptr,
+            stride_out_v,
+            label,
+            V,
+            logp,
+            entropy,
+            frame,
+            bias,
+            g,
+            h,
+            tl.zeros((), ACC),
+            slope,
+            c,
+            ACC,
+            HAS_ENTROPY,
+            HAS_SOFTCAP,
+            "evict_first",
+            BLOCK_V,
+        )
+    else:
+        zero_row(out_block_ptr, stride_out_v, V, BLOCK_V)
+
+
+@triton.jit(do_not_specialize=["V"], do_not_specialize_on_alignment=["factor_ptr"])
+def _scale_rows_kernel(
+    x_ptr,  # (N, V)
+    stride_row,
+    stride_v,
+    out_ptr,  # (N, V), may be x_ptr
+    stride_out_row,
+    stride_out_v,
+    factor_ptr,  # one number
+    V,
+    IN_PLACE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    factor = tl.load(factor_ptr).to(ACC)
+    if (factor == 1.0) & IN_PLACE:
+        return
+    row = tl.program_id(0).to(tl.int64)
+    offs_v = tl.arange(0, BLOCK_V)
+    block_ptr = x_ptr + row * stride_row + offs_v.to(tl.int64) * stride_v
+    out_block_ptr = out_ptr + row * stride_out_row + offs_v.to(tl.int64) * stride_out_v
+    step = tl.full((), BLOCK_V, tl.int64) * stride_v
+    out_step = tl.full((), BLOCK_V, tl.int64) * stride_out_v
+    whole = V // BLOCK_V * BLOCK_V
+    for _ in range(0, whole, BLOCK_V):
+        tl.store(out_block_ptr, (tl.load(block_ptr).to(ACC) * factor).to(out_ptr.dtype.element_ty))
+        block_ptr += step
+        out_block_ptr += out_step
+    mask_v = whole + offs_v < V
+    x = tl.load(block_ptr, mask=mask_v, other=0.0).to(ACC)
+    tl.store(out_block_ptr, (x * factor).to(out_ptr.dtype.element_ty), mask=mask_v)
+
+
+def policy_logits_fwd(
+    axes: PolicyAxes,
+    numbers: PolicyNumbers,
+    logits: Tensor,  # (N, V), any strides
+    labels: Tensor,  # (N,) int32 or int64
+    inv_temperature: float | Tensor,  # scalar or (N,)
+    columns: PolicyColumns,
+    *,
+    out: Tensor,  # (N, V), any strides; may be `logits`
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, PolicyResults]:
+    """Return (logprobs (N,), entropy (N,), terms) and write the gradient of the contributions' sum to `out`.
+
+    Everything is what `token_logprobs_fwd`, `policy_terms` and `token_logprobs_bwd` give one after the other, bit for
+    bit, but for rows whose gradient is 0 throughout: they are written as 0, whatever their logits. The terms have no
+    gradients of their own. Rows whose label is `ignore_index` are not read; their log-prob, entropy and gradient are 0.
+    """
+    n, v = logits.shape
+    dtype = result_dtype(logits)
+    logprobs, entropy = (torch.empty(n, dtype=dtype, device=logits.device) for _ in range(2))
+    results = allocate_results(axes, numbers, n, dtype, logits.device)
+    if n == 0:
+        return logprobs, entropy, results
+    tile = tile_for(token_logprobs.FWD_TILES, logits.dtype, v)
+    slope, factor = slope_and_factor(logit_scale, softcap)
+    with on_device_of(logits):
+        _policy_logits_fwd_kernel[(n,)](
+            logits,
+            logits.stride(0),
+            logits.stride(1),
+            out,
+            out.stride(0),
+            out.stride(1),
+            labels,
+            labels.stride(0),
+            *temperature_arguments(inv_temperature),
+            logprobs,
+            entropy,
+            *column_arguments(columns, dtype),
+            *result_arguments(results),
+            v,
+            slope,
+            factor,
+            ignore_index,
+            *numbers,
+            **compiled_axes(axes),
+            HAS_SOFTCAP=bool(softcap),
+            BLOCK_SCAN=tile.block,
+            BLOCK_V=tile_for(token_logprobs.BWD_TILES, logits.dtype, v).block,
+            num_warps=tile.num_warps,
+            **COMPILE_OPTIONS,
+        )
+    return logprobs, entropy, results
+
+
+def scale_rows(
+    x: Tensor,  # (N, V), any strides
+    factor: Tensor,  # one number, on the device
+    *,
+    out: Tensor | None = None,  # (N, V), any strides; may be `x`
+) -> Tensor:
+    """Return x * factor in the dtype of `x`, in `out` where given; in place nothing is read where the factor is 1.
+
+    The factor is looked at on the device: the host does not wait.
+    """
+    result = torch.empty_like(x) if out is None else out
+    n, v = x.shape
+    if n > 0:
+        options: dict[str, Any] = {"IN_PLACE": result.data_ptr() == x.data_ptr(), "BLOCK_V": SCALE_TILE.block}
+        strides = (result.stride(0), result.stride(1))
+        with on_device_of(x):
+            _scale_rows_kernel[(n,)](
+                x,
+                x.stride(0),
+                x.stride(1),
+                result,
+                *strides,
+                factor,
+                v,
+                **options,
+                num_warps=SCALE_TILE.num_warps,
+                **COMPILE_OPTIONS,
+            )
+    return result
