@@ -231,7 +231,8 @@ def _times_weight(gradient: Tensor, weight: Tensor) -> Tensor:
     if gradient.device.type == "cpu" and whole < count:
         # For other row counts the CPU's float32 GEMM may sum the vocabulary in one long chain: at 3 rows and V = 151936
         # its error was 4e-4, against 1e-6 with rows of zeros added.
-        rest = torch.cat((gradient[whole:], gradient.new_zeros(CPU_GEMM_ROWS - count + whole, gradient.shape[1])))
+        rest = gradient.new_zeros(CPU_GEMM_ROWS, gradient.shape[1])
+        rest[: count - whole] = gradient[whole:]
         ragged = _times_weight(rest, weight)[: count - whole]
         return torch.cat((_times_weight(gradient[:whole], weight), ragged)) if whole else ragged
     if weight.dtype == gradient.dtype:
@@ -341,6 +342,7 @@ class Gradients:
 
     def __init__(self, chunks: Chunks, needs: tuple[bool, bool, bool]) -> None:
         self.chunks = chunks
+        self.wanted = any(needs)
         wide = _wide(chunks.hidden.dtype)
         self.hidden = torch.zeros_like(chunks.hidden, memory_format=torch.contiguous_format) if needs[0] else None
         self.weight = torch.zeros(chunks.weight.shape, dtype=wide, device=chunks.weight.device) if needs[1] else None
@@ -351,9 +353,9 @@ class Gradients:
         index = self.chunks.live[rows]
         if contributes is not None:
             kept = contributes.nonzero().squeeze(-1)
-            # Gathering costs a read and a write of the rows that stay; below this share the GEMMs saved pay for it.
+            # Moving costs a read and a write of the rows that stay; below this share the GEMMs saved pay for it.
             if kept.numel() <= 0.8 * contributes.numel():
-                index, states, dlogits = index[kept], states[kept], dlogits[kept]
+                index, states, dlogits = index[kept], states[kept], _moved_up(dlogits, kept)
         if index.numel() == 0:
             return
         if self.hidden is not None:
@@ -368,6 +370,14 @@ class Gradients:
         weight = None if self.weight is None else self.weight.to(self.chunks.weight.dtype)
         bias = None if self.bias is None or self.chunks.bias is None else self.bias.to(self.chunks.bias.dtype)
         return self.hidden, weight, bias
+
+
+def _moved_up(rows: Tensor, kept: Tensor) -> Tensor:
+    """Return the rows at rising indices `kept`, moved to the front of `rows`: a gather would need a second tile."""
+    for to, at in enumerate(kept.tolist()):
+        if to != at:
+            rows[to] = rows[at]
+    return rows[: kept.numel()]
 
 
 def blocks(n: int, chunk_tokens: int, units: Sequence[int] | None) -> Iterator[slice]:
@@ -418,9 +428,22 @@ def fused_gradient(
     """
     chunks = Chunks.of(hidden, weight, bias, labels, inverse, head)
     gradients = Gradients(chunks, needs)
-    n, size = chunks.live.numel(), head.chunk_tokens
     found = chunks.outputs()
+    recomputed = _form(chunks, gradients, found, coefficients, units)
+    # Only here, where the logits are gone: a head's gradient of half precision is made beside the one it was summed in.
+    return chunks.scattered(found[0]), chunks.scattered(found[1]), gradients.cast(), recomputed
+
+
+def _form(
+    chunks: Chunks,
+    gradients: Gradients,
+    found: tuple[Tensor, Tensor, Tensor, Tensor],
+    coefficients: Coefficients,
+    units: Sequence[int] | None,
+) -> int:
+    """Fill `found` and `gradients` block by block; return how many rows had their logits formed twice."""
     logprobs, entropy = found[:2]
+    n, size = chunks.live.numel(), chunks.head.chunk_tokens
     plan = list(blocks(n, size, units))
     held = min(BLOCK_CHUNKS, max((-(-(b.stop - b.start) // size) for b in plan), default=0)) if units is not None else 1
     buffer = chunks.buffer(held) if n else None
@@ -433,7 +456,7 @@ def fused_gradient(
             states, logits = chunks.logits(rows, buffer)
             _keep(found, rows, chunks.forward_rows(rows, logits))
         g, h = coefficients(logprobs[block], entropy[block], block, chunks.live[block])
-        if not any(needs):
+        if not gradients.wanted:
             continue
         for rows in parts:
             if not fits:
@@ -446,7 +469,7 @@ def fused_gradient(
                 contributes = grads[0] != 0 if grads[1] is None else (grads[0] != 0) | (grads[1] != 0)
             outputs = (found[0][rows], found[1][rows], found[2][rows], found[3][rows])
             gradients.add(rows, states, chunks.backward_rows(rows, logits, outputs, grads), contributes)
-    return chunks.scattered(logprobs), chunks.scattered(entropy), gradients.cast(), recomputed
+    return recomputed
 
 
 def _keep(found: tuple[Tensor, ...], rows: slice, values: tuple[Tensor, ...]) -> None:
@@ -529,12 +552,8 @@ def _linear_token_logprobs_backward(
     head = Head(logit_scale, softcap, ignore_index, chunk_tokens, backend)
     chunks = Chunks.of(hidden, weight, bias, labels, inverse, head)
     gradients = Gradients(chunks, (needs[0], needs[1], needs[2]))
-    kept = residual if residual.numel() else logprobs
-    for rows, states, logits in chunks:
-        index = chunks.live[rows]
-        outputs = (logprobs[index], entropy[index], logsumexp[index], kept[index])
-        first, second, third = (None if g is None else g[index] for g in (grad_logprobs, grad_entropy, grad_logsumexp))
-        gradients.add(rows, states, chunks.backward_rows(rows, logits, outputs, (first, second, third)))
+    outputs = (logprobs, entropy, logsumexp, residual if residual.numel() else logprobs)
+    _add_chunks(chunks, gradients, outputs, (grad_logprobs, grad_entropy, grad_logsumexp))
     empty = hidden.new_empty(0)
     dhidden, dweight, dbias = gradients.cast()
     return (
@@ -542,6 +561,20 @@ def _linear_token_logprobs_backward(
         empty.clone() if dweight is None else dweight,
         empty.clone() if dbias is None else dbias,
     )
+
+
+def _add_chunks(
+    chunks: Chunks,
+    gradients: Gradients,
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> None:
+    """Add all chunks to the gradients, from outputs and their gradients of all tokens, (N,) each."""
+    for rows, states, logits in chunks:
+        index = chunks.live[rows]
+        first, second, third = (None if g is None else g[index] for g in grads)
+        of_rows = (outputs[0][index], outputs[1][index], outputs[2][index], outputs[3][index])
+        gradients.add(rows, states, chunks.backward_rows(rows, logits, of_rows, (first, second, third)))
 
 
 @_linear_token_logprobs_backward.register_fake
