@@ -444,6 +444,7 @@ class PolicyLoss:
         formed twice (4 units). `metrics["path/gemm_units"]` says what ran, as the mean over live tokens.
         `LossOutput.logprobs` and `.entropy` are detached. The gradient is with respect to `hidden`, `weight` and
         `bias`, for any upstream factor; a second backward (`retain_graph=True`) forms it anew, to the same bits.
+        Autocast changes nothing: states and head keep their dtypes and meet in the wider one.
 
         Extra memory in bytes: C V 4 for the logits of a chunk of C tokens (up to 4 chunks where the loss couples the
         tokens of a sequence), N D for the gradient of the hidden states and V D 4 for that of the head; a

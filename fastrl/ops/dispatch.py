@@ -80,6 +80,15 @@ def choose(backend: str, device: torch.device) -> Choice:
     return Choice("torch", f"no kernels for {device.type}")
 
 
+def own_precision(device: torch.device) -> torch.autocast:
+    """Return a context without autocast, in which every operation of fastrl computes.
+
+    Autocast would round the operands of our matrix products to its dtype, gradients included. Here a tensor keeps the
+    dtype it comes in: under autocast a trainer's bfloat16 hidden states meet a float32 head in float32.
+    """
+    return torch.autocast(device.type, enabled=False)
+
+
 def keeps_residual(backend: str) -> bool:
     """Return whether the backend's backward wants what rounding took from the log-sum-exp, beside the outputs.
 

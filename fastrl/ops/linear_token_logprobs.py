@@ -72,7 +72,9 @@ def linear_token_logprobs(
 
     Args:
         hidden: (..., D) hidden states, float32, bfloat16, float16 or float64.
-        weight: (V, D) LM head. A dtype other than that of `hidden` is promoted as PyTorch promotes.
+        weight: (V, D) LM head. A dtype other than that of `hidden` is promoted as PyTorch promotes: bfloat16 hidden
+            states and a float32 head, which a trainer under autocast has, meet in float32. Autocast itself changes
+            nothing here, neither forward nor backward; for GEMMs in bfloat16 pass both in it.
         labels: (...) int64 or int32, aligned with the hidden states: nothing is shifted here.
         bias: (V,) or None; -inf entries ban a token.
         temperature: a float or a tensor broadcastable to `labels`, finite and > 0. None means 1.
@@ -429,7 +431,8 @@ def fused_gradient(
     chunks = Chunks.of(hidden, weight, bias, labels, inverse, head)
     gradients = Gradients(chunks, needs)
     found = chunks.outputs()
-    recomputed = _form(chunks, gradients, found, coefficients, units)
+    with dispatch.own_precision(hidden.device):
+        recomputed = _form(chunks, gradients, found, coefficients, units)
     # Only here, where the logits are gone: a head's gradient of half precision is made beside the one it was summed in.
     return chunks.scattered(found[0]), chunks.scattered(found[1]), gradients.cast(), recomputed
 
@@ -497,12 +500,13 @@ def _linear_token_logprobs(
     chunks = Chunks.of(hidden, weight, bias, labels, inverse, head)
     found = chunks.outputs()
     units = found[0].new_empty((chunks.live.numel() if unit else 0, hidden.shape[1]))
-    for rows, _, logits in chunks:
-        results = chunks.forward_rows(rows, logits)
-        _keep(found, rows, results)
-        if unit:
-            ones = torch.ones_like(results[0])
-            units[rows] = _times_weight(chunks.backward_rows(rows, logits, results, (ones, None, None)), weight)
+    with dispatch.own_precision(hidden.device):
+        for rows, _, logits in chunks:
+            results = chunks.forward_rows(rows, logits)
+            _keep(found, rows, results)
+            if unit:
+                ones = torch.ones_like(results[0])
+                units[rows] = _times_weight(chunks.backward_rows(rows, logits, results, (ones, None, None)), weight)
     logprobs, entropy, logsumexp = (chunks.scattered(x) for x in found[:3])
     return logprobs, entropy, logsumexp, chunks.scattered(found[3]) if found[3].numel() else found[3].clone(), units
 
@@ -553,7 +557,8 @@ def _linear_token_logprobs_backward(
     chunks = Chunks.of(hidden, weight, bias, labels, inverse, head)
     gradients = Gradients(chunks, (needs[0], needs[1], needs[2]))
     outputs = (logprobs, entropy, logsumexp, residual if residual.numel() else logprobs)
-    _add_chunks(chunks, gradients, outputs, (grad_logprobs, grad_entropy, grad_logsumexp))
+    with dispatch.own_precision(hidden.device):
+        _add_chunks(chunks, gradients, outputs, (grad_logprobs, grad_entropy, grad_logsumexp))
     empty = hidden.new_empty(0)
     dhidden, dweight, dbias = gradients.cast()
     return (

@@ -125,7 +125,7 @@ def linear_row_statistics(
         backend=_choose(backend, hidden.device),
     )
     inverse = inverse_temperature(temperature, labels, hidden)
-    with torch.no_grad():
+    with torch.no_grad(), dispatch.own_precision(hidden.device):
         chunks = Chunks.of(hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1), inverse, head)
         results = _linear_rows(chunks)
     sources = [x for x in (hidden, weight, bias) if x is not None and x.requires_grad]
@@ -258,18 +258,19 @@ def _row_statistics(
     ignore_index: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    parts = [
-        _forward_rows(
-            backend,
-            rows,
-            row_labels,
-            inverse if row_inverse is None else row_inverse,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            ignore_index=ignore_index,
-        )
-        for rows, row_labels, row_inverse in row_blocks(logits, labels, inverse_rows)
-    ]
+    with dispatch.own_precision(logits.device):
+        parts = [
+            _forward_rows(
+                backend,
+                rows,
+                row_labels,
+                inverse if row_inverse is None else row_inverse,
+                logit_scale=logit_scale,
+                softcap=softcap,
+                ignore_index=ignore_index,
+            )
+            for rows, row_labels, row_inverse in row_blocks(logits, labels, inverse_rows)
+        ]
     outputs = parts[0] if len(parts) == 1 else tuple(torch.cat(column) for column in zip(*parts, strict=True))
     first, second, third, fourth = (x.view(labels.shape) for x in outputs)
     return first, second, third, fourth
