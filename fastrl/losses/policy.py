@@ -444,12 +444,15 @@ class PolicyLoss:
         formed twice (4 units). `metrics["path/gemm_units"]` says what ran, as the mean over live tokens.
         `LossOutput.logprobs` and `.entropy` are detached. The gradient is with respect to `hidden`, `weight` and
         `bias`, for any upstream factor; a second backward (`retain_graph=True`) forms it anew, to the same bits.
-        Autocast changes nothing: states and head keep their dtypes and meet in the wider one.
+        Autocast changes nothing: states and head keep their dtypes and meet in the wider one. Tokens outside the mask
+        cost nothing, tokens whose gradient is zero 1 unit; what a GPU's host waits for to know their numbers stands in
+        `fastrl.ops.linear_token_logprobs`.
 
         Extra memory in bytes: C V 4 for the logits of a chunk of C tokens (up to 4 chunks where the loss couples the
-        tokens of a sequence), N D for the gradient of the hidden states and V D 4 for that of the head; a
-        head of half precision has its gradient summed in float32 and cast when the logits are gone: V D 2 more, or
-        nothing where the logits were larger. The backward scales the gradients where they are and adds nothing.
+        tokens of a sequence), N D for the gradient of the hidden states and V D 4 for that of the head; a head of half
+        precision has its gradient summed in float32 and cast when the logits are gone: V D 2 more, or nothing where the
+        logits were larger; on a GPU C V 2 beside the logits, as operands. The backward scales the gradients where they
+        are and adds nothing.
         """
         _refuse_entropy(inputs)
         masked = _masked_labels(labels, inputs.get("mask"))

@@ -3,7 +3,13 @@
 Rows go through the head in chunks of a fixed number, the last one padded, so that every GEMM has one shape and a row's
 log-prob does not depend on the batch around it. The logits of a chunk are accumulated and kept in float32 (float64 for
 float64 inputs) and turned into their own gradient in place; dW is accumulated in float32 over the chunks and cast once.
-Rows whose label is ignored are dropped before the first GEMM.
+Rows whose label is ignored are dropped before the first GEMM, rows without a gradient before the GEMMs that it is for.
+
+What the host waits for, on CUDA and ROCm: in every forward, and in a backward that forms the logits again, once for the
+number of rows that take part, the logits of the first chunk being queued behind it; in `fused_gradient` once per chunk
+for the number of rows that have a gradient, their row kernel being queued behind it; and before it, where a loss
+couples the tokens of a sequence, for the lengths, with nothing behind. Nothing else, and nothing in the backward of
+`fused_gradient` or of a frozen head's log-probs. On other accelerators the same numbers are waited for at once.
 
 Paths, in GEMM units of 2 N V D flop:
 
@@ -26,13 +32,18 @@ import torch
 from torch import Tensor
 
 from fastrl import checks
-from fastrl.ops import dispatch
+from fastrl.ops import buffers, dispatch
+from fastrl.ops.compaction import Kept, kept_first
 from fastrl.ops.token_logprobs import TokenLogprobs, backward_rows, forward_rows, head_scalars, once_differentiable
 
 CPU_CHUNK_TOKENS = 256
 GPU_CHUNK_TOKENS = 2048
 # Chunks whose logits are held at once where a loss couples the tokens of a sequence.
 BLOCK_CHUNKS = 4
+# Rows of a chunk that have a gradient are moved together in this many steps, each with a copy of its share.
+MOVE_STEPS = 32
+# The head's gradient is added to on a GPU in blocks of this many vocabulary rows, whose product needs room of its own.
+GPU_HEAD_ROWS = 16384
 # Rows of a GEMM over the vocabulary come in multiples of this on a CPU.
 CPU_GEMM_ROWS = 8
 # A half-precision head on a CPU is widened in blocks of this many vocabulary rows, to keep the copy small.
@@ -226,8 +237,13 @@ def chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tenso
     return out
 
 
+def _for_products(gradient: Tensor, weight: Tensor) -> Tensor:
+    """Return dlogits (C, V) as the operand of the GEMMs: in the head's dtype on a GPU, cast once for both of them."""
+    return gradient.to(weight.dtype) if gradient.device.type == "cuda" else gradient
+
+
 def _times_weight(gradient: Tensor, weight: Tensor) -> Tensor:
-    """Return gradient (C, V) @ weight (V, D) in the dtype of the gradient."""
+    """Return gradient (C, V) @ weight (V, D), at least in float32."""
     count = gradient.shape[0]
     whole = count - count % CPU_GEMM_ROWS
     if gradient.device.type == "cpu" and whole < count:
@@ -237,14 +253,15 @@ def _times_weight(gradient: Tensor, weight: Tensor) -> Tensor:
         rest[: count - whole] = gradient[whole:]
         ragged = _times_weight(rest, weight)[: count - whole]
         return torch.cat((_times_weight(gradient[:whole], weight), ragged)) if whole else ragged
-    if weight.dtype == gradient.dtype:
+    wide = _wide(weight.dtype)
+    if weight.dtype == wide:
         return gradient @ weight
     if weight.device.type == "cuda":
-        return torch.mm(gradient.to(weight.dtype), weight, out_dtype=gradient.dtype)
-    total = torch.zeros((gradient.shape[0], weight.shape[1]), dtype=gradient.dtype, device=gradient.device)
+        return torch.mm(_for_products(gradient, weight), weight, out_dtype=wide)
+    total = torch.zeros((gradient.shape[0], weight.shape[1]), dtype=wide, device=gradient.device)
     for start in range(0, weight.shape[0], CPU_WIDEN_ROWS):
         block = slice(start, start + CPU_WIDEN_ROWS)
-        total.addmm_(gradient[:, block], weight[block].to(gradient.dtype))
+        total.addmm_(gradient[:, block], weight[block].to(wide))
     return total
 
 
@@ -252,8 +269,10 @@ def _add_weight_gradient(total: Tensor, gradient: Tensor, hidden: Tensor) -> Non
     """Add gradient^T (V, C) @ hidden (C, D) to `total` (V, D), which is at least float32."""
     if hidden.dtype == total.dtype or hidden.device.type != "cuda":
         total.addmm_(gradient.t(), hidden.to(total.dtype))
-    else:
-        total += torch.mm(gradient.to(hidden.dtype).t(), hidden, out_dtype=total.dtype)
+        return
+    for start in range(0, total.shape[0], GPU_HEAD_ROWS):
+        block = slice(start, start + GPU_HEAD_ROWS)
+        total[block] += torch.mm(gradient[:, block].t(), hidden, out_dtype=total.dtype)
 
 
 @dataclass
@@ -266,15 +285,39 @@ class Chunks:
     labels: Tensor  # (N,)
     inverse: Tensor  # (N,)
     head: Head
-    live: Tensor  # (L,) indices of the rows that are not ignored
+    live: Tensor  # (L,) indices of the rows to compute
+    ahead: tuple[Tensor, Tensor] | None = None
+    """States (C, D) and logits (C, V) of the first chunk, queued before the number of live rows was known."""
 
     @classmethod
     def of(
-        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, inverse: Tensor, head: Head
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        inverse: Tensor,
+        head: Head,
+        *,
+        keep: Tensor | None = None,  # (N,) bool
+        ahead: bool = True,
     ) -> Chunks:
-        """Return the chunks of the rows whose label is not ignored."""
-        live = (labels != head.ignore_index).nonzero().squeeze(-1)
-        return cls(hidden, weight, bias, labels, inverse, head, live)
+        """Return the chunks of the rows whose label is not ignored, and which `keep` marks where it is given.
+
+        On an asynchronous device the logits of the first chunk are queued before the host waits for the number of
+        rows, unless `ahead` is False: for callers that hold several chunks at once.
+        """
+        wanted = labels != head.ignore_index
+        kept = Kept(wanted if keep is None else wanted & keep)
+        chunks = cls(hidden, weight, bias, labels, inverse, head, kept.order)
+        if ahead and kept.is_pending and labels.numel() and weight.numel():
+            # Rows of `order` that turn out not to be kept are formed too, and never looked at.
+            buffer = chunks.buffer(1)
+            with dispatch.own_precision(hidden.device):
+                states, _ = chunks.logits(slice(0, min(head.chunk_tokens, labels.numel())), buffer)
+            chunks.ahead = states, buffer
+        chunks.live = kept.indices()
+        return chunks
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield (positions in `live`, their hidden states, their logits in a buffer that the next chunk overwrites)."""
@@ -287,19 +330,27 @@ class Chunks:
 
     def buffer(self, chunks: int) -> Tensor:
         """Return room for the logits of some chunks."""
+        if chunks == 1 and self.ahead is not None:
+            return self.ahead[1]
         rows = chunks * self.head.chunk_tokens
-        return torch.empty((rows, self.weight.shape[0]), dtype=_wide(self.hidden.dtype), device=self.hidden.device)
+        return buffers.empty((rows, self.weight.shape[0]), _wide(self.hidden.dtype), self.hidden.device)
 
     def logits(self, rows: slice, buffer: Tensor) -> tuple[Tensor, Tensor]:
         """Return (hidden states, logits) of live rows, the logits written to `buffer` one GEMM of a chunk at a time."""
-        states = self.hidden.index_select(0, self.live[rows])
         size, count = self.head.chunk_tokens, rows.stop - rows.start
+        if self.ahead is not None and rows.start == 0 and buffer is self.ahead[1]:
+            states, self.ahead = self.ahead[0], None
+            return states[:count], buffer[:count]
+        states = self.hidden.index_select(0, self.live[rows])
         for start in range(0, count, size):
-            part = states[start : start + size]
-            if part.shape[0] < size:
-                part = torch.cat((part, part.new_zeros(size - part.shape[0], part.shape[1])))
+            part = self._padded(states[start : start + size])
             chunk_logits(part, self.weight, self.bias, buffer[start : start + size])
         return states, buffer[:count]
+
+    def _padded(self, states: Tensor) -> Tensor:
+        """Return the states of a chunk with rows of zeros up to C."""
+        missing = self.head.chunk_tokens - states.shape[0]
+        return states if missing == 0 else torch.cat((states, states.new_zeros(missing, states.shape[1])))
 
     def scalars(self) -> dict[str, Any]:
         """Return the keyword arguments of the row kernels."""
@@ -347,23 +398,24 @@ class Gradients:
         self.wanted = any(needs)
         wide = _wide(chunks.hidden.dtype)
         self.hidden = torch.zeros_like(chunks.hidden, memory_format=torch.contiguous_format) if needs[0] else None
-        self.weight = torch.zeros(chunks.weight.shape, dtype=wide, device=chunks.weight.device) if needs[1] else None
+        self.weight = buffers.zeros(chunks.weight.shape, wide, chunks.weight.device) if needs[1] else None
         self.bias = torch.zeros(chunks.weight.shape[0], dtype=wide, device=chunks.weight.device) if needs[2] else None
 
-    def add(self, rows: slice, states: Tensor, dlogits: Tensor, contributes: Tensor | None = None) -> None:
-        """Add one chunk, dlogits (C, V); rows that `contributes` (C,) marks False have a zero gradient."""
+    def add(self, rows: slice, states: Tensor, dlogits: Tensor, contributes: Kept | None = None) -> None:
+        """Add one chunk, dlogits (C, V), which is overwritten; all but the rows of `contributes` have no gradient."""
         index = self.chunks.live[rows]
         if contributes is not None:
-            kept = contributes.nonzero().squeeze(-1)
+            kept = contributes.indices()
             # Moving costs a read and a write of the rows that stay; below this share the GEMMs saved pay for it.
-            if kept.numel() <= 0.8 * contributes.numel():
+            if kept.numel() <= 0.8 * dlogits.shape[0]:
                 index, states, dlogits = index[kept], states[kept], _moved_up(dlogits, kept)
         if index.numel() == 0:
             return
+        operand = _for_products(dlogits, self.chunks.weight)
         if self.hidden is not None:
-            self.hidden[index] = _times_weight(dlogits, self.chunks.weight).to(self.hidden.dtype)
+            self.hidden[index] = _times_weight(operand, self.chunks.weight).to(self.hidden.dtype)
         if self.weight is not None:
-            _add_weight_gradient(self.weight, dlogits, states)
+            _add_weight_gradient(self.weight, operand, states)
         if self.bias is not None:
             self.bias += dlogits.sum(0)
 
@@ -375,11 +427,15 @@ class Gradients:
 
 
 def _moved_up(rows: Tensor, kept: Tensor) -> Tensor:
-    """Return the rows at rising indices `kept`, moved to the front of `rows`: a gather would need a second tile."""
-    for to, at in enumerate(kept.tolist()):
-        if to != at:
-            rows[to] = rows[at]
-    return rows[: kept.numel()]
+    """Return the rows at rising indices `kept`, moved to the front of `rows`: one gather would need a second tile.
+
+    Row i comes from kept[i] >= i, so that no move overwrites what a later one reads.
+    """
+    count, step = kept.numel(), max(1, rows.shape[0] // MOVE_STEPS)
+    for start in range(0, count, step):
+        part = slice(start, min(start + step, count))
+        rows[part] = rows[kept[part]]
+    return rows[:count]
 
 
 def blocks(n: int, chunk_tokens: int, units: Sequence[int] | None) -> Iterator[slice]:
@@ -428,7 +484,7 @@ def fused_gradient(
         The last is the number of rows whose logits were formed a second time, because their sequence is longer than
         `BLOCK_CHUNKS` chunks.
     """
-    chunks = Chunks.of(hidden, weight, bias, labels, inverse, head)
+    chunks = Chunks.of(hidden, weight, bias, labels, inverse, head, ahead=units is None)
     gradients = Gradients(chunks, needs)
     found = chunks.outputs()
     with dispatch.own_precision(hidden.device):
@@ -467,9 +523,8 @@ def _form(
                 recomputed += rows.stop - rows.start
             within = slice(rows.start - block.start, rows.stop - block.start)
             grads = (g[within], None if h is None else h[within], None)
-            contributes = None
-            if g.device.type == "cpu":
-                contributes = grads[0] != 0 if grads[1] is None else (grads[0] != 0) | (grads[1] != 0)
+            # Before the row kernel: an asynchronous device runs it while the host learns how many rows contribute.
+            contributes = Kept(grads[0] != 0 if grads[1] is None else (grads[0] != 0) | (grads[1] != 0))
             outputs = (found[0][rows], found[1][rows], found[2][rows], found[3][rows])
             gradients.add(rows, states, chunks.backward_rows(rows, logits, outputs, grads), contributes)
     return recomputed
@@ -554,7 +609,9 @@ def _linear_token_logprobs_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = Head(logit_scale, softcap, ignore_index, chunk_tokens, backend)
-    chunks = Chunks.of(hidden, weight, bias, labels, inverse, head)
+    upstream = [g for g in (grad_logprobs, grad_entropy, grad_logsumexp) if g is not None]
+    nonzero = torch.stack([g != 0 for g in upstream]).any(0)
+    chunks = Chunks.of(hidden, weight, bias, labels, inverse, head, keep=nonzero)
     gradients = Gradients(chunks, (needs[0], needs[1], needs[2]))
     outputs = (logprobs, entropy, logsumexp, residual if residual.numel() else logprobs)
     with dispatch.own_precision(hidden.device):
@@ -627,8 +684,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None, None, None, None, None, *none)
     hidden, weight, labels, bias, inverse, *outputs, units = ctx.saved_tensors
     if ctx.unit and grad_entropy is None and grad_logsumexp is None and grad_logprobs is not None:
-        ignore_index = ctx.scalars[2]
-        live = (labels != ignore_index).nonzero().squeeze(-1)
+        live = kept_first(labels != ctx.scalars[2])[: units.shape[0]]
         scaled = grad_logprobs[live].to(units.dtype).unsqueeze(-1) * units
         return (torch.zeros_like(hidden).index_copy_(0, live, scaled.to(hidden.dtype)), None, None, None, None, *none)
     dhidden, dweight, dbias = _linear_token_logprobs_backward(
