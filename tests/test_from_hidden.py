@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
 import pytest
 import torch
 from memory import MemoryWatch
 
-from fastrl import PolicyLoss
+from fastrl import PolicyLoss, linear_token_logprobs
 from fastrl.ops.dispatch import choose
 from fastrl.ops.linear_token_logprobs import CPU_WIDEN_ROWS
 from fastrl.ops.rows_torch import TILE_ROWS
+
+# `fastrl.ops` holds the function of this name too.
+module = import_module("fastrl.ops.linear_token_logprobs")
 
 
 @pytest.mark.parametrize("name", ["dapo", "gspo"])
@@ -59,3 +66,49 @@ def test_memory_of_from_hidden(dtype: torch.dtype, zeros: int, factor: float | N
     # The row kernels in PyTorch, where there is no C++ compiler, take ten tiles of their own rows.
     rows = 0 if choose("auto", leaves[0].device).backend == "cpu" else 10 * TILE_ROWS * vocabulary * 4
     assert tile + head <= watch.peak <= 1.05 * formula + rows
+
+
+@pytest.mark.parametrize("needs", ["", "hidden", "weight", "hidden weight"])
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["dapo", "gspo", "kl_cov"])
+def test_reported_units_are_the_products_that_ran(
+    monkeypatch: pytest.MonkeyPatch, name: str, entropy_coef: float, needs: str
+) -> None:
+    """Also of a frozen head with an entropy bonus: 2 units where the gradient is formed in the forward, else 3."""
+    rows: list[int] = []
+
+    def counted(function: Callable[..., Any], of: int) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            rows.append(arguments[of].shape[0])
+            return function(*arguments)
+
+        return call
+
+    for function, of in (("chunk_logits", 0), ("_times_weight", 0), ("_add_weight_gradient", 1)):
+        monkeypatch.setattr(module, function, counted(getattr(module, function), of))
+    hidden, weight = torch.randn(2, 8, 4), torch.randn(7, 4)
+    hidden.requires_grad_("hidden" in needs)
+    weight.requires_grad_("weight" in needs)
+    inputs = {"advantages": torch.tensor([1.0, -1.0]), "mask": torch.ones(2, 8), "ref_logprobs": torch.zeros(2, 8)}
+    spec = PolicyLoss.preset(name, entropy_coef=entropy_coef)
+    with torch.set_grad_enabled(bool(needs)):
+        output = spec.from_hidden(hidden, weight, torch.randint(0, 7, (2, 8)), chunk_tokens=8, **inputs)
+    if needs:
+        output.loss.backward()
+    frozen = "weight" not in needs
+    separate = name == "kl_cov" or (name == "gspo" and frozen and not entropy_coef)
+    units = 1 + len(needs.split()) + (separate and bool(needs) and not (frozen and not entropy_coef))
+    assert sum(rows) / 16 == units == output.metrics["path/gemm_units"][0].item()
+
+
+def test_keep_units_changes_the_path_and_not_the_gradient() -> None:
+    hidden, weight, labels = torch.randn(20, 8), torch.randn(30, 8), torch.randint(0, 30, (20,))
+    gradients = []
+    for keep_units in (True, False):
+        leaf = hidden.clone().requires_grad_()
+        outputs = linear_token_logprobs(leaf, weight, labels, chunk_tokens=8, keep_units=keep_units)
+        (outputs.logprobs.sum() + 0.5 * outputs.entropy.sum()).backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+    with pytest.raises(TypeError, match="keep_units must be True or False"):
+        linear_token_logprobs(hidden, weight, labels, keep_units=None)  # type: ignore[arg-type]

@@ -456,19 +456,22 @@ class PolicyLoss:
         """
         _refuse_entropy(inputs)
         masked = _masked_labels(labels, inputs.get("mask"))
-        trained = (isinstance(x, Tensor) and x.requires_grad for x in (weight, bias))
-        frozen = not any(trained) and not self.uses_entropy
+        trains = [torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad for x in (hidden, weight, bias)]
+        frozen = not any(trains[1:])
+        keep_units = tp_group is not None or not self.uses_entropy
         # A correction without old log-probs takes the current ones, and KL-Cov ranks the whole batch: log-probs first,
         # as for a head whose rows are spread over ranks.
         needs_all = self.kl_fraction is not None or (self.correction is not None and inputs.get("old_logprobs") is None)
-        if tp_group is not None or needs_all or (self.couples_sequences and frozen):
+        if tp_group is not None or needs_all or (self.couples_sequences and frozen and not self.uses_entropy):
             result = linear_token_logprobs(
                 hidden, weight, masked, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
                 ignore_index=IGNORED, chunk_tokens=chunk_tokens, tail_mass=tail_mass, tp_group=tp_group,
-                backend=backend,
+                keep_units=keep_units, backend=backend,
             )  # fmt: skip
             output = self(result.logprobs, entropy=result.entropy, **inputs)
-            return with_path(output, 2.0 if frozen else 4.0)
+            again = any(trains) and not (frozen and keep_units and not self.uses_entropy)
+            kept = trains[0] and frozen and keep_units
+            return with_path(output, 1.0 + kept + again * (1.0 + trains[0] + trains[1]))
         hidden, weight, masked, bias = check_head(hidden, weight, masked, bias, IGNORED)
         options = {"chunk_tokens": chunk_tokens, "tail_mass": tail_mass, "tp_group": tp_group, "backend": backend}
         head = make_head(hidden, logit_scale, softcap, IGNORED, **options)

@@ -16,6 +16,7 @@ Paths, in GEMM units of 2 N V D flop:
     forward only                                             1
     training, any function of the outputs                    1 forward + 3 backward (the logits are formed again)
     training, frozen head, function of the log-probs         2: the unit gradients (W_y - p W)/T are kept, (N, D)
+    training, frozen head, function of the entropies too     3 with `keep_units=False`, else 4
     training, loss separable over tokens (`fused_gradient`)  3, or 2 with a frozen head
     training, loss that couples the tokens of a sequence     the same where whole sequences fit `BLOCK_CHUNKS` chunks
 
@@ -75,6 +76,7 @@ def linear_token_logprobs(
     tail_mass: float = 0.0,
     tp_group: Any = None,
     backend: str = "auto",
+    keep_units: bool = True,
 ) -> TokenLogprobs:
     """Return log-prob of the label, entropy and logsumexp of `hidden @ weight.T + bias` without forming all logits.
 
@@ -98,6 +100,9 @@ def linear_token_logprobs(
             rank's shard, of any size, or a DTensor sharded on dimension 0; `labels` are global ids, and every rank of
             the group makes the call, and its backward, with the same hidden states. See `fastrl.ops.vocab_parallel`.
         backend: of the row kernels: "auto", "torch", "cpu" or "triton". The GEMMs are PyTorch's.
+        keep_units: with a frozen head, whether the forward keeps the gradients of the log-probs, (N, D). A function of
+            the log-probs then takes 2 GEMM units in all, but one of the entropies or logsumexps 4; False makes that 3,
+            for either, and keeps nothing. With `tp_group` only True is offered.
 
     Returns:
         `TokenLogprobs` of float32 tensors (float64 for float64 inputs) of the shape of `labels`, all differentiable
@@ -108,7 +113,11 @@ def linear_token_logprobs(
     Raises:
         ValueError, TypeError, RuntimeError: as `token_logprobs`, and for heads that hold no values or are sharded.
     """
+    if not isinstance(keep_units, bool):
+        raise TypeError(f"keep_units must be True or False, got {keep_units!r}")
     if tp_group is not None:
+        if not keep_units:
+            raise ValueError("keep_units must be True with tp_group")
         from fastrl.ops.vocab_parallel import linear_token_logprobs_parallel
 
         return linear_token_logprobs_parallel(
@@ -139,7 +148,7 @@ def linear_token_logprobs(
     inverse = inverse_temperature(temperature, labels, hidden)
     training = torch.is_grad_enabled()
     trains_head = training and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    unit = training and hidden.requires_grad and not trains_head
+    unit = keep_units and training and hidden.requires_grad and not trains_head
     flat = hidden.reshape(-1, hidden.shape[-1])
     outputs = _linear_token_logprobs(
         flat,

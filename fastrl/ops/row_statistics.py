@@ -76,7 +76,7 @@ def row_statistics(
     labels = checks.labels("labels", labels, logits.shape[:-1], logits.device, logits.shape[-1], ignore_index)
     scale, cap = head_scalars(logit_scale, softcap)
     heat = checks.temperature(temperature, labels.shape, logits.device)
-    chosen = _choose(backend, logits.device)
+    chosen = dispatch.choose_row_statistics(backend, logits.device).backend
     wide = _wide(logits.dtype)
     inverse_rows = heat.to(wide).reciprocal() if isinstance(heat, Tensor) else None
     inverse = 1.0 if isinstance(heat, Tensor) else 1.0 / heat
@@ -122,7 +122,7 @@ def linear_row_statistics(
         chunk_tokens=chunk_tokens,
         tail_mass=0.0,
         tp_group=None,
-        backend=_choose(backend, hidden.device),
+        backend=dispatch.choose_row_statistics(backend, hidden.device).backend,
     )
     inverse = inverse_temperature(temperature, labels, hidden)
     with torch.no_grad(), dispatch.own_precision(hidden.device):
@@ -161,15 +161,6 @@ def _ignored_rows(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Ten
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
-
-
-def _choose(backend: str, device: torch.device) -> str:
-    """Return "torch" or "triton"; raise where a named backend cannot be used."""
-    if backend == "cpu":
-        raise RuntimeError("backend 'cpu' (C++) has no row statistics; use 'auto', 'torch' or 'triton'")
-    if backend == "auto" and device.type not in dispatch.GPU_TYPES:
-        backend = "torch"
-    return dispatch.choose(backend, device).backend
 
 
 def _forward_rows(
