@@ -371,6 +371,19 @@ def test_opcheck(backend: str) -> None:
 
 def test_explain_names_a_backend_for_every_operation() -> None:
     lines = fastrl.explain("cpu")
-    assert set(lines) == {"token_logprobs", "linear_token_logprobs", "policy_loss", "group_advantages"}
+    assert set(lines) == {
+        "token_logprobs",
+        "linear_token_logprobs",
+        "row_statistics",
+        "policy_loss",
+        "group_advantages",
+    }
     assert fastrl.explain("cpu", backend="torch")["token_logprobs"].startswith("torch: asked for by name")
     assert fastrl.explain("cuda", backend="cpu")["token_logprobs"].startswith("refused: backend 'cpu' needs")
+
+
+def test_explain_tells_of_row_statistics() -> None:
+    """The C++ kernels have none: what is told is what `row_statistics` does."""
+    assert fastrl.explain("cpu")["row_statistics"].startswith("torch: neither the C++ kernels")
+    assert fastrl.explain("cpu", backend="cpu")["row_statistics"].startswith("refused: backend 'cpu' (C++) has no row")
+    assert fastrl.explain("cuda")["row_statistics"].startswith("triton: ")

@@ -18,6 +18,7 @@ from fastrl import checks
 from fastrl.losses.divergence import Rows, divergence_rows
 from fastrl.losses.output import LossOutput
 from fastrl.losses.preference_rows import at_least_one, result_dtype
+from fastrl.ops import dispatch
 from fastrl.ops.linear_token_logprobs import Chunks, Gradients, Head, check_head, make_head
 from fastrl.ops.token_logprobs import once_differentiable
 
@@ -218,16 +219,17 @@ class _LinearDistillation(torch.autograd.Function):
         dtype = result_dtype(hidden)
         total = torch.zeros((), dtype=torch.float64 if hidden.device.type != "mps" else dtype, device=hidden.device)
         entropy = torch.empty(student.live.numel(), dtype=dtype, device=hidden.device)
-        for (rows, states, logits), (_, _, teacher_logits) in zip(student, teacher, strict=True):
-            z, slope = _capped(logits, heads[0], 1.0 / how.temperature, any(needs))
-            z_teacher, _ = _capped(teacher_logits, heads[1], 1.0 / how.temperature, False)
-            result = how.rows(z, z_teacher.to(dtype))
-            total += result.divergence.sum(dtype=total.dtype)
-            entropy[rows] = result.entropy
-            if result.gradient is not None and any(needs):
-                gradients.add(rows, states, result.gradient.mul_(slope))
-            # The tiles of this chunk go before those of the next are made.
-            del result, slope
+        with dispatch.own_precision(hidden.device):
+            for (rows, states, logits), (_, _, teacher_logits) in zip(student, teacher, strict=True):
+                z, slope = _capped(logits, heads[0], 1.0 / how.temperature, any(needs))
+                z_teacher, _ = _capped(teacher_logits, heads[1], 1.0 / how.temperature, False)
+                result = how.rows(z, z_teacher.to(dtype))
+                total += result.divergence.sum(dtype=total.dtype)
+                entropy[rows] = result.entropy
+                if result.gradient is not None and any(needs):
+                    gradients.add(rows, states, result.gradient.mul_(slope))
+                # The tiles of this chunk go before those of the next are made.
+                del result, slope
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         entropy = student.scattered(entropy)

@@ -486,23 +486,35 @@ class PolicyLoss:
         couples the tokens of a sequence in blocks of whole sequences; a sequence longer than 4 chunks has its logits
         formed twice (4 units). `metrics["path/gemm_units"]` says what ran, as the mean over live tokens.
         `LossOutput.logprobs` and `.entropy` are detached. The gradient is with respect to `hidden`, `weight` and
-        `bias`, for any upstream factor.
+        `bias`, for any upstream factor; a second backward (`retain_graph=True`) forms it anew, to the same bits.
+        Autocast changes nothing: states and head keep their dtypes and meet in the wider one. Tokens outside the mask
+        cost nothing, tokens whose gradient is zero 1 unit; what a GPU's host waits for to know their numbers stands in
+        `fastrl.ops.linear_token_logprobs`.
+
+        Extra memory in bytes: C V 4 for the logits of a chunk of C tokens (up to 4 chunks where the loss couples the
+        tokens of a sequence), N D for the gradient of the hidden states and V D 4 for that of the head; a head of half
+        precision has its gradient summed in float32 and cast when the logits are gone: V D 2 more, or nothing where the
+        logits were larger; on a GPU C V 2 beside the logits, as operands. The backward scales the gradients where they
+        are and adds nothing.
         """
         _refuse_entropy(inputs)
         masked = _masked_labels(labels, inputs.get("mask"))
-        trained = (isinstance(x, Tensor) and x.requires_grad for x in (weight, bias))
-        frozen = not any(trained) and not self.uses_entropy
+        trains = [torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad for x in (hidden, weight, bias)]
+        frozen = not any(trains[1:])
+        keep_units = tp_group is not None or not self.uses_entropy
         # A correction without old log-probs takes the current ones, and KL-Cov ranks the whole batch: log-probs first,
         # as for a head whose rows are spread over ranks.
         needs_all = self.kl_fraction is not None or (self.correction is not None and inputs.get("old_logprobs") is None)
-        if tp_group is not None or needs_all or (self.couples_sequences and frozen):
+        if tp_group is not None or needs_all or (self.couples_sequences and frozen and not self.uses_entropy):
             result = linear_token_logprobs(
                 hidden, weight, masked, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
                 ignore_index=IGNORED, chunk_tokens=chunk_tokens, tail_mass=tail_mass, tp_group=tp_group,
-                backend=backend,
+                keep_units=keep_units, backend=backend,
             )  # fmt: skip
             output = self(result.logprobs, entropy=result.entropy, **inputs)
-            return with_path(output, 2.0 if frozen else 4.0)
+            again = any(trains) and not (frozen and keep_units and not self.uses_entropy)
+            kept = trains[0] and frozen and keep_units
+            return with_path(output, 1.0 + kept + again * (1.0 + trains[0] + trains[1]))
         hidden, weight, masked, bias = check_head(hidden, weight, masked, bias, IGNORED)
         options = {"chunk_tokens": chunk_tokens, "tail_mass": tail_mass, "tp_group": tp_group, "backend": backend}
         head = make_head(hidden, logit_scale, softcap, IGNORED, **options)

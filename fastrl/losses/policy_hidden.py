@@ -72,17 +72,32 @@ class _Plan:
 
 
 class _FusedFromHidden(torch.autograd.Function):
-    """(hidden, weight, bias) -> loss, with the gradient formed in the forward; backward scales it."""
+    """(hidden, weight, bias) -> loss, with the gradient formed in the forward; backward hands it over, scaled.
+
+    The first backward gives the buffers themselves away, scaled in place: a second copy of the head's gradient would
+    be the largest tensor of the step. Autograd may keep a buffer as `.grad` and add to it later, so nothing here reads
+    it again: a further backward (`retain_graph=True`) forms the gradient anew from the coefficients, to the same bits.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, inverse: Tensor, plan: _Plan
     ) -> tuple[Tensor, Tensor, Tensor, int]:
+        found: list[tuple[Tensor, Tensor | None]] = []
+
+        def coefficients(*block: Any) -> tuple[Tensor, Tensor | None]:
+            found.append(plan.coefficients(*block))
+            return found[-1]
+
         logprobs, entropy, gradients, recomputed = fused_gradient(
-            hidden, weight, bias, labels, inverse, plan.head, plan.needs, plan.coefficients, plan.units
+            hidden, weight, bias, labels, inverse, plan.head, plan.needs, coefficients, plan.units
         )
         contribution = plan.terms(logprobs, entropy).contribution
-        ctx.save_for_backward(*gradients)
+        if any(plan.needs):
+            ctx.gradients = gradients
+            ctx.how = (plan.head, plan.needs, plan.units)
+            g, h = (_joined([block[i] for block in found]) for i in range(2))
+            ctx.save_for_backward(hidden, weight, bias, labels, inverse, g, h)
         ctx.mark_non_differentiable(logprobs, entropy)
         return reference.total(contribution, plan.layout.lengths), logprobs, entropy, recomputed
 
@@ -90,8 +105,46 @@ class _FusedFromHidden(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("from_hidden is differentiable once: create_graph=True is not supported")
-        scaled = (None if g is None else (g * grads[0]).to(g.dtype) for g in ctx.saved_tensors)
-        return (*scaled, None, None, None)
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            gradients = _formed_again(*ctx.saved_tensors, *ctx.how)
+        return (*(None if g is None else _scale(g, grads[0]) for g in gradients), None, None, None)
+
+
+def _joined(blocks: list[Any]) -> Tensor | None:
+    """Return the coefficients of all live tokens from those of the blocks, or None where the loss has none."""
+    return None if not blocks or blocks[0] is None else torch.cat(blocks)
+
+
+def _formed_again(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor,  # (N,)
+    inverse: Tensor,  # (N,)
+    g: Tensor | None,  # (L,)
+    h: Tensor | None,  # (L,)
+    head: Head,
+    needs: tuple[bool, bool, bool],
+    units: Sequence[int] | None,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of hidden, weight and bias from dL/dlogprobs and dL/dentropy of the live tokens."""
+
+    def known(logprobs: Tensor, entropy: Tensor, block: slice, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        assert g is not None
+        return g[block], None if h is None else h[block]
+
+    return fused_gradient(hidden, weight, bias, labels, inverse, head, needs, known, units)[2]
+
+
+def _scale(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Return the gradient times the upstream factor, in place, without waiting for a device.
+
+    A factor of 1, which `loss.backward()` passes, is seen on a CPU alone: there looking at it costs nothing.
+    """
+    if factor.device.type == "cpu" and factor.item() == 1.0:
+        return gradient
+    return gradient.mul_(factor)
 
 
 def fused_from_hidden(

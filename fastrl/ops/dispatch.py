@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -80,6 +81,24 @@ def choose(backend: str, device: torch.device) -> Choice:
     return Choice("torch", f"no kernels for {device.type}")
 
 
+def choose_row_statistics(backend: str, device: torch.device) -> Choice:
+    """Return the backend of the row statistics, which the C++ kernels do not have; raise as `choose`."""
+    if backend == "cpu":
+        raise RuntimeError("backend 'cpu' (C++) has no row statistics; use 'auto', 'torch' or 'triton'")
+    if backend == "auto" and device.type not in GPU_TYPES:
+        return Choice("torch", "neither the C++ kernels nor Triton have them on this device")
+    return choose(backend, device)
+
+
+def own_precision(device: torch.device) -> torch.autocast:
+    """Return a context without autocast, in which every operation of fastrl computes.
+
+    Autocast would round the operands of our matrix products to its dtype, gradients included. Here a tensor keeps the
+    dtype it comes in: under autocast a trainer's bfloat16 hidden states meet a float32 head in float32.
+    """
+    return torch.autocast(device.type, enabled=False)
+
+
 def keeps_residual(backend: str) -> bool:
     """Return whether the backend's backward wants what rounding took from the log-sum-exp, beside the outputs.
 
@@ -114,16 +133,21 @@ def explain(device: str | torch.device = "cpu", backend: str = "auto") -> dict[s
         A dictionary from operation to "backend: reason"; a named backend that cannot be used says so.
     """
     device = torch.device(device)
-    try:
-        chosen, reason = choose(backend, device)
-        vocabulary = f"{chosen}: {reason}"
-    except RuntimeError as error:
-        vocabulary = f"refused: {error}"
-        chosen = "torch"
+    vocabulary = _told(choose, backend, device)
+    chosen = vocabulary.partition(":")[0] if not vocabulary.startswith("refused") else "torch"
     pointwise = chosen if chosen == "triton" else "torch"
     return {
         "token_logprobs": vocabulary,
         "linear_token_logprobs": vocabulary,
+        "row_statistics": _told(choose_row_statistics, backend, device),
         "policy_loss": f"{pointwise}: token arithmetic beside the {chosen} row kernels",
         "group_advantages": f"{pointwise}: one number per completion",
     }
+
+
+def _told(chooser: Callable[[str, torch.device], Choice], backend: str, device: torch.device) -> str:
+    """Return "backend: reason", or that the backend is refused and why."""
+    try:
+        return ": ".join(chooser(backend, device))
+    except RuntimeError as error:
+        return f"refused: {error}"

@@ -3,13 +3,20 @@
 Rows go through the head in chunks of a fixed number, the last one padded, so that every GEMM has one shape and a row's
 log-prob does not depend on the batch around it. The logits of a chunk are accumulated and kept in float32 (float64 for
 float64 inputs) and turned into their own gradient in place; dW is accumulated in float32 over the chunks and cast once.
-Rows whose label is ignored are dropped before the first GEMM.
+Rows whose label is ignored are dropped before the first GEMM, rows without a gradient before the GEMMs that it is for.
+
+What the host waits for, on CUDA and ROCm: in every forward, and in a backward that forms the logits again, once for the
+number of rows that take part, the logits of the first chunk being queued behind it; in `fused_gradient` once per chunk
+for the number of rows that have a gradient, their row kernel being queued behind it; and before it, where a loss
+couples the tokens of a sequence, for the lengths, with nothing behind. Nothing else, and nothing in the backward of
+`fused_gradient` or of a frozen head's log-probs. On other accelerators the same numbers are waited for at once.
 
 Paths, in GEMM units of 2 N V D flop:
 
     forward only                                             1
     training, any function of the outputs                    1 forward + 3 backward (the logits are formed again)
     training, frozen head, function of the log-probs         2: the unit gradients (W_y - p W)/T are kept, (N, D)
+    training, frozen head, function of the entropies too     3 with `keep_units=False`, else 4
     training, loss separable over tokens (`fused_gradient`)  3, or 2 with a frozen head
     training, loss that couples the tokens of a sequence     the same where whole sequences fit `BLOCK_CHUNKS` chunks
 
@@ -26,13 +33,18 @@ import torch
 from torch import Tensor
 
 from fastrl import checks
-from fastrl.ops import dispatch
+from fastrl.ops import buffers, dispatch
+from fastrl.ops.compaction import Kept, kept_first
 from fastrl.ops.token_logprobs import TokenLogprobs, backward_rows, forward_rows, head_scalars, once_differentiable
 
 CPU_CHUNK_TOKENS = 256
 GPU_CHUNK_TOKENS = 2048
 # Chunks whose logits are held at once where a loss couples the tokens of a sequence.
 BLOCK_CHUNKS = 4
+# Rows of a chunk that have a gradient are moved together in this many steps, each with a copy of its share.
+MOVE_STEPS = 32
+# The head's gradient is added to on a GPU in blocks of this many vocabulary rows, whose product needs room of its own.
+GPU_HEAD_ROWS = 16384
 # Rows of a GEMM over the vocabulary come in multiples of this on a CPU.
 CPU_GEMM_ROWS = 8
 # A half-precision head on a CPU is widened in blocks of this many vocabulary rows, to keep the copy small.
@@ -64,6 +76,7 @@ def linear_token_logprobs(
     tail_mass: float = 0.0,
     tp_group: Any = None,
     backend: str = "auto",
+    keep_units: bool = True,
 ) -> TokenLogprobs:
     """Return log-prob of the label, entropy and logsumexp of `hidden @ weight.T + bias` without forming all logits.
 
@@ -72,7 +85,9 @@ def linear_token_logprobs(
 
     Args:
         hidden: (..., D) hidden states, float32, bfloat16, float16 or float64.
-        weight: (V, D) LM head. A dtype other than that of `hidden` is promoted as PyTorch promotes.
+        weight: (V, D) LM head. A dtype other than that of `hidden` is promoted as PyTorch promotes: bfloat16 hidden
+            states and a float32 head, which a trainer under autocast has, meet in float32. Autocast itself changes
+            nothing here, neither forward nor backward; for GEMMs in bfloat16 pass both in it.
         labels: (...) int64 or int32, aligned with the hidden states: nothing is shifted here.
         bias: (V,) or None; -inf entries ban a token.
         temperature: a float or a tensor broadcastable to `labels`, finite and > 0. None means 1.
@@ -85,6 +100,9 @@ def linear_token_logprobs(
             rank's shard, of any size, or a DTensor sharded on dimension 0; `labels` are global ids, and every rank of
             the group makes the call, and its backward, with the same hidden states. See `fastrl.ops.vocab_parallel`.
         backend: of the row kernels: "auto", "torch", "cpu" or "triton". The GEMMs are PyTorch's.
+        keep_units: with a frozen head, whether the forward keeps the gradients of the log-probs, (N, D). A function of
+            the log-probs then takes 2 GEMM units in all, but one of the entropies or logsumexps 4; False makes that 3,
+            for either, and keeps nothing. With `tp_group` only True is offered.
 
     Returns:
         `TokenLogprobs` of float32 tensors (float64 for float64 inputs) of the shape of `labels`, all differentiable
@@ -95,7 +113,11 @@ def linear_token_logprobs(
     Raises:
         ValueError, TypeError, RuntimeError: as `token_logprobs`, and for heads that hold no values or are sharded.
     """
+    if not isinstance(keep_units, bool):
+        raise TypeError(f"keep_units must be True or False, got {keep_units!r}")
     if tp_group is not None:
+        if not keep_units:
+            raise ValueError("keep_units must be True with tp_group")
         from fastrl.ops.vocab_parallel import linear_token_logprobs_parallel
 
         return linear_token_logprobs_parallel(
@@ -126,7 +148,7 @@ def linear_token_logprobs(
     inverse = inverse_temperature(temperature, labels, hidden)
     training = torch.is_grad_enabled()
     trains_head = training and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    unit = training and hidden.requires_grad and not trains_head
+    unit = keep_units and training and hidden.requires_grad and not trains_head
     flat = hidden.reshape(-1, hidden.shape[-1])
     outputs = _linear_token_logprobs(
         flat,
@@ -224,24 +246,31 @@ def chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tenso
     return out
 
 
+def _for_products(gradient: Tensor, weight: Tensor) -> Tensor:
+    """Return dlogits (C, V) as the operand of the GEMMs: in the head's dtype on a GPU, cast once for both of them."""
+    return gradient.to(weight.dtype) if gradient.device.type == "cuda" else gradient
+
+
 def _times_weight(gradient: Tensor, weight: Tensor) -> Tensor:
-    """Return gradient (C, V) @ weight (V, D) in the dtype of the gradient."""
+    """Return gradient (C, V) @ weight (V, D), at least in float32."""
     count = gradient.shape[0]
     whole = count - count % CPU_GEMM_ROWS
     if gradient.device.type == "cpu" and whole < count:
         # For other row counts the CPU's float32 GEMM may sum the vocabulary in one long chain: at 3 rows and V = 151936
         # its error was 4e-4, against 1e-6 with rows of zeros added.
-        rest = torch.cat((gradient[whole:], gradient.new_zeros(CPU_GEMM_ROWS - count + whole, gradient.shape[1])))
+        rest = gradient.new_zeros(CPU_GEMM_ROWS, gradient.shape[1])
+        rest[: count - whole] = gradient[whole:]
         ragged = _times_weight(rest, weight)[: count - whole]
         return torch.cat((_times_weight(gradient[:whole], weight), ragged)) if whole else ragged
-    if weight.dtype == gradient.dtype:
+    wide = _wide(weight.dtype)
+    if weight.dtype == wide:
         return gradient @ weight
     if weight.device.type == "cuda":
-        return torch.mm(gradient.to(weight.dtype), weight, out_dtype=gradient.dtype)
-    total = torch.zeros((gradient.shape[0], weight.shape[1]), dtype=gradient.dtype, device=gradient.device)
+        return torch.mm(_for_products(gradient, weight), weight, out_dtype=wide)
+    total = torch.zeros((gradient.shape[0], weight.shape[1]), dtype=wide, device=gradient.device)
     for start in range(0, weight.shape[0], CPU_WIDEN_ROWS):
         block = slice(start, start + CPU_WIDEN_ROWS)
-        total.addmm_(gradient[:, block], weight[block].to(gradient.dtype))
+        total.addmm_(gradient[:, block], weight[block].to(wide))
     return total
 
 
@@ -249,8 +278,10 @@ def _add_weight_gradient(total: Tensor, gradient: Tensor, hidden: Tensor) -> Non
     """Add gradient^T (V, C) @ hidden (C, D) to `total` (V, D), which is at least float32."""
     if hidden.dtype == total.dtype or hidden.device.type != "cuda":
         total.addmm_(gradient.t(), hidden.to(total.dtype))
-    else:
-        total += torch.mm(gradient.to(hidden.dtype).t(), hidden, out_dtype=total.dtype)
+        return
+    for start in range(0, total.shape[0], GPU_HEAD_ROWS):
+        block = slice(start, start + GPU_HEAD_ROWS)
+        total[block] += torch.mm(gradient[:, block].t(), hidden, out_dtype=total.dtype)
 
 
 @dataclass
@@ -263,15 +294,39 @@ class Chunks:
     labels: Tensor  # (N,)
     inverse: Tensor  # (N,)
     head: Head
-    live: Tensor  # (L,) indices of the rows that are not ignored
+    live: Tensor  # (L,) indices of the rows to compute
+    ahead: tuple[Tensor, Tensor] | None = None
+    """States (C, D) and logits (C, V) of the first chunk, queued before the number of live rows was known."""
 
     @classmethod
     def of(
-        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, inverse: Tensor, head: Head
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        inverse: Tensor,
+        head: Head,
+        *,
+        keep: Tensor | None = None,  # (N,) bool
+        ahead: bool = True,
     ) -> Chunks:
-        """Return the chunks of the rows whose label is not ignored."""
-        live = (labels != head.ignore_index).nonzero().squeeze(-1)
-        return cls(hidden, weight, bias, labels, inverse, head, live)
+        """Return the chunks of the rows whose label is not ignored, and which `keep` marks where it is given.
+
+        On an asynchronous device the logits of the first chunk are queued before the host waits for the number of
+        rows, unless `ahead` is False: for callers that hold several chunks at once.
+        """
+        wanted = labels != head.ignore_index
+        kept = Kept(wanted if keep is None else wanted & keep)
+        chunks = cls(hidden, weight, bias, labels, inverse, head, kept.order)
+        if ahead and kept.is_pending and labels.numel() and weight.numel():
+            # Rows of `order` that turn out not to be kept are formed too, and never looked at.
+            buffer = chunks.buffer(1)
+            with dispatch.own_precision(hidden.device):
+                states, _ = chunks.logits(slice(0, min(head.chunk_tokens, labels.numel())), buffer)
+            chunks.ahead = states, buffer
+        chunks.live = kept.indices()
+        return chunks
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield (positions in `live`, their hidden states, their logits in a buffer that the next chunk overwrites)."""
@@ -284,19 +339,27 @@ class Chunks:
 
     def buffer(self, chunks: int) -> Tensor:
         """Return room for the logits of some chunks."""
+        if chunks == 1 and self.ahead is not None:
+            return self.ahead[1]
         rows = chunks * self.head.chunk_tokens
-        return torch.empty((rows, self.weight.shape[0]), dtype=_wide(self.hidden.dtype), device=self.hidden.device)
+        return buffers.empty((rows, self.weight.shape[0]), _wide(self.hidden.dtype), self.hidden.device)
 
     def logits(self, rows: slice, buffer: Tensor) -> tuple[Tensor, Tensor]:
         """Return (hidden states, logits) of live rows, the logits written to `buffer` one GEMM of a chunk at a time."""
-        states = self.hidden.index_select(0, self.live[rows])
         size, count = self.head.chunk_tokens, rows.stop - rows.start
+        if self.ahead is not None and rows.start == 0 and buffer is self.ahead[1]:
+            states, self.ahead = self.ahead[0], None
+            return states[:count], buffer[:count]
+        states = self.hidden.index_select(0, self.live[rows])
         for start in range(0, count, size):
-            part = states[start : start + size]
-            if part.shape[0] < size:
-                part = torch.cat((part, part.new_zeros(size - part.shape[0], part.shape[1])))
+            part = self._padded(states[start : start + size])
             chunk_logits(part, self.weight, self.bias, buffer[start : start + size])
         return states, buffer[:count]
+
+    def _padded(self, states: Tensor) -> Tensor:
+        """Return the states of a chunk with rows of zeros up to C."""
+        missing = self.head.chunk_tokens - states.shape[0]
+        return states if missing == 0 else torch.cat((states, states.new_zeros(missing, states.shape[1])))
 
     def scalars(self) -> dict[str, Any]:
         """Return the keyword arguments of the row kernels."""
@@ -341,25 +404,27 @@ class Gradients:
 
     def __init__(self, chunks: Chunks, needs: tuple[bool, bool, bool]) -> None:
         self.chunks = chunks
+        self.wanted = any(needs)
         wide = _wide(chunks.hidden.dtype)
         self.hidden = torch.zeros_like(chunks.hidden, memory_format=torch.contiguous_format) if needs[0] else None
-        self.weight = torch.zeros(chunks.weight.shape, dtype=wide, device=chunks.weight.device) if needs[1] else None
+        self.weight = buffers.zeros(chunks.weight.shape, wide, chunks.weight.device) if needs[1] else None
         self.bias = torch.zeros(chunks.weight.shape[0], dtype=wide, device=chunks.weight.device) if needs[2] else None
 
-    def add(self, rows: slice, states: Tensor, dlogits: Tensor, contributes: Tensor | None = None) -> None:
-        """Add one chunk, dlogits (C, V); rows that `contributes` (C,) marks False have a zero gradient."""
+    def add(self, rows: slice, states: Tensor, dlogits: Tensor, contributes: Kept | None = None) -> None:
+        """Add one chunk, dlogits (C, V), which is overwritten; all but the rows of `contributes` have no gradient."""
         index = self.chunks.live[rows]
         if contributes is not None:
-            kept = contributes.nonzero().squeeze(-1)
-            # Gathering costs a read and a write of the rows that stay; below this share the GEMMs saved pay for it.
-            if kept.numel() <= 0.8 * contributes.numel():
-                index, states, dlogits = index[kept], states[kept], dlogits[kept]
+            kept = contributes.indices()
+            # Moving costs a read and a write of the rows that stay; below this share the GEMMs saved pay for it.
+            if kept.numel() <= 0.8 * dlogits.shape[0]:
+                index, states, dlogits = index[kept], states[kept], _moved_up(dlogits, kept)
         if index.numel() == 0:
             return
+        operand = _for_products(dlogits, self.chunks.weight)
         if self.hidden is not None:
-            self.hidden[index] = _times_weight(dlogits, self.chunks.weight).to(self.hidden.dtype)
+            self.hidden[index] = _times_weight(operand, self.chunks.weight).to(self.hidden.dtype)
         if self.weight is not None:
-            _add_weight_gradient(self.weight, dlogits, states)
+            _add_weight_gradient(self.weight, operand, states)
         if self.bias is not None:
             self.bias += dlogits.sum(0)
 
@@ -368,6 +433,18 @@ class Gradients:
         weight = None if self.weight is None else self.weight.to(self.chunks.weight.dtype)
         bias = None if self.bias is None or self.chunks.bias is None else self.bias.to(self.chunks.bias.dtype)
         return self.hidden, weight, bias
+
+
+def _moved_up(rows: Tensor, kept: Tensor) -> Tensor:
+    """Return the rows at rising indices `kept`, moved to the front of `rows`: one gather would need a second tile.
+
+    Row i comes from kept[i] >= i, so that no move overwrites what a later one reads.
+    """
+    count, step = kept.numel(), max(1, rows.shape[0] // MOVE_STEPS)
+    for start in range(0, count, step):
+        part = slice(start, min(start + step, count))
+        rows[part] = rows[kept[part]]
+    return rows[:count]
 
 
 def blocks(n: int, chunk_tokens: int, units: Sequence[int] | None) -> Iterator[slice]:
@@ -416,11 +493,25 @@ def fused_gradient(
         The last is the number of rows whose logits were formed a second time, because their sequence is longer than
         `BLOCK_CHUNKS` chunks.
     """
-    chunks = Chunks.of(hidden, weight, bias, labels, inverse, head)
+    chunks = Chunks.of(hidden, weight, bias, labels, inverse, head, ahead=units is None)
     gradients = Gradients(chunks, needs)
-    n, size = chunks.live.numel(), head.chunk_tokens
     found = chunks.outputs()
+    with dispatch.own_precision(hidden.device):
+        recomputed = _form(chunks, gradients, found, coefficients, units)
+    # Only here, where the logits are gone: a head's gradient of half precision is made beside the one it was summed in.
+    return chunks.scattered(found[0]), chunks.scattered(found[1]), gradients.cast(), recomputed
+
+
+def _form(
+    chunks: Chunks,
+    gradients: Gradients,
+    found: tuple[Tensor, Tensor, Tensor, Tensor],
+    coefficients: Coefficients,
+    units: Sequence[int] | None,
+) -> int:
+    """Fill `found` and `gradients` block by block; return how many rows had their logits formed twice."""
     logprobs, entropy = found[:2]
+    n, size = chunks.live.numel(), chunks.head.chunk_tokens
     plan = list(blocks(n, size, units))
     held = min(BLOCK_CHUNKS, max((-(-(b.stop - b.start) // size) for b in plan), default=0)) if units is not None else 1
     buffer = chunks.buffer(held) if n else None
@@ -433,7 +524,7 @@ def fused_gradient(
             states, logits = chunks.logits(rows, buffer)
             _keep(found, rows, chunks.forward_rows(rows, logits))
         g, h = coefficients(logprobs[block], entropy[block], block, chunks.live[block])
-        if not any(needs):
+        if not gradients.wanted:
             continue
         for rows in parts:
             if not fits:
@@ -441,12 +532,11 @@ def fused_gradient(
                 recomputed += rows.stop - rows.start
             within = slice(rows.start - block.start, rows.stop - block.start)
             grads = (g[within], None if h is None else h[within], None)
-            contributes = None
-            if g.device.type == "cpu":
-                contributes = grads[0] != 0 if grads[1] is None else (grads[0] != 0) | (grads[1] != 0)
+            # Before the row kernel: an asynchronous device runs it while the host learns how many rows contribute.
+            contributes = Kept(grads[0] != 0 if grads[1] is None else (grads[0] != 0) | (grads[1] != 0))
             outputs = (found[0][rows], found[1][rows], found[2][rows], found[3][rows])
             gradients.add(rows, states, chunks.backward_rows(rows, logits, outputs, grads), contributes)
-    return chunks.scattered(logprobs), chunks.scattered(entropy), gradients.cast(), recomputed
+    return recomputed
 
 
 def _keep(found: tuple[Tensor, ...], rows: slice, values: tuple[Tensor, ...]) -> None:
@@ -474,12 +564,13 @@ def _linear_token_logprobs(
     chunks = Chunks.of(hidden, weight, bias, labels, inverse, head)
     found = chunks.outputs()
     units = found[0].new_empty((chunks.live.numel() if unit else 0, hidden.shape[1]))
-    for rows, _, logits in chunks:
-        results = chunks.forward_rows(rows, logits)
-        _keep(found, rows, results)
-        if unit:
-            ones = torch.ones_like(results[0])
-            units[rows] = _times_weight(chunks.backward_rows(rows, logits, results, (ones, None, None)), weight)
+    with dispatch.own_precision(hidden.device):
+        for rows, _, logits in chunks:
+            results = chunks.forward_rows(rows, logits)
+            _keep(found, rows, results)
+            if unit:
+                ones = torch.ones_like(results[0])
+                units[rows] = _times_weight(chunks.backward_rows(rows, logits, results, (ones, None, None)), weight)
     logprobs, entropy, logsumexp = (chunks.scattered(x) for x in found[:3])
     return logprobs, entropy, logsumexp, chunks.scattered(found[3]) if found[3].numel() else found[3].clone(), units
 
@@ -527,14 +618,13 @@ def _linear_token_logprobs_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = Head(logit_scale, softcap, ignore_index, chunk_tokens, backend)
-    chunks = Chunks.of(hidden, weight, bias, labels, inverse, head)
+    upstream = [g for g in (grad_logprobs, grad_entropy, grad_logsumexp) if g is not None]
+    nonzero = torch.stack([g != 0 for g in upstream]).any(0)
+    chunks = Chunks.of(hidden, weight, bias, labels, inverse, head, keep=nonzero)
     gradients = Gradients(chunks, (needs[0], needs[1], needs[2]))
-    kept = residual if residual.numel() else logprobs
-    for rows, states, logits in chunks:
-        index = chunks.live[rows]
-        outputs = (logprobs[index], entropy[index], logsumexp[index], kept[index])
-        first, second, third = (None if g is None else g[index] for g in (grad_logprobs, grad_entropy, grad_logsumexp))
-        gradients.add(rows, states, chunks.backward_rows(rows, logits, outputs, (first, second, third)))
+    outputs = (logprobs, entropy, logsumexp, residual if residual.numel() else logprobs)
+    with dispatch.own_precision(hidden.device):
+        _add_chunks(chunks, gradients, outputs, (grad_logprobs, grad_entropy, grad_logsumexp))
     empty = hidden.new_empty(0)
     dhidden, dweight, dbias = gradients.cast()
     return (
@@ -542,6 +632,20 @@ def _linear_token_logprobs_backward(
         empty.clone() if dweight is None else dweight,
         empty.clone() if dbias is None else dbias,
     )
+
+
+def _add_chunks(
+    chunks: Chunks,
+    gradients: Gradients,
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> None:
+    """Add all chunks to the gradients, from outputs and their gradients of all tokens, (N,) each."""
+    for rows, states, logits in chunks:
+        index = chunks.live[rows]
+        first, second, third = (None if g is None else g[index] for g in grads)
+        of_rows = (outputs[0][index], outputs[1][index], outputs[2][index], outputs[3][index])
+        gradients.add(rows, states, chunks.backward_rows(rows, logits, of_rows, (first, second, third)))
 
 
 @_linear_token_logprobs_backward.register_fake
@@ -589,8 +693,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None, None, None, None, None, *none)
     hidden, weight, labels, bias, inverse, *outputs, units = ctx.saved_tensors
     if ctx.unit and grad_entropy is None and grad_logsumexp is None and grad_logprobs is not None:
-        ignore_index = ctx.scalars[2]
-        live = (labels != ignore_index).nonzero().squeeze(-1)
+        live = kept_first(labels != ctx.scalars[2])[: units.shape[0]]
         scaled = grad_logprobs[live].to(units.dtype).unsqueeze(-1) * units
         return (torch.zeros_like(hidden).index_copy_(0, live, scaled.to(hidden.dtype)), None, None, None, None, *none)
     dhidden, dweight, dbias = _linear_token_logprobs_backward(

@@ -76,7 +76,7 @@ def row_statistics(
     labels = checks.labels("labels", labels, logits.shape[:-1], logits.device, logits.shape[-1], ignore_index)
     scale, cap = head_scalars(logit_scale, softcap)
     heat = checks.temperature(temperature, labels.shape, logits.device)
-    chosen = _choose(backend, logits.device)
+    chosen = dispatch.choose_row_statistics(backend, logits.device).backend
     wide = _wide(logits.dtype)
     inverse_rows = heat.to(wide).reciprocal() if isinstance(heat, Tensor) else None
     inverse = 1.0 if isinstance(heat, Tensor) else 1.0 / heat
@@ -122,10 +122,10 @@ def linear_row_statistics(
         chunk_tokens=chunk_tokens,
         tail_mass=0.0,
         tp_group=None,
-        backend=_choose(backend, hidden.device),
+        backend=dispatch.choose_row_statistics(backend, hidden.device).backend,
     )
     inverse = inverse_temperature(temperature, labels, hidden)
-    with torch.no_grad():
+    with torch.no_grad(), dispatch.own_precision(hidden.device):
         chunks = Chunks.of(hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1), inverse, head)
         results = _linear_rows(chunks)
     sources = [x for x in (hidden, weight, bias) if x is not None and x.requires_grad]
@@ -161,15 +161,6 @@ def _ignored_rows(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Ten
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
-
-
-def _choose(backend: str, device: torch.device) -> str:
-    """Return "torch" or "triton"; raise where a named backend cannot be used."""
-    if backend == "cpu":
-        raise RuntimeError("backend 'cpu' (C++) has no row statistics; use 'auto', 'torch' or 'triton'")
-    if backend == "auto" and device.type not in dispatch.GPU_TYPES:
-        backend = "torch"
-    return dispatch.choose(backend, device).backend
 
 
 def _forward_rows(
@@ -258,18 +249,19 @@ def _row_statistics(
     ignore_index: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    parts = [
-        _forward_rows(
-            backend,
-            rows,
-            row_labels,
-            inverse if row_inverse is None else row_inverse,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            ignore_index=ignore_index,
-        )
-        for rows, row_labels, row_inverse in row_blocks(logits, labels, inverse_rows)
-    ]
+    with dispatch.own_precision(logits.device):
+        parts = [
+            _forward_rows(
+                backend,
+                rows,
+                row_labels,
+                inverse if row_inverse is None else row_inverse,
+                logit_scale=logit_scale,
+                softcap=softcap,
+                ignore_index=ignore_index,
+            )
+            for rows, row_labels, row_inverse in row_blocks(logits, labels, inverse_rows)
+        ]
     outputs = parts[0] if len(parts) == 1 else tuple(torch.cat(column) for column in zip(*parts, strict=True))
     first, second, third, fourth = (x.view(labels.shape) for x in outputs)
     return first, second, third, fourth

@@ -50,7 +50,8 @@ def token_logprobs(
 
     Returns:
         `TokenLogprobs` of float32 tensors (float64 for float64 logits) of the shape of `labels`. The gradient is with
-        respect to `logits`, through any of the three outputs, once (`create_graph=True` is refused).
+        respect to `logits`, through any of the three outputs, once (`create_graph=True` is refused). Autocast changes
+        nothing: the logits are taken in the dtype they come in, and all arithmetic is that of the outputs' dtype.
 
     Raises:
         ValueError: shapes, devices, options, label values (on a CPU or inside `checked()`; elsewhere the row is NaN).
@@ -173,18 +174,19 @@ def _token_logprobs(
     ignore_index: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    parts = [
-        forward_rows(
-            backend,
-            rows,
-            row_labels,
-            inverse if row_inverse is None else row_inverse,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            ignore_index=ignore_index,
-        )
-        for rows, row_labels, row_inverse in row_blocks(logits, labels, inverse_rows)
-    ]
+    with dispatch.own_precision(logits.device):
+        parts = [
+            forward_rows(
+                backend,
+                rows,
+                row_labels,
+                inverse if row_inverse is None else row_inverse,
+                logit_scale=logit_scale,
+                softcap=softcap,
+                ignore_index=ignore_index,
+            )
+            for rows, row_labels, row_inverse in row_blocks(logits, labels, inverse_rows)
+        ]
     outputs = parts[0] if len(parts) == 1 else tuple(torch.cat(column) for column in zip(*parts, strict=True))
     logprobs, entropy, logsumexp = (x.view(labels.shape) for x in outputs[:3])
     return logprobs, entropy, logsumexp, outputs[3]
@@ -260,20 +262,21 @@ def _token_logprobs_backward(
     # The output is viewed like the input: both split along the first dimension, or neither does.
     written = 0
     out_rows = gradient.view(-1, logits.shape[-1])
-    for rows, row_labels, row_inverse, *rest in row_blocks(logits, *given):
-        backward_rows(
-            backend,
-            rows,
-            row_labels,
-            inverse if row_inverse is None else row_inverse,
-            (rest[0], rest[1], rest[2], rest[3]),
-            (rest[4], rest[5], rest[6]),
-            logit_scale=logit_scale,
-            softcap=softcap,
-            ignore_index=ignore_index,
-            out=out_rows[written : written + rows.shape[0]],
-        )
-        written += rows.shape[0]
+    with dispatch.own_precision(logits.device):
+        for rows, row_labels, row_inverse, *rest in row_blocks(logits, *given):
+            backward_rows(
+                backend,
+                rows,
+                row_labels,
+                inverse if row_inverse is None else row_inverse,
+                (rest[0], rest[1], rest[2], rest[3]),
+                (rest[4], rest[5], rest[6]),
+                logit_scale=logit_scale,
+                softcap=softcap,
+                ignore_index=ignore_index,
+                out=out_rows[written : written + rows.shape[0]],
+            )
+            written += rows.shape[0]
     return gradient
 
 

@@ -1,0 +1,60 @@
+"""Which rows to compute, where a device knows their number before the host does.
+
+The number of rows sets the shape of a matrix product, so the host has to know it. Asking (`nonzero`, `item`) would stop
+the host until the device has done all that it was given, and leave the device without work until the host has woken
+up. Here the number is copied into pinned memory without blocking, and the host waits for that copy only after it has
+queued work that comes behind it: the device goes on with that work while the host reads the number.
+
+On a CPU nothing is queued and the rows are simply looked up.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def is_asynchronous(device: torch.device) -> bool:
+    """Return whether the host runs ahead of the device, with events to wait for."""
+    return device.type == "cuda"
+
+
+class HostNumber:
+    """A number on its way from a CUDA or ROCm device to the host."""
+
+    def __init__(self, number: Tensor) -> None:
+        self._host = torch.empty((), dtype=torch.int64, pin_memory=True)
+        self._host.copy_(number, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record(torch.cuda.current_stream(number.device))
+
+    def wait(self) -> int:
+        """Return the number once it has arrived; what was queued after it need not have run."""
+        self._event.synchronize()
+        return int(self._host)
+
+
+class Kept:
+    """The indices of the rows that a mask keeps, in rising order."""
+
+    def __init__(self, keep: Tensor) -> None:  # (N,) bool
+        self._number: HostNumber | None = None
+        if is_asynchronous(keep.device):
+            self._number = HostNumber(keep.sum())
+            self.order = kept_first(keep)
+        else:
+            self.order = keep.nonzero().squeeze(-1)
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether the number of rows may not have arrived; `order` then holds all N rows, the kept ones first."""
+        return self._number is not None
+
+    def indices(self) -> Tensor:
+        """Return the indices (K,), waiting for their number where it is on its way."""
+        return self.order if self._number is None else self.order[: self._number.wait()]
+
+
+def kept_first(keep: Tensor) -> Tensor:
+    """Return all indices (N,), those of the rows that `keep` (N,) marks first, both parts in rising order."""
+    return (~keep).to(torch.uint8).argsort(stable=True)

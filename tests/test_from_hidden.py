@@ -1,0 +1,114 @@
+"""The policy loss from hidden states: what its backward hands out, and the memory that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from memory import MemoryWatch
+
+from fastrl import PolicyLoss, linear_token_logprobs
+from fastrl.ops.dispatch import choose
+from fastrl.ops.linear_token_logprobs import CPU_WIDEN_ROWS
+from fastrl.ops.rows_torch import TILE_ROWS
+
+# `fastrl.ops` holds the function of this name too.
+module = import_module("fastrl.ops.linear_token_logprobs")
+
+
+@pytest.mark.parametrize("name", ["dapo", "gspo"])
+def test_every_backward_of_from_hidden_gives_the_same_bits(name: str) -> None:
+    """The first backward hands its buffers over; what becomes of them later reaches no other backward."""
+    leaves = torch.randn(2, 3, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    labels = torch.randint(0, 7, (2, 3))
+    inputs = {"advantages": torch.ones(2), "mask": torch.ones(2, 3), "old_logprobs": torch.full((2, 3), -2.0)}
+    spec = PolicyLoss.preset(name, entropy_coef=0.1)
+    loss = spec.from_hidden(*leaves, labels, **inputs, chunk_tokens=2).loss
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    kept = [g.clone() for g in first]
+    for g in first:
+        g.zero_()
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+    for leaf, g in zip(leaves, kept, strict=True):
+        assert g.any()
+        assert torch.equal(leaf.grad, g + g + g)
+    (loss * 0.5).backward()
+    for leaf, g in zip(leaves, kept, strict=True):
+        assert torch.equal(leaf.grad, g + g + g + 0.5 * g)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("factor", [None, 2.0])
+@pytest.mark.parametrize("zeros", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_of_from_hidden(dtype: torch.dtype, zeros: int, factor: float | None) -> None:
+    """The formula of the docstring within 5 %: no second gradient of the head, whatever the upstream factor is and
+    however many tokens have no gradient.
+    """
+    n, dim, vocabulary, chunk, size = 512, 256, 10000, 128, dtype.itemsize
+    leaves = torch.randn(4, n // 4, dim).to(dtype).requires_grad_(), (torch.randn(vocabulary, dim) / 16).to(dtype)
+    leaves[1].requires_grad_()
+    labels = torch.randint(0, vocabulary, (4, n // 4))
+    advantages = (torch.arange(4) >= zeros).float()
+    inputs = {"advantages": advantages, "mask": torch.ones(4, n // 4), "old_logprobs": torch.full((4, n // 4), -10.0)}
+    with MemoryWatch() as watch:
+        loss = PolicyLoss.preset("dapo").from_hidden(*leaves, labels, **inputs, chunk_tokens=chunk).loss
+        (loss if factor is None else loss * factor).backward()
+    tile, head, states = chunk * vocabulary * 4, vocabulary * dim * 4, n * dim * size
+    # A half-precision head is widened for the CPU in blocks, one of which with its product is there beside the tile.
+    widened = 0 if size == 4 else CPU_WIDEN_ROWS * (dim + chunk) * 4
+    formula = max(tile + widened, 0 if size == 4 else vocabulary * dim * size) + head + states
+    # The row kernels in PyTorch, where there is no C++ compiler, take ten tiles of their own rows.
+    rows = 0 if choose("auto", leaves[0].device).backend == "cpu" else 10 * TILE_ROWS * vocabulary * 4
+    assert tile + head <= watch.peak <= 1.05 * formula + rows
+
+
+@pytest.mark.parametrize("needs", ["", "hidden", "weight", "hidden weight"])
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["dapo", "gspo", "kl_cov"])
+def test_reported_units_are_the_products_that_ran(
+    monkeypatch: pytest.MonkeyPatch, name: str, entropy_coef: float, needs: str
+) -> None:
+    """Also of a frozen head with an entropy bonus: 2 units where the gradient is formed in the forward, else 3."""
+    rows: list[int] = []
+
+    def counted(function: Callable[..., Any], of: int) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            rows.append(arguments[of].shape[0])
+            return function(*arguments)
+
+        return call
+
+    for function, of in (("chunk_logits", 0), ("_times_weight", 0), ("_add_weight_gradient", 1)):
+        monkeypatch.setattr(module, function, counted(getattr(module, function), of))
+    hidden, weight = torch.randn(2, 8, 4), torch.randn(7, 4)
+    hidden.requires_grad_("hidden" in needs)
+    weight.requires_grad_("weight" in needs)
+    inputs = {"advantages": torch.tensor([1.0, -1.0]), "mask": torch.ones(2, 8), "ref_logprobs": torch.zeros(2, 8)}
+    spec = PolicyLoss.preset(name, entropy_coef=entropy_coef)
+    with torch.set_grad_enabled(bool(needs)):
+        output = spec.from_hidden(hidden, weight, torch.randint(0, 7, (2, 8)), chunk_tokens=8, **inputs)
+    if needs:
+        output.loss.backward()
+    frozen = "weight" not in needs
+    separate = name == "kl_cov" or (name == "gspo" and frozen and not entropy_coef)
+    units = 1 + len(needs.split()) + (separate and bool(needs) and not (frozen and not entropy_coef))
+    assert sum(rows) / 16 == units == output.metrics["path/gemm_units"][0].item()
+
+
+def test_keep_units_changes_the_path_and_not_the_gradient() -> None:
+    hidden, weight, labels = torch.randn(20, 8), torch.randn(30, 8), torch.randint(0, 30, (20,))
+    gradients = []
+    for keep_units in (True, False):
+        leaf = hidden.clone().requires_grad_()
+        outputs = linear_token_logprobs(leaf, weight, labels, chunk_tokens=8, keep_units=keep_units)
+        (outputs.logprobs.sum() + 0.5 * outputs.entropy.sum()).backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+    with pytest.raises(TypeError, match="keep_units must be True or False"):
+        linear_token_logprobs(hidden, weight, labels, keep_units=None)  # type: ignore[arg-type]
