@@ -21,6 +21,7 @@ estimate and their gradients stay finite and keep their sign for log-ratios of 1
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -117,10 +118,15 @@ def segment_sum(
     return total.to(x.dtype)
 
 
-def segment_mean(x: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
+SegmentSum = Callable[[Tensor, Tensor], Tensor]
+"""(values (N,), lengths (S,)) -> sums (S,): what the functions that pool over sequences take, so that a kernel may
+stand in for `segment_sum`."""
+
+
+def segment_mean(x: Tensor, mask: Tensor, lengths: Tensor, sums: SegmentSum = segment_sum) -> Tensor:
     """Return the (S,) means of `x` over the live tokens of each segment; 0 where a segment has none."""
-    count = segment_sum(mask.to(x.dtype), lengths).clamp(min=1.0)
-    return segment_sum(torch.where(mask, x, 0.0), lengths) / count
+    count = sums(mask.to(x.dtype), lengths).clamp(min=1.0)
+    return sums(torch.where(mask, x, 0.0), lengths) / count
 
 
 def spread(per_sequence: Tensor, lengths: Tensor, n_tokens: int) -> Tensor:
@@ -128,10 +134,9 @@ def spread(per_sequence: Tensor, lengths: Tensor, n_tokens: int) -> Tensor:
     return per_sequence.repeat_interleave(lengths, output_size=n_tokens)
 
 
-def total(x: Tensor, lengths: Tensor) -> Tensor:
+def total(x: Tensor, lengths: Tensor, sums: SegmentSum = segment_sum) -> Tensor:
     """Return the sum of `x` (N,), sequence by sequence: padding and packing give the same bits."""
-    per_sequence = torch.segment_reduce(x.to(_accumulator(x)), "sum", lengths=lengths, unsafe=True, initial=0)
-    return per_sequence.sum().to(x.dtype)
+    return sums(x.to(_accumulator(x)), lengths).sum().to(x.dtype)
 
 
 # --- KL estimates -----------------------------------------------------------------------------------------------------
@@ -213,6 +218,7 @@ def correction_weights(
     rollout: Tensor,  # (N,) log-probs that the inference engine reported
     mask: Tensor,  # (N,) bool
     lengths: Tensor,  # (S,)
+    sums: SegmentSum = segment_sum,
 ) -> Tensor:
     """Return the detached weights (N,) that multiply the policy term; 1 outside the mask and at NaN `rollout`.
 
@@ -226,7 +232,7 @@ def correction_weights(
     if spec.op == "gate":
         if spec.statistic == "ratio":
             statistic = (
-                delta if spec.level == "token" else spread(_reduce(delta, mask, lengths, spec.level), lengths, n)
+                delta if spec.level == "token" else spread(_reduce(delta, mask, lengths, spec.level, sums), lengths, n)
             )
             statistic = exp_linear(statistic)
         else:
@@ -234,12 +240,12 @@ def correction_weights(
             live_old, live_rollout = torch.where(known, old, zero), torch.where(known, rollout, zero)
             statistic = _gate_statistic(spec, delta, live_old.detach(), live_rollout.detach())
             if spec.level != "token":
-                statistic = spread(_reduce(statistic, mask, lengths, spec.level), lengths, n)
+                statistic = spread(_reduce(statistic, mask, lengths, spec.level, sums), lengths, n)
         weights = torch.where(_inside(statistic, spec.low, spec.high), exp_linear(token_delta), 0.0)
     else:
         log_weights = token_delta
         if spec.level != "token":
-            reduced = one_sided(_reduce(delta, mask, lengths, spec.level), *_symmetric(spec.log_weight_clamp))
+            reduced = one_sided(_reduce(delta, mask, lengths, spec.level, sums), *_symmetric(spec.log_weight_clamp))
             log_weights = spread(reduced, lengths, n)
         weights = exp_linear(log_weights)
         if spec.op == "truncate":
@@ -249,17 +255,17 @@ def correction_weights(
     if spec.batch_normalize:
         live = torch.where(mask, weights, 0.0)
         if spec.level == "token":
-            mean = total(live, lengths) / mask.sum().clamp(min=1)
+            mean = total(live, lengths, sums) / mask.sum().clamp(min=1)
         else:
-            present = segment_sum(mask.to(weights.dtype), lengths) > 0
-            mean = segment_mean(live, mask, lengths).sum() / present.sum().clamp(min=1)
+            present = sums(mask.to(weights.dtype), lengths) > 0
+            mean = segment_mean(live, mask, lengths, sums).sum() / present.sum().clamp(min=1)
         weights = weights / mean.clamp(min=torch.finfo(weights.dtype).tiny)
     return torch.where(mask, weights, 1.0)
 
 
-def _reduce(x: Tensor, mask: Tensor, lengths: Tensor, level: str) -> Tensor:
+def _reduce(x: Tensor, mask: Tensor, lengths: Tensor, level: str, sums: SegmentSum) -> Tensor:
     """Return the mean ("sequence") or the sum ("sequence_sum") over the live tokens of each sequence, (S,)."""
-    return segment_mean(x, mask, lengths) if level == "sequence" else segment_sum(torch.where(mask, x, 0.0), lengths)
+    return segment_mean(x, mask, lengths, sums) if level == "sequence" else sums(torch.where(mask, x, 0.0), lengths)
 
 
 def _inside(x: Tensor, low: float | None, high: float | None) -> Tensor:
@@ -285,6 +291,7 @@ def aggregate_weights(
     constant: float | None = None,
     denominator_eps: float = 0.0,
     group_ids: Tensor | None = None,  # (S,) prompt of each sequence, for "prompt_mean"
+    sums: SegmentSum = segment_sum,
 ) -> Tensor:
     """Return s_t (N,), zero outside the mask, such that the aggregated loss is sum_t s_t l_t.
 
@@ -294,7 +301,7 @@ def aggregate_weights(
     """
     n = mask.numel()
     wide = torch.float64 if mask.device.type != "mps" else torch.float32
-    counts = segment_sum(mask.to(wide), lengths)
+    counts = sums(mask.to(wide), lengths)
     if n_tokens is None:
         n_tokens = counts.sum().clamp(min=1.0)
     if n_sequences is None:
@@ -362,7 +369,12 @@ def log_ratio(spec: Any, logprobs: Tensor, anchor: Tensor | None) -> Tensor:
 
 
 def sequence_log_ratio(
-    spec: Any, logprobs: Tensor, anchor: Tensor | None, mask: Tensor, lengths: Tensor
+    spec: Any,
+    logprobs: Tensor,
+    anchor: Tensor | None,
+    mask: Tensor,
+    lengths: Tensor,
+    sums: SegmentSum = segment_sum,
 ) -> Tensor | None:
     """Return the sequence's log-ratio spread over its tokens (N,), or None for token-level ratios.
 
@@ -374,31 +386,45 @@ def sequence_log_ratio(
     n = logprobs.numel()
     u = log_ratio(spec, logprobs, anchor)
     if spec.ratio_level == "sequence_sum":
-        pooled = spread(_reduce(u, mask, lengths, "sequence_sum"), lengths, n)
+        pooled = spread(_reduce(u, mask, lengths, "sequence_sum", sums), lengths, n)
     else:
-        pooled = spread(_reduce(u, mask, lengths, "sequence"), lengths, n)
+        pooled = spread(_reduce(u, mask, lengths, "sequence", sums), lengths, n)
     if spec.ratio_level == "sequence_token":
         pooled = pooled.detach() + (logprobs - logprobs.detach())
     return one_sided(pooled, None, spec.sequence_log_ratio_max)
 
 
-def vespo_log_weight(spec: Any, logprobs: Tensor, columns: TokenColumns, mask: Tensor, lengths: Tensor) -> Tensor:
+def vespo_log_weight(
+    spec: Any,
+    logprobs: Tensor,
+    columns: TokenColumns,
+    mask: Tensor,
+    lengths: Tensor,
+    sums: SegmentSum = segment_sum,
+) -> Tensor:
     """Return VESPO's sequence log-weight spread over the tokens (N,), detached (arXiv 2602.10693)."""
     anchor = columns.anchor
     u = (logprobs.detach() - (logprobs.detach() if anchor is None else anchor)).clamp(-20.0, 20.0)
     if columns.log_correction is not None:
         u = u + columns.log_correction.clamp(VESPO_LOG_WEIGHT_MIN, VESPO_LOG_WEIGHT_MAX)
-    pooled = segment_sum(torch.where(mask, u, 0.0), lengths)
+    pooled = sums(torch.where(mask, u, 0.0), lengths)
     return spread(pooled.clamp(VESPO_LOG_WEIGHT_MIN, VESPO_LOG_WEIGHT_MAX), lengths, logprobs.numel())
 
 
-def geometric_log_ratio(spec: Any, logprobs: Tensor, columns: TokenColumns, mask: Tensor, lengths: Tensor) -> Tensor:
+def geometric_log_ratio(
+    spec: Any,
+    logprobs: Tensor,
+    columns: TokenColumns,
+    mask: Tensor,
+    lengths: Tensor,
+    sums: SegmentSum = segment_sum,
+) -> Tensor:
     """Return GMPO's mean of one-sidedly clipped token log-ratios spread over the tokens (arXiv 2507.20673)."""
     u = log_ratio(spec, logprobs, columns.anchor)
     clipped = torch.where(
         columns.advantages > 0, one_sided(u, None, spec.clip_high), one_sided(u, _neg(spec.clip_low), None)
     )
-    return spread(segment_mean(torch.where(mask, clipped, 0.0), mask, lengths), lengths, logprobs.numel())
+    return spread(segment_mean(torch.where(mask, clipped, 0.0), mask, lengths, sums), lengths, logprobs.numel())
 
 
 def _neg(bound: float | None) -> float | None:
@@ -577,6 +603,7 @@ def policy_columns(
     n_sequences: float | Tensor | None = None,
     constant: float | None = None,  # length in the denominator of aggregate="constant"
     logprobs: Tensor | None = None,  # (N,) stands for the old log-probs in the correction when they are absent
+    sums: SegmentSum = segment_sum,
 ) -> TokenColumns:
     """Return the columns of the token arithmetic; everything under the mask has been replaced by zero."""
     dtype = advantages.dtype
@@ -596,13 +623,14 @@ def policy_columns(
         constant=constant,
         denominator_eps=spec.denominator_eps,
         group_ids=group_ids,
+        sums=sums,
     )
     weights, log_correction = scale, None
     if spec.correction is not None:
         assert rollout is not None
         before = old if old is not None else clean(logprobs)
         assert before is not None
-        correction = correction_weights(spec.correction, before, rollout, mask, lengths)
+        correction = correction_weights(spec.correction, before, rollout, mask, lengths, sums)
         if spec.surrogate == "vespo":
             log_correction = torch.where(mask, correction.log(), 0.0)
         else:
@@ -617,7 +645,7 @@ def policy_columns(
     entropy_weights = None
     if spec.entropy_coef != 0.0:
         entropy_weights = spec.entropy_coef * aggregate_weights(
-            "token_mean", mask, lengths, dtype=dtype, n_tokens=n_tokens
+            "token_mean", mask, lengths, dtype=dtype, n_tokens=n_tokens, sums=sums
         )
     return TokenColumns(
         advantages=torch.where(mask, advantages.detach(), 0.0),
@@ -632,14 +660,21 @@ def policy_columns(
     )
 
 
-def pooled_columns(spec: Any, logprobs: Tensor, columns: TokenColumns, mask: Tensor, lengths: Tensor) -> TokenColumns:
+def pooled_columns(
+    spec: Any,
+    logprobs: Tensor,
+    columns: TokenColumns,
+    mask: Tensor,
+    lengths: Tensor,
+    sums: SegmentSum = segment_sum,
+) -> TokenColumns:
     """Return the columns with the sequence's log-ratio filled in, for losses that couple the tokens of a sequence."""
     if spec.surrogate == "vespo":
-        pooled: Tensor | None = vespo_log_weight(spec, logprobs, columns, mask, lengths)
+        pooled: Tensor | None = vespo_log_weight(spec, logprobs, columns, mask, lengths, sums)
     elif spec.surrogate == "geometric":
-        pooled = geometric_log_ratio(spec, logprobs, columns, mask, lengths)
+        pooled = geometric_log_ratio(spec, logprobs, columns, mask, lengths, sums)
     else:
-        pooled = sequence_log_ratio(spec, logprobs, columns.anchor, mask, lengths)
+        pooled = sequence_log_ratio(spec, logprobs, columns.anchor, mask, lengths, sums)
     return columns._replace(sequence_log_ratio=pooled)
 
 

@@ -23,6 +23,7 @@ from fastrl.losses.policy_metrics import policy_metrics
 from fastrl.losses.policy_presets import PRESETS, preset_fields
 from fastrl.ops.linear_token_logprobs import check_head, inverse_temperature, linear_token_logprobs, make_head
 from fastrl.ops.policy import fused_policy_terms
+from fastrl.ops.segments import segment_sum
 from fastrl.ops.token_logprobs import token_logprobs
 
 RATIO_LEVELS = ("token", "sequence", "sequence_token", "sequence_sum", "none")
@@ -104,7 +105,7 @@ class RolloutCorrection:
         keep = keep.reshape(-1)
         old = torch.where(keep, layout.tokens("old_logprobs", old_logprobs), 0.0)
         rollout = torch.where(keep, layout.tokens("rollout_logprobs", rollout_logprobs).to(old.dtype), 0.0)
-        return layout.restore(reference.correction_weights(self, old, rollout, keep, layout.lengths))
+        return layout.restore(reference.correction_weights(self, old, rollout, keep, layout.lengths, segment_sum))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -529,9 +530,9 @@ class PolicyLoss:
         live = torch.where(batch.mask, logprobs.to(dtype), 0.0)
         live_entropy = None if entropy is None else torch.where(batch.mask, entropy.to(dtype), 0.0)
         columns = self.columns(layout, batch, live)
-        columns = reference.pooled_columns(self, live, columns, batch.mask, layout.lengths)
+        columns = reference.pooled_columns(self, live, columns, batch.mask, layout.lengths, segment_sum)
         terms = fused_policy_terms(self, live, live_entropy, columns)
-        loss = reference.total(terms.contribution, layout.lengths)
+        loss = reference.total(terms.contribution, layout.lengths, segment_sum)
         metrics = policy_metrics(
             self, batch, live.detach(), None if live_entropy is None else live_entropy.detach(), columns, terms
         )
@@ -560,6 +561,7 @@ class PolicyLoss:
             n_sequences=batch.n_sequences,
             constant=self.constant if self.constant is not None else layout.shape[-1],
             logprobs=None if live is None else live.detach(),
+            sums=segment_sum,
         )
 
 

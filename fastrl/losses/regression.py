@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl import checks, reference
+from fastrl import checks
 from fastrl.losses.layout import Layout
 from fastrl.losses.output import LossOutput
+from fastrl.ops.segments import segment_sum
 
 
 def sequence_square_loss(
@@ -69,8 +70,8 @@ def sequence_square_loss(
         return torch.where(keep.reshape(-1), flat, 0.0)
 
     log_ratio = live("logprobs", logprobs) - live("anchor_logprobs", anchor_logprobs).detach()
-    pooled = reference.segment_sum(log_ratio, layout.lengths)
-    present = reference.segment_sum(keep.reshape(-1).to(dtype), layout.lengths) > 0
+    pooled = segment_sum(log_ratio, layout.lengths)
+    present = segment_sum(keep.reshape(-1).to(dtype), layout.lengths) > 0
     wanted = layout.sequences("targets", checks.float_tensor("targets", targets)).detach().to(dtype)
     residual = scale * pooled - torch.where(present, wanted, 0.0)
     count = present.sum()

@@ -16,7 +16,6 @@ from fastrl import reference
 from fastrl.ops import dispatch
 from fastrl.ops.token_logprobs import once_differentiable
 
-BACKENDS = ("auto", "torch", "triton")
 CONSTANTS = (
     "advantages",
     "weights",
@@ -68,9 +67,7 @@ def fused_policy_terms(
         `TokenTerms`. `contribution` carries the gradient with respect to `logprobs`, `entropy` and
         `columns.sequence_log_ratio`; from the kernel, once (`create_graph=True` is refused).
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-    if not _on_triton(backend, logprobs.device):
+    if not dispatch.kernel_runs(backend, logprobs.device):
         return reference.token_terms(spec, logprobs, entropy, columns)
     if columns.entropy_weights is None:
         entropy = None
@@ -98,13 +95,6 @@ def fused_policy_terms(
         clipped_high=above,
         dual_clipped=dual if spec.surrogate == "clip" and spec.dual_clip is not None else None,
     )
-
-
-def _on_triton(backend: str, device: torch.device) -> bool:
-    """Return whether the kernel runs: "auto" never interprets it."""
-    if backend == "auto":
-        return device.type in dispatch.GPU_TYPES and dispatch.triton_available(device)[0]
-    return dispatch.choose(backend, device).backend == "triton"
 
 
 def _axes(spec: Any) -> tuple[str, str, str, str, str]:
