@@ -139,6 +139,27 @@ def total(x: Tensor, lengths: Tensor, sums: SegmentSum = segment_sum) -> Tensor:
     return sums(x.to(_accumulator(x)), lengths).sum().to(x.dtype)
 
 
+def reverse_scan(
+    b: Tensor,  # (N,)
+    c: Tensor,  # (N,) 0 where a sequence ends
+    reach: int,
+) -> Tensor:
+    """Return x (N,) with x_t = b_t + c_t x_{t+1}, where no run of non-zero `c` is longer than `reach`.
+
+    Every step doubles the reach of all positions (Hillis and Steele 1986): log2(reach) steps over whole tensors.
+    """
+    x, c = b.clone(), c.clone()
+    step = 1
+    while step < min(reach, b.numel()):
+        # Selected, not multiplied: a NaN behind the end of the sequence must not come through a factor of zero.
+        ahead = torch.where(c[:-step] != 0, c[:-step] * x[step:], 0.0)
+        carried = c[:-step] * c[step:]
+        x = torch.cat([x[:-step] + ahead, x[-step:]])
+        c = torch.cat([carried, torch.zeros_like(c[-step:])])
+        step *= 2
+    return x
+
+
 # --- KL estimates -----------------------------------------------------------------------------------------------------
 
 

@@ -146,6 +146,12 @@ def launch_segment_sum(dtype: torch.dtype, *, n: int = 64, size: int = 8) -> Non
     segments.segment_sum_bwd(sums, offsets, n)
 
 
+def launch_reverse_scan(dtype: torch.dtype, *, n: int = 64, size: int = 8) -> None:
+    """Launch the recurrence over segments."""
+    b = torch.empty(n, dtype=dtype)
+    segments.reverse_scan_fwd(b, b, torch.arange(0, n + 1, size))
+
+
 POLICY_CASES = {
     "policy/clip": lambda _: launch_policy(policy.PolicyAxes("clip", kl="k3"), dual_clip=3.0),
     "policy/clip of a sequence": lambda _: launch_policy(policy.PolicyAxes("clip"), coupled=True),
@@ -155,6 +161,8 @@ POLICY_CASES = {
 SEGMENT_CASES = {
     "segments/sum/fp32": lambda _: launch_segment_sum(torch.float32),
     "segments/sum/fp64": lambda _: launch_segment_sum(torch.float64),
+    "segments/scan/fp32": lambda _: launch_reverse_scan(torch.float32),
+    "segments/scan/fp64": lambda _: launch_reverse_scan(torch.float64),
 }
 # A new kernel is one entry: a name, and a call of its host function for a dtype.
 CASES: dict[str, Callable[[torch.dtype], None]] = {
@@ -202,8 +210,9 @@ def lengths_and_scalars() -> dict[str, int]:
     with recorded() as launches:
         for size in range(2, 52):
             launch_segment_sum(torch.float32, n=size * 7, size=size)
-    # Forward and backward.
-    counts["segments: 50 lengths of sums"] = len({x.key(target) for x in launches})
+            launch_reverse_scan(torch.float64, n=size * 7, size=size)
+    # The sum, its gradient, the scan.
+    counts["segments: 50 lengths"] = len({x.key(target) for x in launches})
     with recorded() as launches:
         for n in range(1, 51):
             bounds = {"low": 1.0 - n / 100, "high": 1.0 + n / 100, "dual_clip": 1.0 + n, "tau_pos": float(n)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from oracle import assert_as_accurate
@@ -11,9 +12,10 @@ from policy_cases import interpreted
 from torch import Tensor
 
 from fastrl import reference
-from fastrl.losses import policy
+from fastrl.losses import policy, returns
 from fastrl.losses.policy import PolicyLoss, RolloutCorrection
-from fastrl.ops.segments import segment_sum
+from fastrl.losses.returns import discounted_returns, gae, td_lambda_returns
+from fastrl.ops.segments import reverse_scan, segment_sum
 from fastrl_kernels import segments
 from fastrl_kernels.launch import Tile
 
@@ -187,3 +189,98 @@ def test_losses_over_sequences_sum_with_the_kernel(name: str, monkeypatch: pytes
     packed = evaluate({k: v[inside] for k, v in tokens.items()}, cu_seqlens=offsets)
     assert torch.equal(packed[0], padded[0])
     assert torch.equal(packed[1], padded[1][inside])
+
+
+# --- recurrences ------------------------------------------------------------------------------------------------------
+
+
+def kernel_scan(b: Tensor, c: Tensor, lengths: Tensor, reach: int = 0) -> Tensor:
+    return reverse_scan(b, c, lengths, reach, backend="triton")
+
+
+def loop_scan(b: Tensor, c: Tensor, lengths: Tensor) -> Tensor:
+    """Return the recurrence element by element, at the dtype of `b`; of float64 at NumPy's widest, rounded."""
+    wide = np.longdouble if b.dtype == torch.float64 else np.float32
+    x, factors = b.cpu().numpy().astype(wide), c.cpu().numpy().astype(wide)
+    begin = 0
+    for length in lengths.tolist():
+        for t in reversed(range(begin, begin + length - 1)):
+            x[t] += factors[t] * x[t + 1]
+        begin += length
+    return torch.from_numpy(x.astype(np.float64)).to(b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("decay", [0.0, 0.95, 1.0])
+@pytest.mark.parametrize("name", LENGTHS)
+def test_scan_is_the_recurrence(
+    name: str, decay: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr(segments, "SCAN_TILE", Tile(64, 4))
+    lengths = torch.tensor([min(n, 300) for n in LENGTHS[name]], dtype=torch.int64, device=DEVICE)
+    n = int(lengths.sum())
+    b = torch.randn(n, device=DEVICE).to(dtype)
+    c = torch.full((n,), decay, dtype=dtype, device=DEVICE)
+    c[::7] = 0.0
+    x = kernel_scan(b, c, lengths)
+    assert x.dtype == dtype
+    exact = loop_scan(b.double(), c.double(), lengths)
+    error = loop_scan(b.float(), c.float(), lengths).double() - exact
+    scale = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+    assert_as_accurate("x", x, exact, exact + scale * error)
+
+
+def test_a_factor_of_zero_keeps_a_nan_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a tile and across tiles; a NaN reaches the elements before it, in its segment, up to the zero."""
+    monkeypatch.setattr(segments, "SCAN_TILE", Tile(16, 1))
+    b, c = torch.ones(100, device=DEVICE), torch.ones(100, device=DEVICE)
+    b[[20, 70]] = math.nan
+    c[[17, 40]] = 0.0
+    x = kernel_scan(b, c, torch.tensor([50, 50], device=DEVICE))
+    assert x.isnan().nonzero().squeeze(1).tolist() == [18, 19, 20, *range(50, 71)]
+    assert x[:18].tolist() == list(range(18, 0, -1))
+
+
+@pytest.mark.parametrize("padding", [1, 15, 16, 70])
+def test_scan_of_zeros_behind_the_end_changes_no_bit(padding: int, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setattr(segments, "SCAN_TILE", Tile(32, 1))
+    lengths, width = [0, 1, 31, 32, 65], 65 + padding
+    inside = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
+    b = torch.where(inside, torch.randn(5, width), 0.0).to(DEVICE)
+    c = torch.rand(5, width, device=DEVICE)
+    padded = kernel_scan(b.reshape(-1), c.reshape(-1), torch.full((5,), width, device=DEVICE)).view(5, width)
+    packed = kernel_scan(b[inside], c[inside], torch.tensor(lengths, device=DEVICE))
+    assert torch.equal(packed, padded[inside])
+
+
+def test_scan_beyond_the_tensor_reaches_nothing() -> None:
+    one = torch.ones(5, device=DEVICE)
+    x = segments.reverse_scan_fwd(one, one, torch.tensor([2, 4_000], device=DEVICE))
+    assert x[2:].tolist() == [3.0, 2.0, 1.0]
+    assert bool(x[:2].isnan().all())
+
+
+@pytest.mark.parametrize("carry", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_advantages_and_returns_with_the_kernel(
+    packed: bool, carry: bool, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """What `gae`, the lambda-returns and the discounted returns give with PyTorch's steps, at real and odd lengths."""
+    lengths = torch.tensor([0, 1, 7, 1000, 4097] if packed else [70, 70, 70])
+    shape = (int(lengths.sum()),) if packed else (3, 70)
+    r, v, mask = torch.randn(shape), torch.randn(shape), torch.rand(shape) < 0.7
+    lam = torch.rand(len(lengths))
+    more = {"cu_seqlens": torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])} if packed else {}
+
+    def evaluate(r: Tensor, v: Tensor, lam: Tensor) -> dict[str, Tensor]:
+        options = {"gamma": 0.99, "lam": lam, "carry_over_masked": carry, **more}
+        advantages, targets = gae(r, v, mask, whiten=True, **options)
+        found = {"advantages": advantages, "returns": targets, "td": td_lambda_returns(r, v, mask, **options)}
+        for rule in ("skip", "reset") if not carry else ("through",):
+            found[rule] = discounted_returns(r, mask, gamma=0.99, masked=rule, **more)
+        return found
+
+    exact, eager = evaluate(r.double(), v.double(), lam.double()), evaluate(r, v, lam)
+    monkeypatch.setattr(returns, "reverse_scan", kernel_scan)
+    for name, got in evaluate(r, v, lam).items():
+        assert_as_accurate(name, got, exact[name], eager[name])

@@ -1,4 +1,4 @@
-"""Sums over the tokens of each sequence: a kernel where Triton runs, else PyTorch's segment_reduce.
+"""Sums and linear recurrences over the tokens of each sequence: a kernel where Triton runs, else plain PyTorch.
 
 Legend: N tokens, S sequences.
 """
@@ -37,6 +37,34 @@ def segment_sum(
     if not dispatch.kernel_runs(backend, x.device):
         return reference.segment_sum(x, lengths)
     return _segment_sum(x, F.pad(lengths.cumsum(0), (1, 0)))
+
+
+def reverse_scan(
+    b: Tensor,  # (N,)
+    c: Tensor,  # (N,) 0 where a sequence ends
+    lengths: Tensor,  # (S,) int64, summing to N
+    reach: int,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Return x (N,) with x_t = b_t + c_t x_{t+1} inside each sequence, x = b at its last token; not differentiated.
+
+    Where c_t is 0, what stands behind t does not matter, NaN neither. Terms of 0 behind the end of a sequence change no
+    bit. The kernel accumulates in float64, PyTorch in the dtype of `b`. No host synchronisation.
+
+    Args:
+        b: (N,) float32 or float64: the terms.
+        c: (N,) as `b`: the factors.
+        lengths: (S,) on the device of `b`; the caller has checked them.
+        reach: an upper bound of the lengths; the kernel does not need it.
+        backend: as for `segment_sum`.
+    """
+    b, c = b.detach(), c.detach()
+    if not dispatch.kernel_runs(backend, b.device):
+        return reference.reverse_scan(b, c, reach)
+    from fastrl_kernels import segments
+
+    return segments.reverse_scan_fwd(b, c, F.pad(lengths.cumsum(0), (1, 0)))
 
 
 @torch.library.custom_op("fastrl::segment_sum", mutates_args=())

@@ -1,10 +1,11 @@
-"""Sums and values over consecutive segments of a flat tensor: one program per segment, of any length.
+"""Sums and linear recurrences over consecutive segments of a flat tensor: one program per segment, of any length.
 
     sums_s = sum_{t in s} x_t          and, the gradient of one the other,          x_t = values_s for t in s
+    x_t = b_t + c_t x_{t+1} within the segment, x = b at its last element
 
-The tiles of a segment start at its first element and are added lane by lane in float64, so that zeros behind its end
-change no bit: a padded sequence has the sum of the packed one. Nothing is added atomically.
-N elements, S segments.
+The tiles of a segment start at its first element, and everything is added in float64 in an order that depends on the
+place in the segment only. Zeros behind its end change no bit: a padded sequence has the results of the packed one.
+Nothing is added atomically. N elements, S segments.
 """
 
 import torch
@@ -16,6 +17,7 @@ from fastrl_kernels.launch import COMPILE_OPTIONS, Tile, on_device_of
 
 # A sequence of RL post-training has 10^2 to 10^5 tokens: 1 to 100 steps. Not yet tuned on a device.
 SUM_TILE = Tile(1024, 4)
+SCAN_TILE = Tile(512, 4)
 
 
 @triton.jit
@@ -62,6 +64,75 @@ def _segment_sum_bwd_kernel(
     for start in range(begin, end, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         tl.store(x_ptr + offs, tl.zeros((BLOCK,), value.dtype) + value, mask=offs < end)
+
+
+@triton.jit
+def _then(c_later, x_later, c, b):
+    """Return the recurrence over a stretch of elements followed by another: (product of the factors, value).
+
+    Selected, not multiplied: a factor of zero keeps out a NaN that stands behind it.
+    """
+    return c_later * c, b + tl.where(c != 0, c * x_later, 0.0)
+
+
+@triton.jit(
+    do_not_specialize=["N"],
+    do_not_specialize_on_alignment=["b_ptr", "c_ptr", "offsets_ptr", "x_ptr"],
+)
+def _reverse_scan_fwd_kernel(
+    b_ptr,  # (N,)
+    c_ptr,  # (N,)
+    offsets_ptr,  # (S + 1,)
+    x_ptr,  # (N,)
+    N,
+    BLOCK: tl.constexpr,
+):
+    _, begin, end = _segment(offsets_ptr, N)
+    lanes = tl.arange(0, BLOCK)
+    carry = tl.zeros((), tl.float64)
+    tiles = tl.cdiv(tl.maximum(end - begin, 0), BLOCK)
+    for i in range(tiles):
+        # The first lane holds the last element of the tile, so that the scan runs forward over the lanes.
+        offs = begin + (tiles - 1 - i) * BLOCK + (BLOCK - 1 - lanes)
+        mask = offs < end
+        b = tl.load(b_ptr + offs, mask=mask, other=0.0).to(tl.float64)
+        c = tl.load(c_ptr + offs, mask=mask, other=1.0).to(tl.float64)
+        factor, x = tl.associative_scan((c, b), 0, _then)
+        x += tl.where(factor != 0, factor * carry, 0.0)
+        carry = tl.sum(tl.where(lanes == BLOCK - 1, x, 0.0), 0)
+        tl.store(x_ptr + offs, x.to(x_ptr.dtype.element_ty), mask=mask)
+
+
+def reverse_scan_fwd(
+    b: Tensor,  # (N,) float32 or float64, any stride
+    c: Tensor,  # (N,) as b
+    offsets: Tensor,  # (S + 1,) int32 or int64
+) -> Tensor:
+    """Return x (N,) with x_t = b_t + c_t x_{t+1} within each segment, x = b at its last element.
+
+    Accumulated in float64 and rounded once to the dtype of `b`. Where c_t is 0, what stands behind t does not matter,
+    NaN neither. Elements that no segment holds are NaN.
+
+    Args:
+        b: the terms.
+        c: the factors; that of a segment's last element is not used.
+        offsets: where each segment starts, and at the end N; what lies beyond N is not read.
+    """
+    segments = offsets.numel() - 1
+    x = torch.full((b.numel(),), float("nan"), dtype=b.dtype, device=b.device)
+    if segments > 0 and b.numel() > 0:
+        with on_device_of(b):
+            _reverse_scan_fwd_kernel[(segments,)](
+                b.contiguous(),
+                c.contiguous(),
+                offsets.contiguous(),
+                x,
+                b.numel(),
+                BLOCK=SCAN_TILE.block,
+                num_warps=SCAN_TILE.num_warps,
+                **COMPILE_OPTIONS,
+            )
+    return x
 
 
 def segment_sum_fwd(
