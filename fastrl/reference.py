@@ -493,6 +493,7 @@ def token_terms(
     Surrogates (A advantage, r ratio, sg stop-gradient, c = spec values):
         clip             -min(r A, clip(r, 1-low, 1+high) A), r capped by max_ratio, A < 0 floored by dual_clip
         reinforce        -A logp                     importance  -A r                nll  -logp
+        square           (A - tau u)^2 / (2 tau), u the log-ratio at its level (Kimi k1.5, arXiv 2501.12599, eq. 3)
         dft              -sg(exp logp) logp          sapo        -(4/tau) sigmoid(tau (r-1)) A
         clipped_weight   -sg(clip(r, weight_low, weight_high)) A logp
         masked_weight    -sg(r 1[weight_low < r < weight_high]) A logp
@@ -567,6 +568,8 @@ def _surrogate(
         return -advantages * logprobs, never, never, None
     if kind == "importance":
         return -advantages * ratio, never, never, None
+    if kind == "square":
+        return square_residual(u, advantages, spec.square_tau).square() / (2.0 * spec.square_tau), never, never, None
     if kind == "nll":
         return -logprobs, never, never, None
     if kind == "dft":
@@ -605,6 +608,11 @@ def _surrogate(
         return torch.where(dropped, 0.0, -advantages * ratio), below, above, None
     capped = torch.where(dropped, 0.0, one_sided(weight, spec.weight_low, spec.weight_high))
     return -capped * advantages * logprobs, below, above, None
+
+
+def square_residual(u: Tensor, target: Tensor, tau: float) -> Tensor:
+    """Return tau u - target, which the squared regression of a log-ratio brings to 0."""
+    return tau * u - target
 
 
 def policy_columns(

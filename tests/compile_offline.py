@@ -155,6 +155,7 @@ def launch_reverse_scan(dtype: torch.dtype, *, n: int = 64, size: int = 8) -> No
 POLICY_CASES = {
     "policy/clip": lambda _: launch_policy(policy.PolicyAxes("clip", kl="k3"), dual_clip=3.0),
     "policy/clip of a sequence": lambda _: launch_policy(policy.PolicyAxes("clip"), coupled=True),
+    "policy/square of a sequence": lambda _: launch_policy(policy.PolicyAxes("square"), coupled=True),
     "policy/sapo": lambda _: launch_policy(policy.PolicyAxes("sapo", "", "k3", "ratio_weighted", "own")),
     "policy/divergence_kl": lambda _: launch_policy(policy.PolicyAxes("divergence_kl", "", "k2", "straight_through")),
 }

@@ -52,6 +52,8 @@ REFERENCE = [
     Mutation("weight bounds open", "loss = -one_sided(weight, spec.weight_low, spec.weight_high)", "loss = -weight"),
     Mutation("reinforce sign flipped", "return -advantages * logprobs, never", "return advantages * logprobs, never"),
     Mutation("importance detached", "return -advantages * ratio, never", "return -advantages * weight, never"),
+    Mutation("square residual sign flipped", "return tau * u - target", "return tau * u + target"),
+    Mutation("square without its tau", ".square() / (2.0 * spec.square_tau), never", ".square() / 2.0, never"),
     Mutation("nll sign flipped", "return -logprobs, never", "return logprobs, never"),
     Mutation("dft weight not detached", "-logprobs.detach().exp() * logprobs", "-logprobs.exp() * logprobs"),
     Mutation("sapo temperatures swapped", "spec.tau_pos, spec.tau_neg, ratio", "spec.tau_neg, spec.tau_pos, ratio"),
@@ -113,9 +115,15 @@ KERNEL = [
     Mutation("policy weight dropped", "tl.where(counts, weights * d_ratio, 0.0)", "tl.where(counts, d_ratio, 0.0)"),
     Mutation("weight 0 multiplies", "tl.where(counts, weights * surrogate, 0.0)", "weights * surrogate * 2.0"),
     Mutation("slope of the tangent", "tl.where(far, EXP_AT_LIMIT, near)", "tl.where(far, beyond, near)"),
+    Mutation("square without its tau", "surrogate = d_u * d_u / (2.0 * tau)", "surrogate = d_u * d_u / 2.0"),
+    Mutation("square residual halved", "d_u = tau * u - advantages", "d_u = 0.5 * (tau * u - advantages)"),
     Mutation("log-ratio gate dropped", "tl.where(token_inside > 0, grad_u, 0.0)", "grad_u"),
     Mutation("own ratio's gate dropped", "tl.where(kl_inside > 0, d_ratio * kl_slope, 0.0)", "d_ratio * kl_slope"),
-    Mutation("limit of the sequence dropped", "tl.where(u <= LOG_RATIO_LIMIT, grad_u, 0.0)", "grad_u"),
+    Mutation(
+        "limit of the sequence dropped",
+        "tl.where(u <= LOG_RATIO_LIMIT, grad_ratio * ratio_slope, 0.0)",
+        "grad_ratio * ratio_slope",
+    ),
     Mutation("KL gradient sign flipped", "beyond_linear), -expm1", "beyond_linear), expm1"),
     Mutation(
         "entropy ignored", "contribution -= tl.where(entropy_weights", "contribution -= 0.5 * tl.where(entropy_weights"

@@ -226,7 +226,8 @@ def test_fused_packing_and_masked_garbage_change_no_bit(name: str, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    "name", ["grpo", "dapo", "cispo", "sapo", "dppo_kl", "opmd", "sft", "gspo", "gspo_token", "gmpo", "vespo"]
+    "name",
+    ["grpo", "dapo", "cispo", "sapo", "dppo_kl", "opmd", "sft", "gspo", "gspo_token", "gmpo", "vespo", "opmd_sequence"],
 )
 @pytest.mark.parametrize("bonus", [0.0, 0.03])
 def test_three_entries_agree(name: str, bonus: float) -> None:

@@ -31,6 +31,7 @@ SURROGATES = (
     "clip",
     "reinforce",
     "importance",
+    "square",
     "nll",
     "dft",
     "clipped_weight",
@@ -49,6 +50,12 @@ WEIGHTED = ("clipped_weight", "masked_weight", "topr", *DIVERGENCES)
 RATIO_FREE = ("reinforce", "nll", "dft")
 OWN_SEQUENCE_RATIO = ("vespo", "geometric")
 AGGREGATES = ("token_mean", "sequence_mean", "sequence_sum", "constant", "token_sum", "prompt_mean")
+# Numbers of one surrogate.
+OWNERS = {
+    **dict.fromkeys(("tau_pos", "tau_neg"), "sapo"),
+    **dict.fromkeys(("k_pos", "k_neg", "lambda_pos", "lambda_neg"), "vespo"),
+    "square_tau": "square",
+}
 KL_GRADIENTS = ("plain", "ratio_weighted", "straight_through", "straight_through_ratio")
 
 
@@ -153,6 +160,8 @@ class PolicyLoss:
     """VESPO rate for A >= 0."""
     lambda_neg: float | None = 2.0
     """VESPO rate for A < 0."""
+    square_tau: float | None = 0.1
+    """tau of surrogate "square", which pulls tau times the log-ratio (of `ratio_level`) to A."""
     kl: str | None = None
     """KL estimate in the loss: None, "k1", "k2", "k3", "abs"."""
     kl_coef: float = 0.0
@@ -186,7 +195,7 @@ class PolicyLoss:
 
     def __post_init__(self) -> None:
         """Raise `ValueError` for anything outside the axes."""
-        for field in ("kl_to", "kl_gradient", "tau_pos", "tau_neg", "k_pos", "k_neg", "lambda_pos", "lambda_neg"):
+        for field in ("kl_to", "kl_gradient", *OWNERS):
             if getattr(self, field) is None:
                 object.__setattr__(self, field, _DEFAULTS[field])
         if self.carrier is None and self.surrogate in DIVERGENCES:
@@ -210,7 +219,7 @@ class PolicyLoss:
 
     def _check_numbers(self) -> None:
         positive = ("log_ratio_clamp", "sequence_log_ratio_max", "kl_log_ratio_clamp", "kl_value_clamp", "kl_ratio_max")
-        for name in (*positive, "constant", "tau_pos", "tau_neg"):
+        for name in (*positive, "constant", "tau_pos", "tau_neg", "square_tau"):
             if getattr(self, name) is not None:
                 checks.plain_float(name, getattr(self, name), low=0.0, open_low=True)
         for name in (
@@ -260,8 +269,7 @@ class PolicyLoss:
         for name, used in unused.items():
             if getattr(self, name) is not None and not used:
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect here: {_NEEDS[name]}")
-        for name in ("tau_pos", "tau_neg", "k_pos", "k_neg", "lambda_pos", "lambda_neg"):
-            owner = "sapo" if name.startswith("tau") else "vespo"
+        for name, owner in OWNERS.items():
             if getattr(self, name) != _DEFAULTS[name] and self.surrogate != owner:
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect here: it needs surrogate={owner!r}")
         for name in ("clip_low", "clip_high"):

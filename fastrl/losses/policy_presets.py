@@ -326,6 +326,11 @@ PRESETS: Mapping[str, Preset] = {
             "roll": "its name there is kimi15",
         },
     ),
+    "opmd_sequence": Preset(
+        {"surrogate": "square", "ratio_level": "sequence_sum", "aggregate": "sequence_mean", **_OPEN},
+        "(A - tau u)^2 / (2 tau), u = sum_t (logp - old), mean over sequences",
+        "Kimi k1.5 2025, arXiv 2501.12599, eq. 3, as the paper has it",
+    ),
     "topr": Preset(
         {"surrogate": "topr", "weight_low": 0.0, "weight_high": 1.0, **_OPEN},
         "positive: -A logp; negative: -sg(clip(r, 0, 1)) A logp; mean over tokens",
@@ -431,7 +436,7 @@ _QUALIFIERS: Mapping[str, frozenset[str]] = {
     "kl": frozenset(
         {"kl_coef", "kl_gradient", "kl_ratio_anchor", "kl_log_ratio_clamp", "kl_value_clamp", "kl_fraction"}
     ),
-    "surrogate": frozenset({"carrier", "weight_low", "weight_high", "dual_clip"}),
+    "surrogate": frozenset({"carrier", "weight_low", "weight_high", "dual_clip", "square_tau"}),
 }
 
 

@@ -39,6 +39,7 @@ NUMBERS = (
     "k_neg",
     "lambda_pos",
     "lambda_neg",
+    "square_tau",
     "log_ratio_bound",
     "kl_log_ratio_bound",
     "kl_value_bound",

@@ -61,6 +61,7 @@ class PolicyNumbers(NamedTuple):
     k_neg: float = 3.0
     lambda_pos: float = 3.0
     lambda_neg: float = 2.0
+    square_tau: float = 0.1
     log_ratio_bound: float = 1e4
     kl_log_ratio_bound: float = 1e4
     kl_value_bound: float = math.inf
@@ -358,6 +359,7 @@ def _policy_fwd_kernel(
     k_neg: "fp64",  # noqa: F821
     lambda_pos: "fp64",  # noqa: F821
     lambda_neg: "fp64",  # noqa: F821
+    square_tau: "fp64",  # noqa: F821
     log_ratio_bound: "fp64",  # noqa: F821
     kl_log_ratio_bound: "fp64",  # noqa: F821
     kl_value_bound: "fp64",  # noqa: F821
@@ -387,10 +389,10 @@ def _policy_fwd_kernel(
         u = token_u
     ratio, ratio_slope = _exp_linear(u)
 
-    # The surrogate: value, d_ratio, d_logp.
+    # The surrogate: value, d_ratio, d_logp, and d_u beside what goes through the ratio.
     zero = tl.zeros_like(logp)
     never = (advantages < 0) & (advantages > 0)
-    d_ratio, d_logp, below, above, dual = zero, zero, never, never, never
+    d_ratio, d_logp, d_u, below, above, dual = zero, zero, zero, never, never, never
     if SURROGATE == "clip":
         surrogate, d_ratio, dual = _clipped_ratio(
             ratio,
@@ -407,6 +409,10 @@ def _policy_fwd_kernel(
         surrogate, d_logp = -advantages * logp, -advantages
     elif SURROGATE == "importance":
         surrogate, d_ratio = -advantages * ratio, -advantages
+    elif SURROGATE == "square":
+        tau = tl.full((), square_tau, ACC)
+        d_u = tau * u - advantages
+        surrogate = d_u * d_u / (2.0 * tau)
     elif SURROGATE == "nll":
         surrogate, d_logp = -logp, zero - 1.0
     elif SURROGATE == "dft":
@@ -442,6 +448,7 @@ def _policy_fwd_kernel(
     contribution = tl.where(counts, weights * surrogate, 0.0)
     grad_logp = tl.where(counts, weights * d_logp, 0.0)
     grad_ratio = tl.where(counts, weights * d_ratio, 0.0)
+    grad_u = tl.where(counts, weights * d_u, 0.0)
 
     if KL != "":
         kl_ratio = ratio
@@ -485,9 +492,14 @@ def _policy_fwd_kernel(
     if dual_clipped_ptr is not None:
         tl.store(dual_clipped_ptr + offs, dual.to(tl.int8), mask=mask)
     if grad_logprobs_ptr is not None:
-        grad_u = grad_ratio * ratio_slope
+        # The exponential lets a gradient through up to the limit; what is a function of u itself has none.
+        through_ratio = tl.where(u <= LOG_RATIO_LIMIT, grad_ratio * ratio_slope, 0.0)
+        if SURROGATE == "square":
+            grad_u += through_ratio
+        else:
+            grad_u = through_ratio
         if grad_sequence_ptr is not None:
-            tl.store(grad_sequence_ptr + offs, tl.where(u <= LOG_RATIO_LIMIT, grad_u, 0.0), mask=mask)
+            tl.store(grad_sequence_ptr + offs, grad_u, mask=mask)
         else:
             grad_logp += tl.where(token_inside > 0, grad_u, 0.0)
         tl.store(grad_logprobs_ptr + offs, grad_logp, mask=mask)
