@@ -187,22 +187,26 @@ def kl_estimate(
     log_ratio_clamp: float | tuple[float | None, float | None] | None = None,
     value_clamp: float | None = None,
     ratio_max: float | None = None,
+    value_clamp_order: str = "before",
 ) -> Tensor:
     """Return the per-token KL estimate, of the shape of `logprobs`.
 
     gradient: "plain" differentiates the clamped estimate; "ratio_weighted" multiplies it by `ratio`, which is not
     detached; "straight_through" has the value of the estimate and the gradient of k2; "straight_through_ratio" the
-    gradient of sg(min(ratio, ratio_max)) k2.
+    gradient of sg(min(ratio, ratio_max)) k2. `value_clamp` bounds the estimate, or with value_clamp_order "after" the
+    estimate times the ratio of "ratio_weighted".
     """
     raw = (logprobs - other).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     low, high = log_ratio_clamp if isinstance(log_ratio_clamp, tuple) else _symmetric(log_ratio_clamp)
     value = kl_value(one_sided(raw, low, high), estimator)
-    value = one_sided(value, *_symmetric(value_clamp))
+    late = gradient == "ratio_weighted" and value_clamp_order == "after"
+    if not late:
+        value = one_sided(value, *_symmetric(value_clamp))
     if gradient == "plain":
         return value
     if gradient == "ratio_weighted":
         assert ratio is not None
-        return value * ratio
+        return one_sided(value * ratio, *_symmetric(value_clamp)) if late else value * ratio
     k2 = 0.5 * raw.square()
     if gradient == "straight_through_ratio":
         assert ratio is not None
@@ -530,6 +534,7 @@ def token_terms(
             spec.kl_log_ratio_clamp,
             spec.kl_value_clamp,
             spec.kl_ratio_max,
+            spec.kl_value_clamp_order,
         )
         if columns.kl_weights is not None:
             contribution = contribution + torch.where(columns.kl_weights != 0, columns.kl_weights * kl, zero)

@@ -90,6 +90,14 @@ REFERENCE = [
     Mutation("kl_ratio_max ignored", "one_sided(ratio.detach(), None, ratio_max)", "ratio.detach()"),
     Mutation("KL value clamp ignored", "value = one_sided(value, *_symmetric(value_clamp))", "value = value * 1.0"),
     Mutation(
+        "KL clamp always before",
+        'late = gradient == "ratio_weighted" and value_clamp_order == "after"',
+        "late = False",
+    ),
+    Mutation(
+        "KL clamp always after", 'late = gradient == "ratio_weighted" and value_clamp_order == "after"', "late = True"
+    ),
+    Mutation(
         "KL log-ratio clamp ignored", "value = kl_value(one_sided(raw, low, high), est", "value = kl_value(raw, est"
     ),
     Mutation("one token too many", "per_sequence = (one / n_tokens)", "per_sequence = (one / (n_tokens + 1))"),
@@ -115,6 +123,8 @@ KERNEL = [
     Mutation("policy weight dropped", "tl.where(counts, weights * d_ratio, 0.0)", "tl.where(counts, d_ratio, 0.0)"),
     Mutation("weight 0 multiplies", "tl.where(counts, weights * surrogate, 0.0)", "weights * surrogate * 2.0"),
     Mutation("slope of the tangent", "tl.where(far, EXP_AT_LIMIT, near)", "tl.where(far, beyond, near)"),
+    Mutation("KL product not bounded", "value = _between(weighted, ", "value = weighted + 0.0 * _between(weighted, "),
+    Mutation("KL product's gate dropped", "d_ratio = _gate(raw_value, weighted,", "d_ratio = _gate(raw_value, 0.0,"),
     Mutation("square without its tau", "surrogate = d_u * d_u / (2.0 * tau)", "surrogate = d_u * d_u / 2.0"),
     Mutation("square residual halved", "d_u = tau * u - advantages", "d_u = 0.5 * (tau * u - advantages)"),
     Mutation("log-ratio gate dropped", "tl.where(token_inside > 0, grad_u, 0.0)", "grad_u"),

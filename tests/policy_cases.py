@@ -210,6 +210,8 @@ def kl_fields(axes: tuple[str, str] | None, variant: int) -> dict[str, Any]:
         fields |= {"kl_log_ratio_clamp": 0.5, "kl_value_clamp": 0.3}
         if gradient == "straight_through_ratio":
             fields["kl_ratio_max"] = 1.1
+        if gradient == "ratio_weighted":
+            fields["kl_value_clamp_order"] = ("before", "after")[variant // 2 % 2]
     if "ratio" in gradient:
         fields["kl_ratio_anchor"] = (None, "rollout", "self")[variant % 3]
     return fields

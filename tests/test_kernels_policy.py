@@ -290,7 +290,7 @@ def test_numbers_and_columns_have_the_kernels_names() -> None:
     defaults = PolicyLoss()
     assert op._numbers(defaults) == list(kernels.PolicyNumbers())
     axes = dataclasses.replace(defaults, kl="k3", kl_gradient="ratio_weighted", kl_ratio_anchor="self")
-    assert op._axes(axes) == ("clip", "", "k3", "ratio_weighted", "own")
+    assert op._axes(axes) == ("clip", "", "k3", "ratio_weighted", "own", "before")
 
 
 def test_op_has_a_schema_a_fake_and_a_gradient() -> None:

@@ -319,6 +319,8 @@ CONTRADICTIONS: list[tuple[str, dict[str, object]]] = [
     ("kl_coef", {"kl_coef": 0.1}),
     ("kl_gradient", {"kl_gradient": "ratio_weighted"}),
     ("kl_value_clamp", {"kl_value_clamp": 10.0}),
+    ("kl_value_clamp_order", {"kl": "k3", "kl_value_clamp": 10.0, "kl_value_clamp_order": "after"}),
+    ("kl_value_clamp_order", {"kl": "k3", "kl_gradient": "ratio_weighted", "kl_value_clamp_order": "after"}),
     ("kl_ratio_max", {"kl": "k3", "kl_ratio_max": 10.0}),
     ("kl_ratio_anchor", {"kl": "k3", "kl_ratio_anchor": "self"}),
     ("kl_fraction", {"kl_fraction": 0.1}),

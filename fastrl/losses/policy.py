@@ -174,6 +174,9 @@ class PolicyLoss:
     """Bound of logp - logp_other inside the estimate."""
     kl_value_clamp: float | None = None
     """Bound of the estimate's value."""
+    kl_value_clamp_order: str = "before"
+    """With "ratio_weighted": whether `kl_value_clamp` bounds the estimate "before" it is multiplied by the ratio
+    (NeMo-RL), or the product, "after" (slime)."""
     kl_ratio_max: float | None = None
     """Cap of the ratio in "straight_through_ratio"."""
     kl_ratio_anchor: str | None = None
@@ -212,6 +215,7 @@ class PolicyLoss:
         checks.one_of("kl", self.kl, (None, "k1", "k2", "k3", "abs"))
         checks.one_of("kl_to", self.kl_to, ("ref", "old", "rollout"))
         checks.one_of("kl_gradient", self.kl_gradient, KL_GRADIENTS)
+        checks.one_of("kl_value_clamp_order", self.kl_value_clamp_order, ("before", "after"))
         checks.one_of("kl_ratio_anchor", self.kl_ratio_anchor, (None, "old", "rollout", "self"))
         checks.one_of("aggregate", self.aggregate, AGGREGATES)
         if self.correction is not None and not isinstance(self.correction, RolloutCorrection):
@@ -281,6 +285,13 @@ class PolicyLoss:
             raise ValueError(f"kl_coef={self.kl_coef} needs an estimator: kl='k1', 'k2', 'k3' or 'abs'")
         if self.kl is None and self.kl_gradient != "plain":
             raise ValueError(f"kl_gradient={self.kl_gradient!r} needs an estimator: kl='k1', 'k2', 'k3' or 'abs'")
+        if self.kl_value_clamp_order == "after" and (
+            self.kl_gradient != "ratio_weighted" or self.kl_value_clamp is None
+        ):
+            raise ValueError(
+                "kl_value_clamp_order='after' has no effect here: it needs kl_gradient='ratio_weighted' and "
+                "kl_value_clamp"
+            )
         if self.denominator_eps != 0.0 and self.aggregate != "sequence_mean":
             raise ValueError(
                 f"denominator_eps={self.denominator_eps} has no effect here: it needs aggregate='sequence_mean'"

@@ -98,14 +98,14 @@ def fused_policy_terms(
     )
 
 
-def _axes(spec: Any) -> tuple[str, str, str, str, str]:
-    """Return (surrogate, carrier, kl, kl_gradient, kl_ratio) as the kernel names them."""
+def _axes(spec: Any) -> tuple[str, str, str, str, str, str]:
+    """Return (surrogate, carrier, kl, kl_gradient, kl_ratio, kl_clamp) as the kernel names them."""
     kl_ratio = "loss"
     if spec.kl_ratio_anchor is not None:
         kl_ratio = "own"
     elif spec.ratio_level == "none":
         kl_ratio = "anchor"
-    return spec.surrogate, spec.carrier or "", spec.kl or "", spec.kl_gradient, kl_ratio
+    return spec.surrogate, spec.carrier or "", spec.kl or "", spec.kl_gradient, kl_ratio, spec.kl_value_clamp_order
 
 
 def _numbers(spec: Any) -> list[float]:
@@ -153,13 +153,14 @@ def _policy_terms(
     kl: str,
     kl_gradient: str,
     kl_ratio: str,
+    kl_clamp: str,
     numbers: Sequence[float],
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from fastrl_kernels import policy
 
     results = policy.policy_terms(
-        policy.PolicyAxes(surrogate, carrier, kl, kl_gradient, kl_ratio),
+        policy.PolicyAxes(surrogate, carrier, kl, kl_gradient, kl_ratio, kl_clamp),
         policy.PolicyNumbers(**dict(zip(NUMBERS, numbers, strict=True))),
         logprobs,
         entropy,
@@ -196,6 +197,7 @@ def _(
     kl: str,
     kl_gradient: str,
     kl_ratio: str,
+    kl_clamp: str,
     numbers: Sequence[float],
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -228,7 +230,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     once_differentiable()
-    upstream, rest = grads[0], ([None] * ctx.n_constants, *(None,) * 8)
+    upstream, rest = grads[0], ([None] * ctx.n_constants, *(None,) * 9)
     if upstream is None:
         return (None, None, None, *rest)
     grad_logprobs, grad_sequence, entropy_weights = ctx.saved_tensors

@@ -43,6 +43,8 @@ class PolicyAxes(NamedTuple):
     kl_gradient: str = "plain"
     kl_ratio: str = "loss"
     """Ratio in the KL term: "loss" that of the loss; "anchor", "own": the token's to `anchor`, `kl_ratio_anchor`."""
+    kl_clamp: str = "before"
+    """"after": the value bound is on the estimate times the ratio of "ratio_weighted", else on the estimate."""
 
 
 class PolicyNumbers(NamedTuple):
@@ -283,7 +285,17 @@ def _kl_value(x, KL: tl.constexpr):
 
 
 @triton.jit
-def _kl_term(logp, other, ratio, log_ratio_bound, value_bound, ratio_max, KL: tl.constexpr, GRADIENT: tl.constexpr):
+def _kl_term(
+    logp,
+    other,
+    ratio,
+    log_ratio_bound,
+    value_bound,
+    ratio_max,
+    KL: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    CLAMP: tl.constexpr,
+):
     """Return the KL term, d_logp, and d_ratio."""
     # Bounds of log-ratios are at most `LOG_RATIO_LIMIT`: one clamp stands for both.
     x, inside = _log_ratio(logp, other, log_ratio_bound)
@@ -292,6 +304,11 @@ def _kl_term(logp, other, ratio, log_ratio_bound, value_bound, ratio_max, KL: tl
     d_ratio = tl.zeros_like(logp)
     if GRADIENT == "plain":
         d_logp = tl.where(inside > 0, _gate(slope, raw_value, -value_bound, value_bound), 0.0)
+    elif GRADIENT == "ratio_weighted" and CLAMP == "after":
+        weighted = raw_value * ratio
+        value = _between(weighted, -value_bound, value_bound)
+        d_logp = tl.where(inside > 0, _gate(ratio * slope, weighted, -value_bound, value_bound), 0.0)
+        d_ratio = _gate(raw_value, weighted, -value_bound, value_bound)
     elif GRADIENT == "ratio_weighted":
         d_logp = tl.where(inside > 0, _gate(ratio * slope, raw_value, -value_bound, value_bound), 0.0)
         d_ratio = value
@@ -369,6 +386,7 @@ def _policy_fwd_kernel(
     KL: tl.constexpr,
     KL_GRADIENT: tl.constexpr,
     KL_RATIO: tl.constexpr,
+    KL_CLAMP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     ACC: tl.constexpr = contribution_ptr.dtype.element_ty
@@ -467,6 +485,7 @@ def _policy_fwd_kernel(
             tl.full((), kl_ratio_max, ACC),
             KL,
             KL_GRADIENT,
+            KL_CLAMP,
         )
         tl.store(kl_ptr + offs, kl, mask=mask)
         if kl_weights_ptr is not None:
@@ -576,6 +595,7 @@ def policy_terms(
                 KL=axes.kl,
                 KL_GRADIENT=axes.kl_gradient,
                 KL_RATIO=axes.kl_ratio if "ratio" in axes.kl_gradient else "loss",
+                KL_CLAMP=axes.kl_clamp,
                 BLOCK=TILE.block,
                 num_warps=TILE.num_warps,
                 **COMPILE_OPTIONS,
