@@ -79,9 +79,15 @@ REFERENCE = [
         "0.0, weight)\n    return -capped",
     ),
     Mutation("k3 linear term flipped", "exp_linear(-x) - 1.0, inside) + x", "exp_linear(-x) - 1.0, inside) - x"),
+    Mutation("k3 series without its half", "return 0.5 * x * x * series", "return x * x * series"),
+    Mutation(
+        "k3 series of the other sign",
+        "exp_remainder(torch.where(near, -x, 0.0))",
+        "exp_remainder(torch.where(near, x, 0.0))",
+    ),
     Mutation("k2 without its half", "return 0.5 * x.square()", "return x.square()"),
     Mutation("abs without its bars", "return x.abs()", "return x"),
-    Mutation("KL ratio detached", "return value * ratio", "return value * ratio.detach()"),
+    Mutation("KL ratio detached", "if late else value * ratio", "if late else value * ratio.detach()"),
     Mutation(
         "straight-through gradient is the estimate's",
         "return value.detach() + (k2 - k2.detach())",

@@ -100,6 +100,9 @@ BOUNDS = {
     "kl clamp at 1": PolicyLoss(kl="k3", kl_coef=1.0, kl_log_ratio_clamp=1.0),
     "kl value at k2(1)": PolicyLoss(kl="k2", kl_coef=1.0, kl_value_clamp=0.5),
     "kl value at k1(1)": PolicyLoss(kl="k1", kl_coef=1.0, kl_value_clamp=1.0),
+    "kl product at 1": PolicyLoss(
+        kl="k1", kl_coef=1.0, kl_gradient="ratio_weighted", kl_value_clamp=1.0, kl_value_clamp_order="after"
+    ),
     "abs at 0": PolicyLoss(kl="abs", kl_coef=1.0),
     "kl ratio at 65": PolicyLoss(
         kl="k2", kl_coef=1.0, kl_gradient="straight_through_ratio", kl_ratio_max=ratio_at(65.0)

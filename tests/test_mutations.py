@@ -77,6 +77,8 @@ def by_hand() -> None:
     loose = PolicyLoss(surrogate="importance", clip_low=None, clip_high=None)
     close(one_token(loose, -2.0, **old), -math.e, -math.e)
     close(one_token(dataclasses.replace(loose, log_ratio_clamp=0.5), -2.0, **old), -math.exp(0.5), 0.0)
+    square = dataclasses.replace(loose, surrogate="square", square_tau=0.5)
+    close(one_token(square, -2.0, **old), (1.0 - 0.5) ** 2 / (2.0 * 0.5), -(1.0 - 0.5))
     pooled = dataclasses.replace(loose, ratio_level="sequence", sequence_log_ratio_max=0.5)
     close(one_token(pooled, -2.0, **old), -math.exp(0.5), 0.0)
 
