@@ -21,6 +21,7 @@ estimate and their gradients stay finite and keep their sign for log-ratios of 1
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,8 @@ EXP_LIMIT = 32.0
 LOG_RATIO_LIMIT = 1e4
 VESPO_LOG_WEIGHT_MIN, VESPO_LOG_WEIGHT_MAX = math.log(1e-8), 20.0
 BINARY_KL_EPS = 1e-8
+# Below this |x|, e^x - 1 - x is its series: the difference has lost a digit at 0.5 and all of them at 1e-7 in float32.
+SERIES_REACH, SERIES_ORDER = 0.5, 16
 
 
 # --- vocabulary operation ---------------------------------------------------------------------------------------------
@@ -99,6 +102,14 @@ def exp_linear(x: Tensor) -> Tensor:
     return torch.where(x > EXP_LIMIT, math.exp(EXP_LIMIT) * (x - (EXP_LIMIT - 1.0)), x.clamp(max=EXP_LIMIT).exp())
 
 
+def exp_remainder(x: Tensor) -> Tensor:
+    """Return e^x - 1 - x for |x| <= `SERIES_REACH` as x^2/2 (1 + x/3 (1 + x/4 (...))), to a few roundings of itself."""
+    series = torch.ones_like(x)
+    for i in range(SERIES_ORDER, 2, -1):
+        series = series * x * (1.0 / i) + 1.0
+    return 0.5 * x * x * series
+
+
 def one_sided(x: Tensor, low: float | None, high: float | None) -> Tensor:
     """Clamp `x` to [low, high], either side open when None."""
     return x if low is None and high is None else x.clamp(min=low, max=high)
@@ -117,10 +128,15 @@ def segment_sum(
     return total.to(x.dtype)
 
 
-def segment_mean(x: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
+SegmentSum = Callable[[Tensor, Tensor], Tensor]
+"""(values (N,), lengths (S,)) -> sums (S,): what the functions that pool over sequences take, so that a kernel may
+stand in for `segment_sum`."""
+
+
+def segment_mean(x: Tensor, mask: Tensor, lengths: Tensor, sums: SegmentSum = segment_sum) -> Tensor:
     """Return the (S,) means of `x` over the live tokens of each segment; 0 where a segment has none."""
-    count = segment_sum(mask.to(x.dtype), lengths).clamp(min=1.0)
-    return segment_sum(torch.where(mask, x, 0.0), lengths) / count
+    count = sums(mask.to(x.dtype), lengths).clamp(min=1.0)
+    return sums(torch.where(mask, x, 0.0), lengths) / count
 
 
 def spread(per_sequence: Tensor, lengths: Tensor, n_tokens: int) -> Tensor:
@@ -128,10 +144,30 @@ def spread(per_sequence: Tensor, lengths: Tensor, n_tokens: int) -> Tensor:
     return per_sequence.repeat_interleave(lengths, output_size=n_tokens)
 
 
-def total(x: Tensor, lengths: Tensor) -> Tensor:
+def total(x: Tensor, lengths: Tensor, sums: SegmentSum = segment_sum) -> Tensor:
     """Return the sum of `x` (N,), sequence by sequence: padding and packing give the same bits."""
-    per_sequence = torch.segment_reduce(x.to(_accumulator(x)), "sum", lengths=lengths, unsafe=True, initial=0)
-    return per_sequence.sum().to(x.dtype)
+    return sums(x.to(_accumulator(x)), lengths).sum().to(x.dtype)
+
+
+def reverse_scan(
+    b: Tensor,  # (N,)
+    c: Tensor,  # (N,) 0 where a sequence ends
+    reach: int,
+) -> Tensor:
+    """Return x (N,) with x_t = b_t + c_t x_{t+1}, where no run of non-zero `c` is longer than `reach`.
+
+    Every step doubles the reach of all positions (Hillis and Steele 1986): log2(reach) steps over whole tensors.
+    """
+    x, c = b.clone(), c.clone()
+    step = 1
+    while step < min(reach, b.numel()):
+        # Selected, not multiplied: a NaN behind the end of the sequence must not come through a factor of zero.
+        ahead = torch.where(c[:-step] != 0, c[:-step] * x[step:], 0.0)
+        carried = c[:-step] * c[step:]
+        x = torch.cat([x[:-step] + ahead, x[-step:]])
+        c = torch.cat([carried, torch.zeros_like(c[-step:])])
+        step *= 2
+    return x
 
 
 # --- KL estimates -----------------------------------------------------------------------------------------------------
@@ -140,7 +176,7 @@ def total(x: Tensor, lengths: Tensor) -> Tensor:
 def kl_value(x: Tensor, estimator: str) -> Tensor:
     """Return the KL estimate of the log-ratio x = logp - logp_other (Schulman 2020, "Approximating KL divergence").
 
-    k1 = x; k2 = x^2/2; k3 = exp(-x) - 1 + x; abs = |x|. k3 is formed as expm1(-x) + x, exactly 0 at x = 0.
+    k1 = x; k2 = x^2/2; k3 = exp(-x) - 1 + x; abs = |x|. k3 is accurate relative to itself for every x, exactly 0 at 0.
     """
     if estimator == "k1":
         return x
@@ -148,8 +184,10 @@ def kl_value(x: Tensor, estimator: str) -> Tensor:
         return 0.5 * x.square()
     if estimator == "abs":
         return x.abs()
+    near = x.abs() < SERIES_REACH
     inside = torch.expm1((-x).clamp(max=EXP_LIMIT))
-    return torch.where(-x > EXP_LIMIT, exp_linear(-x) - 1.0, inside) + x
+    beyond = torch.where(-x > EXP_LIMIT, exp_linear(-x) - 1.0, inside) + x
+    return torch.where(near, exp_remainder(torch.where(near, -x, 0.0)), beyond)
 
 
 def kl_estimate(
@@ -161,22 +199,26 @@ def kl_estimate(
     log_ratio_clamp: float | tuple[float | None, float | None] | None = None,
     value_clamp: float | None = None,
     ratio_max: float | None = None,
+    value_clamp_order: str = "before",
 ) -> Tensor:
     """Return the per-token KL estimate, of the shape of `logprobs`.
 
     gradient: "plain" differentiates the clamped estimate; "ratio_weighted" multiplies it by `ratio`, which is not
     detached; "straight_through" has the value of the estimate and the gradient of k2; "straight_through_ratio" the
-    gradient of sg(min(ratio, ratio_max)) k2.
+    gradient of sg(min(ratio, ratio_max)) k2. `value_clamp` bounds the estimate, or with value_clamp_order "after" the
+    estimate times the ratio of "ratio_weighted".
     """
     raw = (logprobs - other).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     low, high = log_ratio_clamp if isinstance(log_ratio_clamp, tuple) else _symmetric(log_ratio_clamp)
     value = kl_value(one_sided(raw, low, high), estimator)
-    value = one_sided(value, *_symmetric(value_clamp))
+    late = gradient == "ratio_weighted" and value_clamp_order == "after"
+    if not late:
+        value = one_sided(value, *_symmetric(value_clamp))
     if gradient == "plain":
         return value
     if gradient == "ratio_weighted":
         assert ratio is not None
-        return value * ratio
+        return one_sided(value * ratio, *_symmetric(value_clamp)) if late else value * ratio
     k2 = 0.5 * raw.square()
     if gradient == "straight_through_ratio":
         assert ratio is not None
@@ -213,6 +255,7 @@ def correction_weights(
     rollout: Tensor,  # (N,) log-probs that the inference engine reported
     mask: Tensor,  # (N,) bool
     lengths: Tensor,  # (S,)
+    sums: SegmentSum = segment_sum,
 ) -> Tensor:
     """Return the detached weights (N,) that multiply the policy term; 1 outside the mask and at NaN `rollout`.
 
@@ -226,7 +269,7 @@ def correction_weights(
     if spec.op == "gate":
         if spec.statistic == "ratio":
             statistic = (
-                delta if spec.level == "token" else spread(_reduce(delta, mask, lengths, spec.level), lengths, n)
+                delta if spec.level == "token" else spread(_reduce(delta, mask, lengths, spec.level, sums), lengths, n)
             )
             statistic = exp_linear(statistic)
         else:
@@ -234,12 +277,12 @@ def correction_weights(
             live_old, live_rollout = torch.where(known, old, zero), torch.where(known, rollout, zero)
             statistic = _gate_statistic(spec, delta, live_old.detach(), live_rollout.detach())
             if spec.level != "token":
-                statistic = spread(_reduce(statistic, mask, lengths, spec.level), lengths, n)
+                statistic = spread(_reduce(statistic, mask, lengths, spec.level, sums), lengths, n)
         weights = torch.where(_inside(statistic, spec.low, spec.high), exp_linear(token_delta), 0.0)
     else:
         log_weights = token_delta
         if spec.level != "token":
-            reduced = one_sided(_reduce(delta, mask, lengths, spec.level), *_symmetric(spec.log_weight_clamp))
+            reduced = one_sided(_reduce(delta, mask, lengths, spec.level, sums), *_symmetric(spec.log_weight_clamp))
             log_weights = spread(reduced, lengths, n)
         weights = exp_linear(log_weights)
         if spec.op == "truncate":
@@ -249,17 +292,17 @@ def correction_weights(
     if spec.batch_normalize:
         live = torch.where(mask, weights, 0.0)
         if spec.level == "token":
-            mean = total(live, lengths) / mask.sum().clamp(min=1)
+            mean = total(live, lengths, sums) / mask.sum().clamp(min=1)
         else:
-            present = segment_sum(mask.to(weights.dtype), lengths) > 0
-            mean = segment_mean(live, mask, lengths).sum() / present.sum().clamp(min=1)
+            present = sums(mask.to(weights.dtype), lengths) > 0
+            mean = segment_mean(live, mask, lengths, sums).sum() / present.sum().clamp(min=1)
         weights = weights / mean.clamp(min=torch.finfo(weights.dtype).tiny)
     return torch.where(mask, weights, 1.0)
 
 
-def _reduce(x: Tensor, mask: Tensor, lengths: Tensor, level: str) -> Tensor:
+def _reduce(x: Tensor, mask: Tensor, lengths: Tensor, level: str, sums: SegmentSum) -> Tensor:
     """Return the mean ("sequence") or the sum ("sequence_sum") over the live tokens of each sequence, (S,)."""
-    return segment_mean(x, mask, lengths) if level == "sequence" else segment_sum(torch.where(mask, x, 0.0), lengths)
+    return segment_mean(x, mask, lengths, sums) if level == "sequence" else sums(torch.where(mask, x, 0.0), lengths)
 
 
 def _inside(x: Tensor, low: float | None, high: float | None) -> Tensor:
@@ -285,6 +328,7 @@ def aggregate_weights(
     constant: float | None = None,
     denominator_eps: float = 0.0,
     group_ids: Tensor | None = None,  # (S,) prompt of each sequence, for "prompt_mean"
+    sums: SegmentSum = segment_sum,
 ) -> Tensor:
     """Return s_t (N,), zero outside the mask, such that the aggregated loss is sum_t s_t l_t.
 
@@ -294,7 +338,7 @@ def aggregate_weights(
     """
     n = mask.numel()
     wide = torch.float64 if mask.device.type != "mps" else torch.float32
-    counts = segment_sum(mask.to(wide), lengths)
+    counts = sums(mask.to(wide), lengths)
     if n_tokens is None:
         n_tokens = counts.sum().clamp(min=1.0)
     if n_sequences is None:
@@ -362,7 +406,12 @@ def log_ratio(spec: Any, logprobs: Tensor, anchor: Tensor | None) -> Tensor:
 
 
 def sequence_log_ratio(
-    spec: Any, logprobs: Tensor, anchor: Tensor | None, mask: Tensor, lengths: Tensor
+    spec: Any,
+    logprobs: Tensor,
+    anchor: Tensor | None,
+    mask: Tensor,
+    lengths: Tensor,
+    sums: SegmentSum = segment_sum,
 ) -> Tensor | None:
     """Return the sequence's log-ratio spread over its tokens (N,), or None for token-level ratios.
 
@@ -374,31 +423,45 @@ def sequence_log_ratio(
     n = logprobs.numel()
     u = log_ratio(spec, logprobs, anchor)
     if spec.ratio_level == "sequence_sum":
-        pooled = spread(_reduce(u, mask, lengths, "sequence_sum"), lengths, n)
+        pooled = spread(_reduce(u, mask, lengths, "sequence_sum", sums), lengths, n)
     else:
-        pooled = spread(_reduce(u, mask, lengths, "sequence"), lengths, n)
+        pooled = spread(_reduce(u, mask, lengths, "sequence", sums), lengths, n)
     if spec.ratio_level == "sequence_token":
         pooled = pooled.detach() + (logprobs - logprobs.detach())
     return one_sided(pooled, None, spec.sequence_log_ratio_max)
 
 
-def vespo_log_weight(spec: Any, logprobs: Tensor, columns: TokenColumns, mask: Tensor, lengths: Tensor) -> Tensor:
+def vespo_log_weight(
+    spec: Any,
+    logprobs: Tensor,
+    columns: TokenColumns,
+    mask: Tensor,
+    lengths: Tensor,
+    sums: SegmentSum = segment_sum,
+) -> Tensor:
     """Return VESPO's sequence log-weight spread over the tokens (N,), detached (arXiv 2602.10693)."""
     anchor = columns.anchor
     u = (logprobs.detach() - (logprobs.detach() if anchor is None else anchor)).clamp(-20.0, 20.0)
     if columns.log_correction is not None:
         u = u + columns.log_correction.clamp(VESPO_LOG_WEIGHT_MIN, VESPO_LOG_WEIGHT_MAX)
-    pooled = segment_sum(torch.where(mask, u, 0.0), lengths)
+    pooled = sums(torch.where(mask, u, 0.0), lengths)
     return spread(pooled.clamp(VESPO_LOG_WEIGHT_MIN, VESPO_LOG_WEIGHT_MAX), lengths, logprobs.numel())
 
 
-def geometric_log_ratio(spec: Any, logprobs: Tensor, columns: TokenColumns, mask: Tensor, lengths: Tensor) -> Tensor:
+def geometric_log_ratio(
+    spec: Any,
+    logprobs: Tensor,
+    columns: TokenColumns,
+    mask: Tensor,
+    lengths: Tensor,
+    sums: SegmentSum = segment_sum,
+) -> Tensor:
     """Return GMPO's mean of one-sidedly clipped token log-ratios spread over the tokens (arXiv 2507.20673)."""
     u = log_ratio(spec, logprobs, columns.anchor)
     clipped = torch.where(
         columns.advantages > 0, one_sided(u, None, spec.clip_high), one_sided(u, _neg(spec.clip_low), None)
     )
-    return spread(segment_mean(torch.where(mask, clipped, 0.0), mask, lengths), lengths, logprobs.numel())
+    return spread(segment_mean(torch.where(mask, clipped, 0.0), mask, lengths, sums), lengths, logprobs.numel())
 
 
 def _neg(bound: float | None) -> float | None:
@@ -446,6 +509,7 @@ def token_terms(
     Surrogates (A advantage, r ratio, sg stop-gradient, c = spec values):
         clip             -min(r A, clip(r, 1-low, 1+high) A), r capped by max_ratio, A < 0 floored by dual_clip
         reinforce        -A logp                     importance  -A r                nll  -logp
+        square           (A - tau u)^2 / (2 tau), u the log-ratio at its level (Kimi k1.5, arXiv 2501.12599, eq. 3)
         dft              -sg(exp logp) logp          sapo        -(4/tau) sigmoid(tau (r-1)) A
         clipped_weight   -sg(clip(r, weight_low, weight_high)) A logp
         masked_weight    -sg(r 1[weight_low < r < weight_high]) A logp
@@ -482,6 +546,7 @@ def token_terms(
             spec.kl_log_ratio_clamp,
             spec.kl_value_clamp,
             spec.kl_ratio_max,
+            spec.kl_value_clamp_order,
         )
         if columns.kl_weights is not None:
             contribution = contribution + torch.where(columns.kl_weights != 0, columns.kl_weights * kl, zero)
@@ -520,6 +585,8 @@ def _surrogate(
         return -advantages * logprobs, never, never, None
     if kind == "importance":
         return -advantages * ratio, never, never, None
+    if kind == "square":
+        return square_residual(u, advantages, spec.square_tau).square() / (2.0 * spec.square_tau), never, never, None
     if kind == "nll":
         return -logprobs, never, never, None
     if kind == "dft":
@@ -560,6 +627,11 @@ def _surrogate(
     return -capped * advantages * logprobs, below, above, None
 
 
+def square_residual(u: Tensor, target: Tensor, tau: float) -> Tensor:
+    """Return tau u - target, which the squared regression of a log-ratio brings to 0."""
+    return tau * u - target
+
+
 def policy_columns(
     spec: Any,  # PolicyLoss
     *,
@@ -577,6 +649,7 @@ def policy_columns(
     n_sequences: float | Tensor | None = None,
     constant: float | None = None,  # length in the denominator of aggregate="constant"
     logprobs: Tensor | None = None,  # (N,) stands for the old log-probs in the correction when they are absent
+    sums: SegmentSum = segment_sum,
 ) -> TokenColumns:
     """Return the columns of the token arithmetic; everything under the mask has been replaced by zero."""
     dtype = advantages.dtype
@@ -596,13 +669,14 @@ def policy_columns(
         constant=constant,
         denominator_eps=spec.denominator_eps,
         group_ids=group_ids,
+        sums=sums,
     )
     weights, log_correction = scale, None
     if spec.correction is not None:
         assert rollout is not None
         before = old if old is not None else clean(logprobs)
         assert before is not None
-        correction = correction_weights(spec.correction, before, rollout, mask, lengths)
+        correction = correction_weights(spec.correction, before, rollout, mask, lengths, sums)
         if spec.surrogate == "vespo":
             log_correction = torch.where(mask, correction.log(), 0.0)
         else:
@@ -617,7 +691,7 @@ def policy_columns(
     entropy_weights = None
     if spec.entropy_coef != 0.0:
         entropy_weights = spec.entropy_coef * aggregate_weights(
-            "token_mean", mask, lengths, dtype=dtype, n_tokens=n_tokens
+            "token_mean", mask, lengths, dtype=dtype, n_tokens=n_tokens, sums=sums
         )
     return TokenColumns(
         advantages=torch.where(mask, advantages.detach(), 0.0),
@@ -632,14 +706,21 @@ def policy_columns(
     )
 
 
-def pooled_columns(spec: Any, logprobs: Tensor, columns: TokenColumns, mask: Tensor, lengths: Tensor) -> TokenColumns:
+def pooled_columns(
+    spec: Any,
+    logprobs: Tensor,
+    columns: TokenColumns,
+    mask: Tensor,
+    lengths: Tensor,
+    sums: SegmentSum = segment_sum,
+) -> TokenColumns:
     """Return the columns with the sequence's log-ratio filled in, for losses that couple the tokens of a sequence."""
     if spec.surrogate == "vespo":
-        pooled: Tensor | None = vespo_log_weight(spec, logprobs, columns, mask, lengths)
+        pooled: Tensor | None = vespo_log_weight(spec, logprobs, columns, mask, lengths, sums)
     elif spec.surrogate == "geometric":
-        pooled = geometric_log_ratio(spec, logprobs, columns, mask, lengths)
+        pooled = geometric_log_ratio(spec, logprobs, columns, mask, lengths, sums)
     else:
-        pooled = sequence_log_ratio(spec, logprobs, columns.anchor, mask, lengths)
+        pooled = sequence_log_ratio(spec, logprobs, columns.anchor, mask, lengths, sums)
     return columns._replace(sequence_log_ratio=pooled)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from fastrl import PolicyLoss
-from fastrl.losses.policy_presets import PRESETS, TRAINER_KL, TRAINERS, shown
+from fastrl.losses import catalogue, preference_presets
+from fastrl.losses.policy_presets import PRESETS, TRAINER_KL, TRAINERS, Fields, Preset, shown
 from fastrl.losses.unified import gradient_coefficients
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -40,27 +41,53 @@ def code(text: str) -> str:
     return f"`{text}`" if text else ""
 
 
-def presets_table() -> str:
+def presets_of(presets: Mapping[str, Preset], fields_of: Callable[[Fields], str] = shown) -> str:
     """Return name, formula, source and fields of every preset; bounds that the loss does not have are not shown."""
     rows = []
-    for name, preset in PRESETS.items():
+    for name, preset in presets.items():
         fields = {key: value for key, value in preset.fields.items() if value is not None}
-        rows.append([code(name), code(preset.formula), preset.paper, code(shown(fields)) or "the defaults"])
+        rows.append([code(name), code(preset.formula), preset.paper, code(fields_of(fields)) or "the defaults"])
     return table(["preset", "loss", "source", "fields"], rows)
 
 
-def styles_table() -> str:
+def styles_of(presets: Mapping[str, Preset], fields_of: Callable[[Fields], str] = shown) -> str:
     """Return, per preset, the trainers that have it and what each does differently."""
     rows = []
-    for name, preset in PRESETS.items():
+    for name, preset in presets.items():
         same = [style for style, fields in preset.styles.items() if not fields and style not in preset.notes]
         if same:
             rows.append([code(name), ", ".join(same), "the same"])
         for style, fields in preset.styles.items():
             if style not in same:
-                said = [part for part in (code(shown(fields)) or "the same", preset.notes.get(style)) if part]
+                said = [part for part in (code(fields_of(fields)) or "the same", preset.notes.get(style)) if part]
                 rows.append([code(name), style, "; ".join(said)])
     return table(["preset", "style", "fields that differ"], rows)
+
+
+def presets_table() -> str:
+    """Return the policy presets."""
+    return presets_of(PRESETS)
+
+
+def styles_table() -> str:
+    """Return the styles of the policy presets."""
+    return styles_of(PRESETS)
+
+
+def preferences_table() -> str:
+    """Return the preference presets."""
+    return presets_of(preference_presets.PRESETS, preference_presets.shown_fields)
+
+
+def preference_styles_table() -> str:
+    """Return the styles of the preference presets."""
+    return styles_of(preference_presets.PRESETS, preference_presets.shown_fields)
+
+
+def entries_table(entries: Sequence[catalogue.Entry]) -> str:
+    """Return call, formula, source and trainers of functions."""
+    rows = [[code(entry.call()), code(entry.formula), entry.source, entry.trainers] for entry in entries]
+    return table(["call", "formula", "source", "trainers"], rows)
 
 
 def trainers_table() -> str:
@@ -76,7 +103,13 @@ GENERATED: dict[str, Callable[[], str]] = {
     "presets": presets_table,
     "styles": styles_table,
     "trainers": trainers_table,
+    "preferences": preferences_table,
+    "preference_styles": preference_styles_table,
+    "kl": lambda: entries_table(catalogue.KL),
+    "advantages": lambda: entries_table(catalogue.ADVANTAGES),
+    "others": lambda: entries_table(catalogue.OTHERS),
 }
+README: dict[str, Callable[[], str]] = {"presets": presets_table, "preferences": preferences_table}
 
 
 def page(text: str, name: str = "losses.md") -> str:
@@ -85,7 +118,7 @@ def page(text: str, name: str = "losses.md") -> str:
     Raises:
         ValueError: a mark that is not known, or one that is missing.
     """
-    wanted = {"losses.md": GENERATED, "README.md": {"presets": presets_table}}[name]
+    wanted = {"losses.md": GENERATED, "README.md": README}[name]
     marks = re.findall(r"<!-- generated: (\w+) -->", text)
     if sorted(marks) != sorted(wanted):
         raise ValueError(f"the page must mark each of {', '.join(wanted)} once, got {', '.join(marks) or 'none'}")

@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastrl_kernels import advantages, policy, row_statistics, token_logprobs
+from fastrl_kernels import advantages, policy, row_statistics, segments, token_logprobs
 
 TABLE = Path(__file__).parent / "data" / "kernel_resources.json"
 TARGETS = {
@@ -139,11 +139,31 @@ def launch_policy(axes: policy.PolicyAxes, *, n: int = 64, coupled: bool = False
     policy.policy_terms(axes, policy.PolicyNumbers(**numbers), logprobs, entropy, shared if coupled else None, columns)
 
 
+def launch_segment_sum(dtype: torch.dtype, *, n: int = 64, size: int = 8) -> None:
+    """Launch the sums over segments and their gradient."""
+    offsets = torch.arange(0, n + 1, size)
+    sums = segments.segment_sum_fwd(torch.empty(n, dtype=dtype), offsets)
+    segments.segment_sum_bwd(sums, offsets, n)
+
+
+def launch_reverse_scan(dtype: torch.dtype, *, n: int = 64, size: int = 8) -> None:
+    """Launch the recurrence over segments."""
+    b = torch.empty(n, dtype=dtype)
+    segments.reverse_scan_fwd(b, b, torch.arange(0, n + 1, size))
+
+
 POLICY_CASES = {
     "policy/clip": lambda _: launch_policy(policy.PolicyAxes("clip", kl="k3"), dual_clip=3.0),
     "policy/clip of a sequence": lambda _: launch_policy(policy.PolicyAxes("clip"), coupled=True),
+    "policy/square of a sequence": lambda _: launch_policy(policy.PolicyAxes("square"), coupled=True),
     "policy/sapo": lambda _: launch_policy(policy.PolicyAxes("sapo", "", "k3", "ratio_weighted", "own")),
     "policy/divergence_kl": lambda _: launch_policy(policy.PolicyAxes("divergence_kl", "", "k2", "straight_through")),
+}
+SEGMENT_CASES = {
+    "segments/sum/fp32": lambda _: launch_segment_sum(torch.float32),
+    "segments/sum/fp64": lambda _: launch_segment_sum(torch.float64),
+    "segments/scan/fp32": lambda _: launch_reverse_scan(torch.float32),
+    "segments/scan/fp64": lambda _: launch_reverse_scan(torch.float64),
 }
 # A new kernel is one entry: a name, and a call of its host function for a dtype.
 CASES: dict[str, Callable[[torch.dtype], None]] = {
@@ -157,6 +177,7 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "advantages/mean/group": lambda dtype: launch_advantages(dtype, "group_mean", "group"),
     "advantages/leave one out/batch": lambda dtype: launch_advantages(dtype, "leave_one_out", "batch"),
     **POLICY_CASES,
+    **SEGMENT_CASES,
 }
 
 
@@ -187,6 +208,12 @@ def lengths_and_scalars() -> dict[str, int]:
         for size in range(2, 52):
             launch_advantages(torch.float32, "group_mean", "group", n=size * 7, size=size)
     counts["advantages: 50 group sizes and batch sizes"] = len({x.key(target) for x in launches})
+    with recorded() as launches:
+        for size in range(2, 52):
+            launch_segment_sum(torch.float32, n=size * 7, size=size)
+            launch_reverse_scan(torch.float64, n=size * 7, size=size)
+    # The sum, its gradient, the scan.
+    counts["segments: 50 lengths"] = len({x.key(target) for x in launches})
     with recorded() as launches:
         for n in range(1, 51):
             bounds = {"low": 1.0 - n / 100, "high": 1.0 + n / 100, "dual_clip": 1.0 + n, "tau_pos": float(n)}
@@ -250,8 +277,8 @@ def compile_case(case: str, dtype: str, target: str) -> dict[str, dict[str, Any]
 def report() -> dict[str, Any]:
     """Compile everything and count compilations."""
     jobs = [(case, dtype, target) for case in CASES for dtype in DTYPES for target in TARGETS]
-    # Log-probs are float32 whatever the logits are.
-    jobs = [job for job in jobs if job[0] not in POLICY_CASES or job[1] == "fp32"]
+    # Log-probs are float32 whatever the logits are, and the segment cases name their own dtype.
+    jobs = [job for job in jobs if job[0] not in POLICY_CASES | SEGMENT_CASES or job[1] == "fp32"]
     with ProcessPoolExecutor(2) as pool:
         results = list(pool.map(compile_case, *zip(*jobs, strict=True), chunksize=8))
     resources = {name: value for result in results for name, value in sorted(result.items())}

@@ -52,6 +52,8 @@ REFERENCE = [
     Mutation("weight bounds open", "loss = -one_sided(weight, spec.weight_low, spec.weight_high)", "loss = -weight"),
     Mutation("reinforce sign flipped", "return -advantages * logprobs, never", "return advantages * logprobs, never"),
     Mutation("importance detached", "return -advantages * ratio, never", "return -advantages * weight, never"),
+    Mutation("square residual sign flipped", "return tau * u - target", "return tau * u + target"),
+    Mutation("square without its tau", ".square() / (2.0 * spec.square_tau), never", ".square() / 2.0, never"),
     Mutation("nll sign flipped", "return -logprobs, never", "return logprobs, never"),
     Mutation("dft weight not detached", "-logprobs.detach().exp() * logprobs", "-logprobs.exp() * logprobs"),
     Mutation("sapo temperatures swapped", "spec.tau_pos, spec.tau_neg, ratio", "spec.tau_neg, spec.tau_pos, ratio"),
@@ -77,9 +79,15 @@ REFERENCE = [
         "0.0, weight)\n    return -capped",
     ),
     Mutation("k3 linear term flipped", "exp_linear(-x) - 1.0, inside) + x", "exp_linear(-x) - 1.0, inside) - x"),
+    Mutation("k3 series without its half", "return 0.5 * x * x * series", "return x * x * series"),
+    Mutation(
+        "k3 series of the other sign",
+        "exp_remainder(torch.where(near, -x, 0.0))",
+        "exp_remainder(torch.where(near, x, 0.0))",
+    ),
     Mutation("k2 without its half", "return 0.5 * x.square()", "return x.square()"),
     Mutation("abs without its bars", "return x.abs()", "return x"),
-    Mutation("KL ratio detached", "return value * ratio", "return value * ratio.detach()"),
+    Mutation("KL ratio detached", "if late else value * ratio", "if late else value * ratio.detach()"),
     Mutation(
         "straight-through gradient is the estimate's",
         "return value.detach() + (k2 - k2.detach())",
@@ -87,6 +95,14 @@ REFERENCE = [
     ),
     Mutation("kl_ratio_max ignored", "one_sided(ratio.detach(), None, ratio_max)", "ratio.detach()"),
     Mutation("KL value clamp ignored", "value = one_sided(value, *_symmetric(value_clamp))", "value = value * 1.0"),
+    Mutation(
+        "KL clamp always before",
+        'late = gradient == "ratio_weighted" and value_clamp_order == "after"',
+        "late = False",
+    ),
+    Mutation(
+        "KL clamp always after", 'late = gradient == "ratio_weighted" and value_clamp_order == "after"', "late = True"
+    ),
     Mutation(
         "KL log-ratio clamp ignored", "value = kl_value(one_sided(raw, low, high), est", "value = kl_value(raw, est"
     ),
@@ -113,9 +129,17 @@ KERNEL = [
     Mutation("policy weight dropped", "tl.where(counts, weights * d_ratio, 0.0)", "tl.where(counts, d_ratio, 0.0)"),
     Mutation("weight 0 multiplies", "tl.where(counts, weights * surrogate, 0.0)", "weights * surrogate * 2.0"),
     Mutation("slope of the tangent", "tl.where(far, EXP_AT_LIMIT, near)", "tl.where(far, beyond, near)"),
+    Mutation("KL product not bounded", "value = _between(weighted, ", "value = weighted + 0.0 * _between(weighted, "),
+    Mutation("KL product's gate dropped", "d_ratio = _gate(raw_value, weighted,", "d_ratio = _gate(raw_value, 0.0,"),
+    Mutation("square without its tau", "surrogate = d_u * d_u / (2.0 * tau)", "surrogate = d_u * d_u / 2.0"),
+    Mutation("square residual halved", "d_u = tau * u - advantages", "d_u = 0.5 * (tau * u - advantages)"),
     Mutation("log-ratio gate dropped", "tl.where(token_inside > 0, grad_u, 0.0)", "grad_u"),
     Mutation("own ratio's gate dropped", "tl.where(kl_inside > 0, d_ratio * kl_slope, 0.0)", "d_ratio * kl_slope"),
-    Mutation("limit of the sequence dropped", "tl.where(u <= LOG_RATIO_LIMIT, grad_u, 0.0)", "grad_u"),
+    Mutation(
+        "limit of the sequence dropped",
+        "tl.where(u <= LOG_RATIO_LIMIT, grad_ratio * ratio_slope, 0.0)",
+        "grad_ratio * ratio_slope",
+    ),
     Mutation("KL gradient sign flipped", "beyond_linear), -expm1", "beyond_linear), expm1"),
     Mutation(
         "entropy ignored", "contribution -= tl.where(entropy_weights", "contribution -= 0.5 * tl.where(entropy_weights"

@@ -191,6 +191,8 @@ def fields_of(surrogate: str, variant: int) -> dict[str, Any]:
         fields |= {"weight_low": 0.9, "weight_high": 1.2} if even else {"weight_high": 1.1}
     if surrogate == "sapo":
         fields |= {"tau_pos": 1.3, "tau_neg": 0.7}
+    if surrogate == "square":
+        fields["square_tau"] = (0.3, 1.0, 2.5)[variant % 3]
     if surrogate == "vespo":
         fields |= {"k_pos": 1.5, "lambda_neg": 2.5}
     if surrogate in ("vespo", "geometric"):
@@ -208,6 +210,8 @@ def kl_fields(axes: tuple[str, str] | None, variant: int) -> dict[str, Any]:
         fields |= {"kl_log_ratio_clamp": 0.5, "kl_value_clamp": 0.3}
         if gradient == "straight_through_ratio":
             fields["kl_ratio_max"] = 1.1
+        if gradient == "ratio_weighted":
+            fields["kl_value_clamp_order"] = ("before", "after")[variant // 2 % 2]
     if "ratio" in gradient:
         fields["kl_ratio_anchor"] = (None, "rollout", "self")[variant % 3]
     return fields

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import re
 import shutil
@@ -12,9 +13,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from torch import Tensor
 
-from fastrl import PolicyLoss
+import fastrl
+from fastrl import LossOutput, PolicyLoss, PreferenceLoss
+from fastrl.losses import catalogue
 from fastrl.losses.policy_presets import TRAINERS
+from fastrl.losses.preference_presets import PRESETS, describe
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTION = re.search(
@@ -40,11 +46,79 @@ def test_the_page_of_losses_is_up_to_date(make_docs: ModuleType) -> None:
 
 def test_the_page_holds_every_preset_and_trainer(make_docs: ModuleType) -> None:
     text = make_docs.PAGES[0].read_text()
-    assert all(f"| `{name}` |" in text for name in (*PolicyLoss.presets(), *TRAINERS))
+    names = (*PolicyLoss.presets(), *PreferenceLoss.presets(), *TRAINERS)
+    assert all(f"| `{name}` |" in text for name in names)
+    readme = make_docs.PAGES[1].read_text()
+    assert all(f"| `{name}` |" in readme for name in (*PolicyLoss.presets(), *PreferenceLoss.presets()))
+
+
+@pytest.mark.parametrize("name", PreferenceLoss.presets())
+def test_a_preference_preset_says_what_it_is(name: str) -> None:
+    """Formula, source, defaults, and trainers that are known; every style builds, any other name is refused."""
+    preset, text = PRESETS[name], describe(name)
+    assert preset.formula in text
+    assert preset.paper in text
+    assert set(preset.notes) <= set(preset.styles) <= set(TRAINERS)
+    for style, fields in preset.styles.items():
+        assert style in text
+        loss = PreferenceLoss.preset(name, style=style)
+        assert {field: getattr(loss, field) for field in fields} == dict(fields)
+        assert fields or loss == PreferenceLoss.preset(name)
+    for other in {*TRAINERS, "TRL"} - set(preset.styles):
+        with pytest.raises(ValueError, match=f"style of '{name}' must be one of 'trl'.*got '{other}'"):
+            PreferenceLoss.preset(name, style=other)
+
+
+def inputs_of(function: str) -> dict[str, object]:
+    """Return small inputs for every required argument that the catalogue's options leave open."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return -torch.rand(*shape, generator=generator)
+
+    tokens = dict.fromkeys(
+        ("logprobs", "ref_logprobs", "old_logprobs", "teacher_logprobs", "token_rewards", "values", "old_values"),
+        draw(4, 3),
+    )
+    pairs = {"chosen_scores": draw(4), "rejected_scores": draw(4), "targets": draw(4), "lengths": torch.ones(4)}
+    more = {
+        "mask": torch.ones(4, 3),
+        "returns": draw(4, 3),
+        "sum_squared_probs": -draw(4, 3),
+        "anchor_logprobs": draw(4, 3),
+        "baseline_rewards": draw(4),
+        "rewards": draw(4, 3) if function in ("gae", "td_lambda_returns", "gdpo_advantages") else draw(4),
+        "step_rewards": draw(4, 2),
+        "step_ends": torch.tensor([[0, 2]] * 4),
+        "logits": draw(4, 3, 5),
+        "ref_logits": draw(4, 3, 5),
+        "labels": torch.ones(4, 3, dtype=torch.int64),
+        **{f"{side}_hidden": draw(4, 3, 6) for side in ("student", "teacher")},
+        **{f"{side}_weight": draw(5, 6) for side in ("student", "teacher")},
+    }
+    return {**tokens, **pairs, **more}
+
+
+@pytest.mark.parametrize("entry", [*catalogue.KL, *catalogue.ADVANTAGES, *catalogue.OTHERS], ids=catalogue.Entry.call)
+def test_the_functions_of_the_catalogue_are_there(entry: catalogue.Entry) -> None:
+    """Each call of the tables is a public function that takes the options and returns finite numbers."""
+    function = getattr(fastrl, entry.function)
+    given = inputs_of(entry.function)
+    required = {
+        name: given[name]
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is parameter.empty and name not in entry.options
+    }
+    result = function(**required, **entry.options)
+    for part in result if isinstance(result, tuple) and not isinstance(result, LossOutput) else (result,):
+        value = part.loss if isinstance(part, LossOutput) else part
+        assert bool(value.isfinite().all())
+    assert entry.formula
+    assert entry.source
 
 
 def test_a_page_without_a_mark_is_refused(make_docs: ModuleType) -> None:
-    with pytest.raises(ValueError, match="must mark each of presets, styles, trainers once"):
+    with pytest.raises(ValueError, match=r"must mark each of presets, styles, trainers, .* once"):
         make_docs.page("<!-- generated: presets -->\n<!-- end -->\n")
 
 

@@ -3,6 +3,7 @@
 import math
 from typing import Any, ClassVar
 
+import mpmath
 import pytest
 import torch
 from golden import Case, cases
@@ -86,13 +87,21 @@ def test_equal_policies_have_kl_exactly_zero(estimator: str, gradient: str, seed
     assert torch.equal(logprobs.grad, want)
 
 
-def test_k3_keeps_its_precision_for_small_gaps() -> None:
-    delta = torch.tensor([1e-3, 1e-4, -1e-3, 3e-5])
-    exact = kl_estimate(delta.double(), torch.zeros(4, dtype=torch.float64), "k3")
-    result = kl_estimate(delta, torch.zeros(4), "k3")
-    naive = (-delta).exp() - 1 + delta
-    error = (result.double() / exact - 1).abs().max()
-    assert error < 1e-2 < (naive.double() / exact - 1).abs().max()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_k3_is_accurate_relative_to_itself(dtype: torch.dtype) -> None:
+    """Within eight roundings of itself, and its slope too: at |x| = 1e-4 expm1(-x) + x alone errs 1e-3 in float32."""
+    small = torch.logspace(-6 if dtype == torch.float32 else -12, 0, 80, dtype=torch.float64)
+    edges = torch.tensor([0.5, 0.5 - 2**-20, 0.5 + 2**-20, 5.0, 30.0], dtype=torch.float64)
+    x = torch.cat([small, -small, edges, -edges]).to(dtype).requires_grad_()
+    value = kl_estimate(x, torch.zeros_like(x), "k3")
+    (slope,) = torch.autograd.grad(value.sum(), x)
+    with mpmath.workdps(60):
+        for at, got, grad in zip(x.tolist(), value.tolist(), slope.tolist(), strict=True):
+            wide = mpmath.mpf(at)
+            exact, exact_slope = mpmath.expm1(-wide) + wide, -mpmath.expm1(-wide)
+            eps = torch.finfo(dtype).eps
+            assert abs(got - exact) <= 8 * eps * abs(exact), f"k3({at}) = {got}"
+            assert abs(grad - exact_slope) <= 8 * eps * abs(exact_slope), f"slope of k3 at {at} = {grad}"
 
 
 def test_the_two_orders_of_clamp_and_ratio() -> None:

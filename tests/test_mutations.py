@@ -68,10 +68,17 @@ def by_hand() -> None:
     close(one_token(with_kl("k2", kl_value_clamp=0.25), -2.0, **ref), 2.0 + 0.25, -1.0)
     capped = with_kl("k2", kl_gradient="straight_through_ratio", kl_ratio_max=2.0, kl_ratio_anchor="old")
     close(one_token(capped, -2.0, **ref, **old), 2.0 + 1.125, -1.0 + 2.0 * 1.5)
+    # k2 is 1.125, times the ratio e it is 3.06: between the two stands the bound.
+    bounded = {"kl_gradient": "ratio_weighted", "kl_ratio_anchor": "old", "kl_value_clamp": 2.0}
+    product = 1.125 * math.e
+    close(one_token(with_kl("k2", **bounded), -2.0, **ref, **old), 2.0 + product, -1.0 + 1.5 * math.e + product)
+    close(one_token(with_kl("k2", **bounded, kl_value_clamp_order="after"), -2.0, **ref, **old), 2.0 + 2.0, -1.0)
     close(one_token(PolicyLoss.preset("dft"), -2.0), 2.0 * math.exp(-2.0), -math.exp(-2.0))
     loose = PolicyLoss(surrogate="importance", clip_low=None, clip_high=None)
     close(one_token(loose, -2.0, **old), -math.e, -math.e)
     close(one_token(dataclasses.replace(loose, log_ratio_clamp=0.5), -2.0, **old), -math.exp(0.5), 0.0)
+    square = dataclasses.replace(loose, surrogate="square", square_tau=0.5)
+    close(one_token(square, -2.0, **old), (1.0 - 0.5) ** 2 / (2.0 * 0.5), -(1.0 - 0.5))
     pooled = dataclasses.replace(loose, ratio_level="sequence", sequence_log_ratio_max=0.5)
     close(one_token(pooled, -2.0, **old), -math.exp(0.5), 0.0)
 

@@ -57,6 +57,7 @@ def test_compilations_do_not_grow_with_lengths_or_scalars(report: dict[str, Any]
         "token_logprobs: 8 vocabulary sizes": 4,
         "advantages: 50 group sizes and batch sizes": 1,
         "policy: 50 lengths and bounds": 1,
+        "segments: 50 lengths": 3,
     }
     assert {name: report["compilations"][name] for name in wanted} == wanted
 

@@ -71,7 +71,7 @@ def test_every_preset_runs_and_masked_data_cannot_matter(name: str) -> None:
 def test_presets_listed_by_the_contract_exist() -> None:
     listed = (
         "sft rft dft reinforce rloo gpg ppo grpo dr_grpo dapo bnpo gspo gspo_token gmpo cispo sapo vespo luspo opmd "
-        "topr dppo_tv dppo_kl clip_cov kl_cov"
+        "opmd_sequence topr dppo_tv dppo_kl clip_cov kl_cov"
     )
     assert set(listed.split()) <= set(PolicyLoss.presets())
 
@@ -310,10 +310,17 @@ CONTRADICTIONS: list[tuple[str, dict[str, object]]] = [
     ("carrier", {"carrier": "ratio"}),
     ("tau_pos", {"tau_pos": 0.5}),
     ("k_neg", {"k_neg": 1.0}),
+    ("square_tau", {"square_tau": 0.5}),
+    ("square_tau", {"surrogate": "square", "clip_low": None, "clip_high": None, "square_tau": 0.0}),
+    ("ratio_level", {"surrogate": "square", "clip_low": None, "clip_high": None, "ratio_level": "none"}),
+    ("clip_low", {"surrogate": "square", "clip_low": 0.3}),
+    ("weight_high", {"surrogate": "square", "weight_high": 2.0}),
     ("clip_low", {"surrogate": "importance", "clip_low": 0.3}),
     ("kl_coef", {"kl_coef": 0.1}),
     ("kl_gradient", {"kl_gradient": "ratio_weighted"}),
     ("kl_value_clamp", {"kl_value_clamp": 10.0}),
+    ("kl_value_clamp_order", {"kl": "k3", "kl_value_clamp": 10.0, "kl_value_clamp_order": "after"}),
+    ("kl_value_clamp_order", {"kl": "k3", "kl_gradient": "ratio_weighted", "kl_value_clamp_order": "after"}),
     ("kl_ratio_max", {"kl": "k3", "kl_ratio_max": 10.0}),
     ("kl_ratio_anchor", {"kl": "k3", "kl_ratio_anchor": "self"}),
     ("kl_fraction", {"kl_fraction": 0.1}),

@@ -42,6 +42,7 @@ FACTORS: dict[str, Any] = {
     "aggregate": AGGREGATES,
     "entropy_coef": (0.0, 0.02),
     "clamps": (False, True),
+    "clamp_order": ("before", "after"),
     "variant": (0, 1, 2, 3),
 }
 
@@ -54,6 +55,9 @@ def allowed(row: dict[str, Any]) -> bool:
     if row.get("kl_ratio_anchor") is not None and (
         kl is None or "ratio" not in row.get("kl_gradient", "ratio_weighted")
     ):
+        return False
+    weighted = kl is not None and row.get("kl_gradient", "ratio_weighted") == "ratio_weighted"
+    if row.get("clamp_order") == "after" and not (weighted and row.get("clamps", True)):
         return False
     surrogate, (level, _) = row.get("surrogate"), row.get("ratio", ("token", "old"))
     if level == "none":
@@ -79,7 +83,7 @@ def axes_of(row: dict[str, Any]) -> PolicyLoss:
     if row["clamps"]:
         fields["log_ratio_clamp"] = 0.5
         if row["kl"] is not None:
-            fields |= {"kl_log_ratio_clamp": 0.6, "kl_value_clamp": 0.2}
+            fields |= {"kl_log_ratio_clamp": 0.6, "kl_value_clamp": 0.2, "kl_value_clamp_order": row["clamp_order"]}
         if row["kl"] is not None and row["kl_gradient"] == "straight_through_ratio":
             fields["kl_ratio_max"] = 1.2
         if level in ("sequence", "sequence_token", "sequence_sum"):
@@ -140,6 +144,18 @@ def results(spec: PolicyLoss, inputs: dict[str, Tensor], dtype: torch.dtype, **m
     }
 
 
+def without_luck(
+    spec: PolicyLoss, mask: str, seed: int, exact: dict[str, Tensor], eager: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return `eager` with the largest error of each scalar over a few like batches: one scalar can be right by luck."""
+    errors = {name: (eager[name].double() - x).abs() for name, x in exact.items() if x.numel() == 1}
+    for other in range(1, 4):
+        rounded = cast(batch(seed + 1000 * other, mask), torch.float32)
+        plain, wide = (results(spec, rounded, dtype) for dtype in DTYPES)
+        errors = {name: torch.maximum(x, (plain[name].double() - wide[name]).abs()) for name, x in errors.items()}
+    return eager | {name: exact[name] + error for name, error in errors.items()}
+
+
 def test_pairs_are_covered() -> None:
     """Every pair of values that go together occurs in a row, and the rows are far fewer than the product."""
     assert len(ROWS) < 400
@@ -161,7 +177,7 @@ def test_fused_equals_plain_over_pairs_of_axes(shard: int, monkeypatch: pytest.M
         rounded = cast(inputs, torch.float32)
         judged = rounded if dtype == torch.float32 else inputs
         exact = results(spec, judged, torch.float64)
-        eager = results(spec, rounded, torch.float32)
+        eager = without_luck(spec, row["mask"], i, exact, results(spec, rounded, torch.float32))
         monkeypatch.setattr(policy, "fused_policy_terms", interpreted)
         result = results(spec, judged, dtype)
         monkeypatch.setattr(policy, "fused_policy_terms", plain)
@@ -226,7 +242,8 @@ def test_fused_packing_and_masked_garbage_change_no_bit(name: str, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    "name", ["grpo", "dapo", "cispo", "sapo", "dppo_kl", "opmd", "sft", "gspo", "gspo_token", "gmpo", "vespo"]
+    "name",
+    ["grpo", "dapo", "cispo", "sapo", "dppo_kl", "opmd", "sft", "gspo", "gspo_token", "gmpo", "vespo", "opmd_sequence"],
 )
 @pytest.mark.parametrize("bonus", [0.0, 0.03])
 def test_three_entries_agree(name: str, bonus: float) -> None:

@@ -9,6 +9,7 @@ import torch
 from oracle import assert_as_accurate
 from torch import Tensor
 
+from fastrl.losses.policy import PolicyLoss
 from fastrl.losses.regression import optimal_values, sequence_square_loss
 
 LENGTHS = [4, 0, 6, 1]
@@ -84,6 +85,18 @@ def test_float32_is_as_accurate_as_eager() -> None:
     assert_as_accurate("gradient", grad, exact_grad, leaf.grad)
 
 
+def test_the_preset_is_the_function() -> None:
+    """`PolicyLoss.preset("opmd_sequence")` is Kimi k1.5's weight; through the kernel's arithmetic too."""
+    inputs, tau = batch(), 0.3
+    expected = evaluate(inputs, scale=tau, weight=1 / (2 * tau))
+    spec = PolicyLoss.preset("opmd_sequence", square_tau=tau)
+    names = {"advantages": "targets", "mask": "mask", "old_logprobs": "anchor_logprobs"}
+    leaf = inputs["logprobs"].clone().requires_grad_()
+    loss = spec(leaf, **{name: inputs[theirs] for name, theirs in names.items()}).loss
+    loss.backward()
+    torch.testing.assert_close((loss.detach(), leaf.grad), expected)
+
+
 def test_masked_data_cannot_matter() -> None:
     inputs = batch()
     dirty = {k: v.clone() for k, v in inputs.items()}
@@ -150,7 +163,7 @@ def test_optimal_values() -> None:
         ({"scale": 0.0}, "scale must be finite and > 0"),
         ({"weight": -1.0}, "weight must be finite and > 0"),
         ({"n_sequences": 0}, "n_sequences must be finite and > 0"),
-        ({"n_sequences": torch.ones(2)}, r"n_sequences must be a number or one element, got shape \(2,\)"),
+        ({"n_sequences": torch.ones(2)}, r"n_sequences must be a number or a tensor of one element, got shape \(2,\)"),
         ({"mask": torch.full((4, 6), 0.5)}, "mask must hold only 0 and 1"),
     ],
 )

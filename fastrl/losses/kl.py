@@ -19,7 +19,8 @@ from fastrl import checks, reference
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 GRADIENTS = ("plain", "ratio_weighted", "straight_through", "straight_through_ratio")
-CLAMP_ORDERS = ("after_ratio", "before_ratio")
+# Name here -> name in the reference and in `PolicyLoss.kl_value_clamp_order`.
+CLAMP_ORDERS = {"after_ratio": "after", "before_ratio": "before"}
 Clamp = float | tuple[float | None, float | None] | None
 TILE_ENTRIES = 1 << 22
 
@@ -55,7 +56,7 @@ def kl_estimate(
         value_clamp: bound of the absolute value of the result. verl, OpenRLHF, slime "low_var_kl" 10.
         ratio_max: cap of r, with "straight_through_ratio" only. OpenRLHF 10.
         value_clamp_order: with "ratio_weighted", whether `value_clamp` bounds r times the estimate ("after_ratio",
-            slime) or the estimate alone ("before_ratio", NeMo-RL and the KL term of `PolicyLoss`).
+            slime) or the estimate alone ("before_ratio", NeMo-RL); in `PolicyLoss` it is `kl_value_clamp_order`.
 
     Raises:
         ValueError, TypeError: unknown options, shapes that differ, options that have no effect together.
@@ -85,7 +86,7 @@ def _check_options(
 ) -> None:
     checks.one_of("estimator", estimator, ESTIMATORS)
     checks.one_of("gradient", gradient, GRADIENTS)
-    checks.one_of("value_clamp_order", value_clamp_order, CLAMP_ORDERS)
+    checks.one_of("value_clamp_order", value_clamp_order, tuple(CLAMP_ORDERS))
     if value_clamp is not None:
         checks.plain_float("value_clamp", value_clamp, low=0.0, open_low=True)
     if ratio_max is not None:
@@ -140,9 +141,8 @@ def _estimate(
     ratio = None
     if "ratio" in gradient:
         ratio = reference.exp_linear(lp - (lp if old is None else old).detach())
-    late = gradient == "ratio_weighted" and value_clamp_order == "after_ratio"
-    value = reference.kl_estimate(lp, ref, estimator, gradient, ratio, bounds, None if late else value_clamp, ratio_max)
-    return value.clamp(-value_clamp, value_clamp) if late and value_clamp is not None else value
+    order = CLAMP_ORDERS[value_clamp_order]
+    return reference.kl_estimate(lp, ref, estimator, gradient, ratio, bounds, value_clamp, ratio_max, order)
 
 
 def kl_penalty_rewards(

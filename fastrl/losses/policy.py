@@ -24,6 +24,7 @@ from fastrl.losses.policy_presets import PRESETS, preset_fields
 from fastrl.ops.linear_token_logprobs import check_head, inverse_temperature, linear_token_logprobs, make_head
 from fastrl.ops.policy import fused_policy_terms
 from fastrl.ops.policy_logits import policy_logits
+from fastrl.ops.segments import segment_sum
 from fastrl.ops.token_logprobs import checked_rows, token_logprobs
 
 RATIO_LEVELS = ("token", "sequence", "sequence_token", "sequence_sum", "none")
@@ -31,6 +32,7 @@ SURROGATES = (
     "clip",
     "reinforce",
     "importance",
+    "square",
     "nll",
     "dft",
     "clipped_weight",
@@ -49,6 +51,12 @@ WEIGHTED = ("clipped_weight", "masked_weight", "topr", *DIVERGENCES)
 RATIO_FREE = ("reinforce", "nll", "dft")
 OWN_SEQUENCE_RATIO = ("vespo", "geometric")
 AGGREGATES = ("token_mean", "sequence_mean", "sequence_sum", "constant", "token_sum", "prompt_mean")
+# Numbers of one surrogate.
+OWNERS = {
+    **dict.fromkeys(("tau_pos", "tau_neg"), "sapo"),
+    **dict.fromkeys(("k_pos", "k_neg", "lambda_pos", "lambda_neg"), "vespo"),
+    "square_tau": "square",
+}
 KL_GRADIENTS = ("plain", "ratio_weighted", "straight_through", "straight_through_ratio")
 
 
@@ -105,7 +113,7 @@ class RolloutCorrection:
         keep = keep.reshape(-1)
         old = torch.where(keep, layout.tokens("old_logprobs", old_logprobs), 0.0)
         rollout = torch.where(keep, layout.tokens("rollout_logprobs", rollout_logprobs).to(old.dtype), 0.0)
-        return layout.restore(reference.correction_weights(self, old, rollout, keep, layout.lengths))
+        return layout.restore(reference.correction_weights(self, old, rollout, keep, layout.lengths, segment_sum))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +161,8 @@ class PolicyLoss:
     """VESPO rate for A >= 0."""
     lambda_neg: float | None = 2.0
     """VESPO rate for A < 0."""
+    square_tau: float | None = 0.1
+    """tau of surrogate "square", which pulls tau times the log-ratio (of `ratio_level`) to A."""
     kl: str | None = None
     """KL estimate in the loss: None, "k1", "k2", "k3", "abs"."""
     kl_coef: float = 0.0
@@ -165,6 +175,9 @@ class PolicyLoss:
     """Bound of logp - logp_other inside the estimate."""
     kl_value_clamp: float | None = None
     """Bound of the estimate's value."""
+    kl_value_clamp_order: str = "before"
+    """With "ratio_weighted": whether `kl_value_clamp` bounds the estimate "before" it is multiplied by the ratio
+    (NeMo-RL), or the product, "after" (slime)."""
     kl_ratio_max: float | None = None
     """Cap of the ratio in "straight_through_ratio"."""
     kl_ratio_anchor: str | None = None
@@ -186,7 +199,7 @@ class PolicyLoss:
 
     def __post_init__(self) -> None:
         """Raise `ValueError` for anything outside the axes."""
-        for field in ("kl_to", "kl_gradient", "tau_pos", "tau_neg", "k_pos", "k_neg", "lambda_pos", "lambda_neg"):
+        for field in ("kl_to", "kl_gradient", *OWNERS):
             if getattr(self, field) is None:
                 object.__setattr__(self, field, _DEFAULTS[field])
         if self.carrier is None and self.surrogate in DIVERGENCES:
@@ -203,6 +216,7 @@ class PolicyLoss:
         checks.one_of("kl", self.kl, (None, "k1", "k2", "k3", "abs"))
         checks.one_of("kl_to", self.kl_to, ("ref", "old", "rollout"))
         checks.one_of("kl_gradient", self.kl_gradient, KL_GRADIENTS)
+        checks.one_of("kl_value_clamp_order", self.kl_value_clamp_order, ("before", "after"))
         checks.one_of("kl_ratio_anchor", self.kl_ratio_anchor, (None, "old", "rollout", "self"))
         checks.one_of("aggregate", self.aggregate, AGGREGATES)
         if self.correction is not None and not isinstance(self.correction, RolloutCorrection):
@@ -210,7 +224,7 @@ class PolicyLoss:
 
     def _check_numbers(self) -> None:
         positive = ("log_ratio_clamp", "sequence_log_ratio_max", "kl_log_ratio_clamp", "kl_value_clamp", "kl_ratio_max")
-        for name in (*positive, "constant", "tau_pos", "tau_neg"):
+        for name in (*positive, "constant", "tau_pos", "tau_neg", "square_tau"):
             if getattr(self, name) is not None:
                 checks.plain_float(name, getattr(self, name), low=0.0, open_low=True)
         for name in (
@@ -260,8 +274,7 @@ class PolicyLoss:
         for name, used in unused.items():
             if getattr(self, name) is not None and not used:
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect here: {_NEEDS[name]}")
-        for name in ("tau_pos", "tau_neg", "k_pos", "k_neg", "lambda_pos", "lambda_neg"):
-            owner = "sapo" if name.startswith("tau") else "vespo"
+        for name, owner in OWNERS.items():
             if getattr(self, name) != _DEFAULTS[name] and self.surrogate != owner:
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect here: it needs surrogate={owner!r}")
         for name in ("clip_low", "clip_high"):
@@ -273,6 +286,13 @@ class PolicyLoss:
             raise ValueError(f"kl_coef={self.kl_coef} needs an estimator: kl='k1', 'k2', 'k3' or 'abs'")
         if self.kl is None and self.kl_gradient != "plain":
             raise ValueError(f"kl_gradient={self.kl_gradient!r} needs an estimator: kl='k1', 'k2', 'k3' or 'abs'")
+        if self.kl_value_clamp_order == "after" and (
+            self.kl_gradient != "ratio_weighted" or self.kl_value_clamp is None
+        ):
+            raise ValueError(
+                "kl_value_clamp_order='after' has no effect here: it needs kl_gradient='ratio_weighted' and "
+                "kl_value_clamp"
+            )
         if self.denominator_eps != 0.0 and self.aggregate != "sequence_mean":
             raise ValueError(
                 f"denominator_eps={self.denominator_eps} has no effect here: it needs aggregate='sequence_mean'"
@@ -584,9 +604,9 @@ class PolicyLoss:
         live = torch.where(batch.mask, logprobs.to(dtype), 0.0)
         live_entropy = None if entropy is None else torch.where(batch.mask, entropy.to(dtype), 0.0)
         columns = self.columns(layout, batch, live)
-        columns = reference.pooled_columns(self, live, columns, batch.mask, layout.lengths)
+        columns = reference.pooled_columns(self, live, columns, batch.mask, layout.lengths, segment_sum)
         terms = fused_policy_terms(self, live, live_entropy, columns)
-        loss = reference.total(terms.contribution, layout.lengths)
+        loss = reference.total(terms.contribution, layout.lengths, segment_sum)
         metrics = policy_metrics(
             self, batch, live.detach(), None if live_entropy is None else live_entropy.detach(), columns, terms
         )
@@ -615,6 +635,7 @@ class PolicyLoss:
             n_sequences=batch.n_sequences,
             constant=self.constant if self.constant is not None else layout.shape[-1],
             logprobs=None if live is None else live.detach(),
+            sums=segment_sum,
         )
 
 

@@ -20,6 +20,7 @@ from fastrl.losses.output import LossOutput
 from fastrl.losses.policy_metrics import policy_metrics
 from fastrl.ops.linear_token_logprobs import Head, fused_gradient
 from fastrl.ops.policy import fused_policy_terms
+from fastrl.ops.segments import segment_sum
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ class _Plan:
         """Return the token arithmetic over all tokens."""
         columns = self.columns
         if self.units is not None:
-            columns = reference.pooled_columns(self.spec, logprobs, columns, self.mask, self.layout.lengths)
+            columns = reference.pooled_columns(
+                self.spec, logprobs, columns, self.mask, self.layout.lengths, segment_sum
+            )
         return fused_policy_terms(self.spec, logprobs, entropy, columns)
 
 
@@ -99,7 +102,7 @@ class _FusedFromHidden(torch.autograd.Function):
             g, h = (_joined([block[i] for block in found]) for i in range(2))
             ctx.save_for_backward(hidden, weight, bias, labels, inverse, g, h)
         ctx.mark_non_differentiable(logprobs, entropy)
-        return reference.total(contribution, plan.layout.lengths), logprobs, entropy, recomputed
+        return reference.total(contribution, plan.layout.lengths, segment_sum), logprobs, entropy, recomputed
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -164,7 +167,7 @@ def fused_from_hidden(
     needs = (grad and trained[0], grad and trained[1], grad and trained[2])
     units = None
     if spec.couples_sequences:
-        units = reference.segment_sum(batch.mask.to(inverse.dtype), layout.lengths).long().tolist()
+        units = segment_sum(batch.mask.to(inverse.dtype), layout.lengths).long().tolist()
     columns = spec.columns(layout, batch, None)
     plan = _Plan(spec, head, needs, layout, batch.mask, columns, units)
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -194,7 +197,8 @@ def policy_gradient_coefficients(
     with torch.enable_grad():
         leaf = logprobs.detach().requires_grad_()
         if lengths is not None:
-            columns = reference.pooled_columns(spec, leaf, columns, torch.ones_like(leaf, dtype=torch.bool), lengths)
+            every = torch.ones_like(leaf, dtype=torch.bool)
+            columns = reference.pooled_columns(spec, leaf, columns, every, lengths, segment_sum)
         leaf_entropy = entropy.detach().requires_grad_() if spec.uses_entropy else None
         contribution = fused_policy_terms(spec, leaf, leaf_entropy, columns).contribution
         if leaf_entropy is None:

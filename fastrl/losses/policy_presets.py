@@ -186,6 +186,8 @@ PRESETS: Mapping[str, Preset] = {
         {
             "trl": "beta is 0 by default; with a beta the KL is multiplied by the ratio (`TRAINER_KL`)",
             "skyrl": _SKYRL_SUM,
+            "slime": "use_kl_loss adds the KL of `TRAINER_KL`; use_unbiased_kl is kl_gradient='ratio_weighted', the "
+            "bound then on the product",
             "areal": "the KL is in the rewards",
             "roll": "use_kl_loss adds the KL of `TRAINER_KL`",
         },
@@ -326,6 +328,11 @@ PRESETS: Mapping[str, Preset] = {
             "roll": "its name there is kimi15",
         },
     ),
+    "opmd_sequence": Preset(
+        {"surrogate": "square", "ratio_level": "sequence_sum", "aggregate": "sequence_mean", **_OPEN},
+        "(A - tau u)^2 / (2 tau), u = sum_t (logp - old), mean over sequences",
+        "Kimi k1.5 2025, arXiv 2501.12599, eq. 3, as the paper has it",
+    ),
     "topr": Preset(
         {"surrogate": "topr", "weight_low": 0.0, "weight_high": 1.0, **_OPEN},
         "positive: -A logp; negative: -sg(clip(r, 0, 1)) A logp; mean over tokens",
@@ -419,19 +426,31 @@ def preset_fields(name: str, style: str | None = None, given: Fields | None = No
                 fields.pop(dependent, None)
     if style is not None and style in _LENGTH_EPS and chosen.get("aggregate") == "sequence_mean":
         fields["denominator_eps"] = _LENGTH_EPS[style]
+    if style in _CLAMPS_PRODUCT and chosen.get("kl_gradient") == "ratio_weighted" and chosen.get("kl_value_clamp"):
+        fields["kl_value_clamp_order"] = "after"
     return fields
 
 
 # What a trainer adds to each length in a mean over tokens of a sequence.
 _LENGTH_EPS: Mapping[str, float] = dict.fromkeys(("verl", "openrlhf", "nemo"), 1e-8)
+# Trainers that bound the KL estimate times its ratio, where others bound the estimate.
+_CLAMPS_PRODUCT = ("slime",)
 # Fields that mean something only for some values of another field.
 _QUALIFIERS: Mapping[str, frozenset[str]] = {
     "aggregate": frozenset({"denominator_eps"}),
     "ratio_level": frozenset({"sequence_log_ratio_max"}),
     "kl": frozenset(
-        {"kl_coef", "kl_gradient", "kl_ratio_anchor", "kl_log_ratio_clamp", "kl_value_clamp", "kl_fraction"}
+        {
+            "kl_coef",
+            "kl_gradient",
+            "kl_ratio_anchor",
+            "kl_log_ratio_clamp",
+            "kl_value_clamp",
+            "kl_value_clamp_order",
+            "kl_fraction",
+        }
     ),
-    "surrogate": frozenset({"carrier", "weight_low", "weight_high", "dual_clip"}),
+    "surrogate": frozenset({"carrier", "weight_low", "weight_high", "dual_clip", "square_tau"}),
 }
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from fastrl import checks
 from fastrl.losses.output import LossOutput
 from fastrl.losses.preference_checks import validate
+from fastrl.losses.preference_presets import ALIASES, PRESETS, preset_fields
 from fastrl.losses.preference_rows import (
     Counts,
     PairRows,
@@ -45,12 +46,9 @@ from fastrl.losses.preference_rows import (
     wide,
 )
 from fastrl.losses.preference_terms import (
-    ALIASES,
     F_DIVERGENCES,
     FEATURES,
     LINKS,
-    PRESETS,
-    STYLES,
     Scores,
     Term,
     alphapo,
@@ -135,25 +133,23 @@ class PreferenceLoss:
         return list(PRESETS)
 
     @classmethod
-    def preset(cls, name: str, *, style: str = "trl", **overrides: Any) -> PreferenceLoss:
+    def preset(cls, name: str, *, style: str | None = None, **overrides: Any) -> PreferenceLoss:
         """Return the published loss `name`, with `overrides` for any field.
+
+        `fastrl.losses.preference_presets.describe(name)` prints its formula, paper, fields and trainers.
 
         Args:
             name: one of `presets()`.
-            style: whose meaning of the name, where trainers differ: "ipo" averages over the length in "trl" and sums in
-                "openrlhf" and "roll"; "kto" may be given its reference point in "trl" and always takes the other rows'
-                mean in "openrlhf".
+            style: None for the preset itself, or a trainer that has the loss, for its arithmetic and defaults: "ipo"
+                averages over the length in "trl" and sums in "openrlhf" and "roll"; "kto" always takes the other rows'
+                mean as reference point in "openrlhf".
             overrides: fields. `gamma` is `margin`, `ld_alpha` is `length_desensitisation`, `nll_coef` is `sft_coef`,
                 `use_weighting=True` is `weighting="wpo"`; `alpha=None` and `tau=None` keep the preset's.
 
         Raises:
             ValueError: unknown name, style or field, or a combination that the loss does not have.
         """
-        if name not in PRESETS:
-            raise ValueError(f"unknown preference loss {name!r}; known: {', '.join(PRESETS)}")
-        styles = ["trl", *(known for loss, known in STYLES if loss == name)]
-        checks.one_of(f"style of {name!r}", style, styles)
-        fields = {"name": name, **PRESETS[name], **STYLES.get((name, style), {})}
+        fields = preset_fields(name, style)
         given = _fields_of(overrides)
         if "sft_coef" in given:
             fields["sft_optional"] = False

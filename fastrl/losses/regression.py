@@ -2,11 +2,12 @@
 
     loss = weight * mean_i (scale u_i - target_i)^2,    u_i = sum_t (logp_t - anchor_t)
 
-The square couples the tokens of a sequence, so this is not a value of `PolicyLoss`, whose squared term (preset "opmd")
-is per token, as trainers have it.
+It is `PolicyLoss(surrogate="square", ratio_level="sequence_sum", aggregate="sequence_mean")` with any anchor and
+weight; the preset "opmd" of `PolicyLoss` squares per token, as trainers do.
 
-    opmd_sequence  arXiv 2501.12599, eq. 3: anchor old, scale tau, target A = R - mean R, weight 1/(2 tau); the gradient
-                   is -(A - tau u) dlogp_t, the negative of the paper's ascent direction
+    opmd_sequence  arXiv 2501.12599, eq. 3: anchor old, scale tau, target A = R - mean R, weight 1/(2 tau), which is
+                   the preset of that name; the gradient is -(A - tau u) dlogp_t, the negative of the paper's ascent
+                   direction
     A*-PO          arXiv 2505.20686: anchor ref, scale beta_2, target R - V*, weight 1; V* from `optimal_values`
 
 Legend: B batch, T time, N tokens, S sequences, P prompts.
@@ -15,7 +16,6 @@ Legend: B batch, T time, N tokens, S sequences, P prompts.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from torch import Tensor
 from fastrl import checks, reference
 from fastrl.losses.layout import Layout
 from fastrl.losses.output import LossOutput
+from fastrl.losses.policy import PolicyLoss
+from fastrl.ops.segments import segment_sum
 
 
 def sequence_square_loss(
@@ -61,28 +63,31 @@ def sequence_square_loss(
     checks.plain_float("scale", scale, low=0.0, open_low=True)
     checks.plain_float("weight", weight, low=0.0, open_low=True)
     layout = Layout.of(logprobs.shape, logprobs.device, cu_seqlens)
-    keep, poison = checks.keep_mask("mask", mask, layout.shape, layout.device)
-    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+    layout.tokens("anchor_logprobs", checks.float_tensor("anchor_logprobs", anchor_logprobs))
+    wanted = layout.sequences("targets", checks.float_tensor("targets", targets)).detach()
+    spec = PolicyLoss.preset("opmd_sequence", square_tau=scale)
+    output = spec(
+        logprobs,
+        advantages=wanted,
+        mask=mask,
+        old_logprobs=anchor_logprobs,
+        n_sequences=n_sequences,
+        cu_seqlens=cu_seqlens,
+    )
+    with torch.no_grad():
+        keep = checks.keep_mask("mask", mask, layout.shape, layout.device)[0].reshape(-1)
 
-    def live(name: str, value: Tensor) -> Tensor:
-        flat = layout.tokens(name, checks.float_tensor(name, value)).to(dtype)
-        return torch.where(keep.reshape(-1), flat, 0.0)
+        def live(values: Tensor) -> Tensor:
+            return torch.where(keep, values.detach().reshape(-1).to(output.loss.dtype), 0.0)
 
-    log_ratio = live("logprobs", logprobs) - live("anchor_logprobs", anchor_logprobs).detach()
-    pooled = reference.segment_sum(log_ratio, layout.lengths)
-    present = reference.segment_sum(keep.reshape(-1).to(dtype), layout.lengths) > 0
-    wanted = layout.sequences("targets", checks.float_tensor("targets", targets)).detach().to(dtype)
-    residual = scale * pooled - torch.where(present, wanted, 0.0)
-    count = present.sum()
-    divisor = count.clamp(min=1) if n_sequences is None else _count(n_sequences)
-    loss = weight * residual.square().sum() / divisor
-    if poison is not None:
-        loss = loss + poison.sum()
-    metrics = {
-        name: (value.detach().double().sum(), count.double())
-        for name, value in (("square_error", residual.square()), ("log_ratio", pooled), ("residual", residual))
-    }
-    return LossOutput(loss, metrics, layout.restore(live("logprobs", logprobs).detach()), None)
+        pooled = segment_sum(live(logprobs) - live(anchor_logprobs), layout.lengths)
+        present = segment_sum(keep.to(pooled.dtype), layout.lengths) > 0
+        residual = reference.square_residual(pooled, torch.where(present, wanted.to(pooled.dtype), 0.0), scale)
+        found = {"square_error": residual.square(), "log_ratio": pooled, "residual": residual}
+        metrics = {name: (value.double().sum(), present.sum().double()) for name, value in found.items()}
+    # The preset's square is over 2 tau.
+    loss = output.loss * (2.0 * scale * weight)
+    return LossOutput(loss, metrics, layout.restore(live(logprobs)), None)
 
 
 def optimal_values(
@@ -99,11 +104,3 @@ def optimal_values(
         raise ValueError(f"rewards must be (P, n) with n >= 1, got shape {tuple(rewards.shape)}")
     wide = rewards.detach().double() / beta
     return (beta * (torch.logsumexp(wide, dim=1) - math.log(rewards.shape[1]))).to(rewards.dtype)
-
-
-def _count(n_sequences: Any) -> float | Tensor:
-    if isinstance(n_sequences, Tensor):
-        if n_sequences.numel() != 1:
-            raise ValueError(f"n_sequences must be a number or one element, got shape {tuple(n_sequences.shape)}")
-        return n_sequences.reshape(())
-    return checks.plain_float("n_sequences", n_sequences, low=0.0, open_low=True)

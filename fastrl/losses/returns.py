@@ -4,9 +4,9 @@ Token tensors are (B, T) with a 0/1 `mask` (B, T), or packed (N,) with `cu_seqle
 same numbers as a padded one. Nothing is differentiated. Sums are taken in float64; results have the dtype of the
 rewards, at least float32.
 
-A recurrence x_t = b_t + c_t x_{t+1} is solved by doubling the reach of every position (Hillis and Steele 1986): log2(T)
-whole-tensor steps in place of T steps over columns of B values, and no wait for the device. In float32 the powers of c
-would err more than the plain loop does (4e-4 against 1e-4 at T = 131072), hence float64.
+The recurrences are solved by `fastrl.ops.segments.reverse_scan`: a kernel on GPUs, elsewhere log2(T) steps over whole
+tensors; neither waits for a device. In float32 the powers of the discount would err more than the plain loop does (4e-4
+against 1e-4 at T = 131072), hence float64.
 
 What counts under the mask: NaN and inf there are replaced by 0 before anything is computed. Finite values there reach
 no live position where masked tokens are skipped ("skip", `carry_over_masked=True`). The plain recurrences of some
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastrl import checks
 from fastrl.losses.layout import Layout
+from fastrl.ops.segments import reverse_scan
 
 MASKED = ("skip", "through", "reset")
 
@@ -66,30 +67,15 @@ class TokenBatch:
         return torch.where(self.last, 0.0, following)
 
     def reach(self) -> int:
-        """Return an upper bound of the length of a sequence."""
-        return self.layout.n_tokens if self.layout.packed else self.layout.shape[1]
+        """Return an upper bound of the length of a sequence; lengths on a device are not waited for."""
+        lengths = self.layout.lengths
+        if not self.layout.packed:
+            return self.layout.shape[1]
+        return int(lengths.max()) if lengths.numel() and checks.checks_values(lengths) else self.layout.n_tokens
 
     def scan(self, b: Tensor, c: Tensor) -> Tensor:
         """Return x with x_t = b_t + c_t x_{t+1} inside each sequence, x = b at its last token."""
-        return reverse_scan(b, torch.where(self.last, 0.0, c), self.reach())
-
-
-def reverse_scan(
-    b: Tensor,  # (N,)
-    c: Tensor,  # (N,) 0 where a sequence ends
-    reach: int,
-) -> Tensor:
-    """Return x (N,) with x_t = b_t + c_t x_{t+1}, where no run of non-zero `c` is longer than `reach`."""
-    x, c = b.clone(), c.clone()
-    step = 1
-    while step < min(reach, b.numel()):
-        # Selected, not multiplied: a NaN behind the end of the sequence must not come through a factor of zero.
-        ahead = torch.where(c[:-step] != 0, c[:-step] * x[step:], 0.0)
-        carried = c[:-step] * c[step:]
-        x = torch.cat([x[:-step] + ahead, x[-step:]])
-        c = torch.cat([carried, torch.zeros_like(c[-step:])])
-        step *= 2
-    return x
+        return reverse_scan(b, torch.where(self.last, 0.0, c), self.layout.lengths, self.reach())
 
 
 def masked_whiten(

@@ -14,6 +14,7 @@ from fastrl.losses.layout import Layout
 from fastrl.losses.output import LossOutput
 from fastrl.losses.preference_rows import at_least_one, result_dtype, wide
 from fastrl.losses.value import AGGREGATES
+from fastrl.ops.segments import segment_sum
 
 
 def reward_model_loss(
@@ -121,9 +122,9 @@ def process_reward_loss(
     layout = Layout.of(shape, logits.device, None, "labels")
     live = keep.reshape(-1)
     weights = reference.aggregate_weights(
-        aggregate, live, layout.lengths, dtype=dtype, n_tokens=n_tokens, n_sequences=n_sequences
+        aggregate, live, layout.lengths, dtype=dtype, n_tokens=n_tokens, n_sequences=n_sequences, sums=segment_sum
     )
-    loss = reference.total(weights * losses, layout.lengths)
+    loss = reference.total(weights * losses, layout.lengths, segment_sum)
     with torch.no_grad():
         count = keep.sum().to(dtype)
         right = keep & (log_probs.argmax(-1) == target.argmax(-1))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastrl import checks, reference
 from fastrl.losses.layout import Layout
+from fastrl.ops.segments import segment_sum
 
 
 def _open(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> tuple[Layout, Tensor]:
@@ -42,7 +43,7 @@ def off_policy_sequence_mask(
     """
     layout, keep = _open(logprobs, mask, cu_seqlens)
     gap = torch.where(keep, layout.tokens("other_logprobs", other_logprobs) - layout.tokens("logprobs", logprobs), 0.0)
-    drift = layout.spread(reference.segment_mean(gap.detach(), keep, layout.lengths))
+    drift = layout.spread(reference.segment_mean(gap.detach(), keep, layout.lengths, segment_sum))
     spread = layout.tokens_or_sequences("advantages", advantages)
     return layout.restore((spread >= 0) | (drift <= threshold))
 
@@ -152,9 +153,9 @@ def rollout_divergence_mask(
         )
         value = layout.spread(largest)
     elif level != "token":
-        pooled = reference.segment_sum(torch.where(keep, value, 0.0), layout.lengths)
+        pooled = segment_sum(torch.where(keep, value, 0.0), layout.lengths)
         if level == "sequence_mean":
-            pooled = reference.segment_mean(value, keep, layout.lengths)
+            pooled = reference.segment_mean(value, keep, layout.lengths, segment_sum)
         value = layout.spread(pooled)
     bounded = reference.exp_linear(value) if divergence == "k1" else value
     inside = keep.clone()

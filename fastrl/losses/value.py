@@ -11,6 +11,7 @@ from torch import Tensor
 from fastrl import checks, reference
 from fastrl.losses.layout import Layout
 from fastrl.losses.output import LossOutput
+from fastrl.ops.segments import segment_sum
 
 AGGREGATES = ("token_mean", "sequence_mean", "sequence_sum", "constant", "token_sum", "prompt_mean")
 
@@ -87,8 +88,9 @@ def value_loss(
         n_sequences=n_sequences,
         constant=constant,
         group_ids=None if group_ids is None else layout.sequences("group_ids", group_ids),
+        sums=segment_sum,
     )
-    loss = coefficient * reference.total(weights * error, layout.lengths)
+    loss = coefficient * reference.total(weights * error, layout.lengths, segment_sum)
     if poison is not None:
         loss = loss + poison
     return LossOutput(loss, _metrics(v.detach(), target, live, clipped), None, None)

@@ -99,6 +99,19 @@ def own_precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
+def kernel_runs(backend: str, device: torch.device) -> bool:
+    """Return whether an operation that has a Triton kernel and a PyTorch form runs the kernel; "auto" never interprets.
+
+    Raises:
+        ValueError, RuntimeError: another backend than "auto", "torch", "triton", or one that cannot run here.
+    """
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend must be one of 'auto', 'torch', 'triton', got {backend!r}")
+    if backend == "auto":
+        return device.type in GPU_TYPES and triton_available(device)[0]
+    return choose(backend, device).backend == "triton"
+
+
 def keeps_residual(backend: str) -> bool:
     """Return whether the backend's backward wants what rounding took from the log-sum-exp, beside the outputs.
 

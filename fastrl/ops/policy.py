@@ -16,7 +16,6 @@ from fastrl import reference
 from fastrl.ops import dispatch
 from fastrl.ops.token_logprobs import once_differentiable
 
-BACKENDS = ("auto", "torch", "triton")
 CONSTANTS = (
     "advantages",
     "weights",
@@ -40,6 +39,7 @@ NUMBERS = (
     "k_neg",
     "lambda_pos",
     "lambda_neg",
+    "square_tau",
     "log_ratio_bound",
     "kl_log_ratio_bound",
     "kl_value_bound",
@@ -68,9 +68,7 @@ def fused_policy_terms(
         `TokenTerms`. `contribution` carries the gradient with respect to `logprobs`, `entropy` and
         `columns.sequence_log_ratio`; from the kernel, once (`create_graph=True` is refused).
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-    if not _on_triton(backend, logprobs.device):
+    if not dispatch.kernel_runs(backend, logprobs.device):
         return reference.token_terms(spec, logprobs, entropy, columns)
     if columns.entropy_weights is None:
         entropy = None
@@ -100,21 +98,14 @@ def fused_policy_terms(
     )
 
 
-def _on_triton(backend: str, device: torch.device) -> bool:
-    """Return whether the kernel runs: "auto" never interprets it."""
-    if backend == "auto":
-        return device.type in dispatch.GPU_TYPES and dispatch.triton_available(device)[0]
-    return dispatch.choose(backend, device).backend == "triton"
-
-
-def _axes(spec: Any) -> tuple[str, str, str, str, str]:
-    """Return (surrogate, carrier, kl, kl_gradient, kl_ratio) as the kernel names them."""
+def _axes(spec: Any) -> tuple[str, str, str, str, str, str]:
+    """Return (surrogate, carrier, kl, kl_gradient, kl_ratio, kl_clamp) as the kernel names them."""
     kl_ratio = "loss"
     if spec.kl_ratio_anchor is not None:
         kl_ratio = "own"
     elif spec.ratio_level == "none":
         kl_ratio = "anchor"
-    return spec.surrogate, spec.carrier or "", spec.kl or "", spec.kl_gradient, kl_ratio
+    return spec.surrogate, spec.carrier or "", spec.kl or "", spec.kl_gradient, kl_ratio, spec.kl_value_clamp_order
 
 
 def _numbers(spec: Any) -> list[float]:
@@ -183,13 +174,14 @@ def _policy_terms(
     kl: str,
     kl_gradient: str,
     kl_ratio: str,
+    kl_clamp: str,
     numbers: Sequence[float],
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from fastrl_kernels import policy
 
     results = policy.policy_terms(
-        policy.PolicyAxes(surrogate, carrier, kl, kl_gradient, kl_ratio),
+        policy.PolicyAxes(surrogate, carrier, kl, kl_gradient, kl_ratio, kl_clamp),
         policy.PolicyNumbers(**dict(zip(NUMBERS, numbers, strict=True))),
         logprobs,
         entropy,
@@ -226,6 +218,7 @@ def _(
     kl: str,
     kl_gradient: str,
     kl_ratio: str,
+    kl_clamp: str,
     numbers: Sequence[float],
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -258,7 +251,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     once_differentiable()
-    upstream, rest = grads[0], ([None] * ctx.n_constants, *(None,) * 8)
+    upstream, rest = grads[0], ([None] * ctx.n_constants, *(None,) * 9)
     if upstream is None:
         return (None, None, None, *rest)
     grad_logprobs, grad_sequence, entropy_weights = ctx.saved_tensors

@@ -43,6 +43,8 @@ class PolicyAxes(NamedTuple):
     kl_gradient: str = "plain"
     kl_ratio: str = "loss"
     """Ratio in the KL term: "loss" that of the loss; "anchor", "own": the token's to `anchor`, `kl_ratio_anchor`."""
+    kl_clamp: str = "before"
+    """"after": the value bound is on the estimate times the ratio of "ratio_weighted", else on the estimate."""
 
 
 class PolicyNumbers(NamedTuple):
@@ -61,6 +63,7 @@ class PolicyNumbers(NamedTuple):
     k_neg: float = 3.0
     lambda_pos: float = 3.0
     lambda_neg: float = 2.0
+    square_tau: float = 0.1
     log_ratio_bound: float = 1e4
     kl_log_ratio_bound: float = 1e4
     kl_value_bound: float = math.inf
@@ -282,7 +285,17 @@ def _kl_value(x, KL: tl.constexpr):
 
 
 @triton.jit
-def _kl_term(logp, other, ratio, log_ratio_bound, value_bound, ratio_max, KL: tl.constexpr, GRADIENT: tl.constexpr):
+def _kl_term(
+    logp,
+    other,
+    ratio,
+    log_ratio_bound,
+    value_bound,
+    ratio_max,
+    KL: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    CLAMP: tl.constexpr,
+):
     """Return the KL term, d_logp, and d_ratio."""
     # Bounds of log-ratios are at most `LOG_RATIO_LIMIT`: one clamp stands for both.
     x, inside = _log_ratio(logp, other, log_ratio_bound)
@@ -291,6 +304,13 @@ def _kl_term(logp, other, ratio, log_ratio_bound, value_bound, ratio_max, KL: tl
     d_ratio = tl.zeros_like(logp)
     if GRADIENT == "plain":
         d_logp = tl.where(inside > 0, _gate(slope, raw_value, -value_bound, value_bound), 0.0)
+    elif GRADIENT == "ratio_weighted" and CLAMP == "after":
+        weighted = raw_value * ratio
+        value = _between(weighted, -value_bound, value_bound)
+        # A factor, not a choice: NaN in either part reaches the gradient of the other.
+        through = _gate(tl.full((), 1.0, logp.dtype), weighted, -value_bound, value_bound)
+        d_logp = tl.where(inside > 0, through * ratio * slope, 0.0)
+        d_ratio = through * raw_value
     elif GRADIENT == "ratio_weighted":
         d_logp = tl.where(inside > 0, _gate(ratio * slope, raw_value, -value_bound, value_bound), 0.0)
         d_ratio = value
@@ -340,6 +360,7 @@ def token_terms(
     k_neg,
     lambda_pos,
     lambda_neg,
+    square_tau,
     log_ratio_bound,
     kl_log_ratio_bound,
     kl_value_bound,
@@ -349,6 +370,7 @@ def token_terms(
     KL: tl.constexpr,
     KL_GRADIENT: tl.constexpr,
     KL_RATIO: tl.constexpr,
+    KL_CLAMP: tl.constexpr,
 ):
     """Store what tokens add to the loss and what the metrics need; return d_logp, and d_u of the shared log-ratio."""
     ACC: tl.constexpr = contribution_ptr.dtype.element_ty
@@ -366,10 +388,10 @@ def token_terms(
         u = token_u
     ratio, ratio_slope = _exp_linear(u)
 
-    # The surrogate: value, d_ratio, d_logp.
+    # The surrogate: value, d_ratio, d_logp, and d_u beside what goes through the ratio.
     zero = tl.zeros_like(logp)
     never = (advantages < 0) & (advantages > 0)
-    d_ratio, d_logp, below, above, dual = zero, zero, never, never, never
+    d_ratio, d_logp, d_u, below, above, dual = zero, zero, zero, never, never, never
     if SURROGATE == "clip":
         surrogate, d_ratio, dual = _clipped_ratio(
             ratio,
@@ -386,6 +408,10 @@ def token_terms(
         surrogate, d_logp = -advantages * logp, -advantages
     elif SURROGATE == "importance":
         surrogate, d_ratio = -advantages * ratio, -advantages
+    elif SURROGATE == "square":
+        tau = tl.full((), square_tau, ACC)
+        d_u = tau * u - advantages
+        surrogate = d_u * d_u / (2.0 * tau)
     elif SURROGATE == "nll":
         surrogate, d_logp = -logp, zero - 1.0
     elif SURROGATE == "dft":
@@ -421,6 +447,7 @@ def token_terms(
     contribution = tl.where(counts, weights * surrogate, 0.0)
     grad_logp = tl.where(counts, weights * d_logp, 0.0)
     grad_ratio = tl.where(counts, weights * d_ratio, 0.0)
+    grad_u = tl.where(counts, weights * d_u, 0.0)
 
     if KL != "":
         kl_ratio = ratio
@@ -439,6 +466,7 @@ def token_terms(
             tl.full((), kl_ratio_max, ACC),
             KL,
             KL_GRADIENT,
+            KL_CLAMP,
         )
         tl.store(kl_ptr + offs, kl, mask=mask)
         if kl_weights_ptr is not None:
@@ -462,10 +490,13 @@ def token_terms(
     tl.store(clipped_high_ptr + offs, above.to(tl.int8), mask=mask)
     if dual_clipped_ptr is not None:
         tl.store(dual_clipped_ptr + offs, dual.to(tl.int8), mask=mask)
-    grad_u = grad_ratio * ratio_slope
-    if sequence_ptr is not None:
-        grad_u = tl.where(u <= LOG_RATIO_LIMIT, grad_u, 0.0)
+    # The exponential lets a gradient through up to the limit; what is a function of u itself has none.
+    through_ratio = tl.where(u <= LOG_RATIO_LIMIT, grad_ratio * ratio_slope, 0.0)
+    if SURROGATE == "square":
+        grad_u += through_ratio
     else:
+        grad_u = through_ratio
+    if sequence_ptr is None:
         grad_logp += tl.where(token_inside > 0, grad_u, 0.0)
     return grad_logp, grad_u
 
@@ -525,6 +556,7 @@ def _policy_fwd_kernel(
     k_neg: "fp64",  # noqa: F821
     lambda_pos: "fp64",  # noqa: F821
     lambda_neg: "fp64",  # noqa: F821
+    square_tau: "fp64",  # noqa: F821
     log_ratio_bound: "fp64",  # noqa: F821
     kl_log_ratio_bound: "fp64",  # noqa: F821
     kl_value_bound: "fp64",  # noqa: F821
@@ -534,6 +566,7 @@ def _policy_fwd_kernel(
     KL: tl.constexpr,
     KL_GRADIENT: tl.constexpr,
     KL_RATIO: tl.constexpr,
+    KL_CLAMP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     ACC: tl.constexpr = contribution_ptr.dtype.element_ty
@@ -576,6 +609,7 @@ def _policy_fwd_kernel(
         k_neg,
         lambda_pos,
         lambda_neg,
+        square_tau,
         log_ratio_bound,
         kl_log_ratio_bound,
         kl_value_bound,
@@ -585,6 +619,7 @@ def _policy_fwd_kernel(
         KL,
         KL_GRADIENT,
         KL_RATIO,
+        KL_CLAMP,
     )
     if grad_logprobs_ptr is not None:
         tl.store(grad_logprobs_ptr + offs, grad_logp, mask=mask)
@@ -653,6 +688,7 @@ def compiled_axes(axes: PolicyAxes) -> dict[str, str]:
         "KL": axes.kl,
         "KL_GRADIENT": axes.kl_gradient,
         "KL_RATIO": axes.kl_ratio if "ratio" in axes.kl_gradient else "loss",
+        "KL_CLAMP": axes.kl_clamp,
     }
 
 

@@ -103,6 +103,7 @@ def _policy_logits_fwd_kernel(
     k_neg: "fp64",  # noqa: F821
     lambda_pos: "fp64",  # noqa: F821
     lambda_neg: "fp64",  # noqa: F821
+    square_tau: "fp64",  # noqa: F821
     log_ratio_bound: "fp64",  # noqa: F821
     kl_log_ratio_bound: "fp64",  # noqa: F821
     kl_value_bound: "fp64",  # noqa: F821
@@ -112,6 +113,7 @@ def _policy_logits_fwd_kernel(
     KL: tl.constexpr,
     KL_GRADIENT: tl.constexpr,
     KL_RATIO: tl.constexpr,
+    KL_CLAMP: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_SCAN: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -174,6 +176,7 @@ def _policy_logits_fwd_kernel(
         k_neg,
         lambda_pos,
         lambda_neg,
+        square_tau,
         log_ratio_bound,
         kl_log_ratio_bound,
         kl_value_bound,
@@ -183,6 +186,7 @@ def _policy_logits_fwd_kernel(
         KL,
         KL_GRADIENT,
         KL_RATIO,
+        KL_CLAMP,
     )
     h = tl.zeros((), ACC)
     if HAS_ENTROPY:
