@@ -5,6 +5,7 @@ Legend: N tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fastrl.integrations._proof import FirstUse, prove, sampled_tokens
 from fastrl.integrations.trl import _seams
+from fastrl.integrations.trl._prediction import Prediction, attach, pending
 from fastrl.ops.linear_token_logprobs import (
     Chunks,
     Gradients,
@@ -43,6 +45,7 @@ class Request:
     logit_scale: float
     outputs: tuple[str, ...]
     compute_dtype: torch.dtype
+    ignored: int = IGNORED
 
     def head(self, hidden: Tensor) -> Head:
         """Return the vocabulary operation, validated."""
@@ -55,6 +58,24 @@ class Request:
         """Return the tensors in the dtype in which TRL multiplies them."""
         dtype = self.compute_dtype
         return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def columns(self, n: int, wanted: Sequence[str], like: Tensor) -> dict[str, Tensor]:
+        """Return room for the statistics of n rows."""
+        return {name: like.new_empty(n, dtype=torch.bool if name == "is_top1" else None) for name in wanted}
+
+    def observe(self, columns: dict[str, Tensor], rows: Tensor | slice, logits: Tensor, labels: Tensor) -> None:
+        """Write the statistics of rows of logits to their places; a tie with an earlier id is no top-1 prediction."""
+        found = row_statistics(
+            logits, labels, temperature=self.temperature, logit_scale=self.logit_scale, softcap=self.softcap,
+            ignore_index=IGNORED,
+        )  # fmt: skip
+        values = {
+            "log_sum_sq_probs": found.log_sum_squared_probs,
+            "mean_logits": found.mean_logits,
+            "is_top1": found.argmax == labels,
+        }
+        for name, out in columns.items():
+            out[rows] = values[name]
 
     def chunks(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Chunks:
         """Return the rows, cut into chunks."""
@@ -88,10 +109,7 @@ def forward_pass(
     chunks = request.chunks(hidden, weight, bias, targets)
     found = chunks.outputs()
     wanted = [name for name in STATISTICS if name in request.outputs]
-    n, dtype = targets.numel(), found[0].dtype
-    columns: dict[str, Tensor] = {
-        name: torch.empty(n, dtype=torch.bool if name == "is_top1" else dtype, device=hidden.device) for name in wanted
-    }
+    columns = request.columns(targets.numel(), wanted, found[0])
     units = Gradients(chunks, (unit, False, False))
     for rows, states, logits in chunks:
         results = chunks.forward_rows(rows, logits)
@@ -99,7 +117,7 @@ def forward_pass(
             if out.numel():
                 out[rows] = value
         if wanted:
-            _statistics(columns, rows, logits, targets, request)
+            request.observe(columns, rows, logits, targets[rows])
         if unit:
             ones = torch.ones_like(results[0])
             units.add(rows, states, chunks.backward_rows(rows, logits, results, (ones, None, None)))
@@ -111,28 +129,6 @@ def forward_pass(
         columns.get("is_top1"),
     )
     return outputs, found, units.hidden
-
-
-def _statistics(
-    columns: dict[str, Tensor],
-    rows: slice,
-    logits: Tensor,  # (C, V)
-    targets: Tensor,  # (N,)
-    request: Request,
-) -> None:
-    """Write the statistics of one chunk to their places; a tie with an earlier id is no top-1 prediction."""
-    labels = targets[rows]
-    found = row_statistics(
-        logits, labels, temperature=request.temperature, logit_scale=request.logit_scale, softcap=request.softcap,
-        ignore_index=IGNORED,
-    )  # fmt: skip
-    values = {
-        "log_sum_sq_probs": found.log_sum_squared_probs,
-        "mean_logits": found.mean_logits,
-        "is_top1": found.argmax == labels,
-    }
-    for name, out in columns.items():
-        out[rows] = values[name]
 
 
 class _Function(torch.autograd.Function):
@@ -210,6 +206,11 @@ class FusedLogProbFunction:
         proofs.once(key, lambda: cls._proves(hidden, weight, bias, targets, request))
         training = torch.is_grad_enabled()
         trained = training and (weight.requires_grad or (bias is not None and bias.requires_grad))
+        prediction = pending()
+        if prediction is not None and (trained or prediction.needs_head_pass):
+            return _predicted(prediction, hidden, weight, bias, targets, request)
+        if prediction is not None:
+            prediction.path = "frozen head, gradients of the log-probs kept: 2 GEMM units"
         return _Function.apply(
             hidden, weight, bias, targets, request, training and not trained and hidden.requires_grad
         )
@@ -241,6 +242,19 @@ class FusedLogProbFunction:
             vocabulary=weight.shape[0],
             undo=UNDO,
         )
+
+
+def _predicted(
+    prediction: Prediction, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, request: Request
+) -> Outputs:
+    """Return what TRL asked for, the gradient of the trainer's loss formed on the way."""
+    wanted = [name for name in STATISTICS if name in request.outputs]
+    cast = request.cast(hidden, weight, bias)
+    with torch.autocast(hidden.device.type, enabled=False):
+        fused = prediction.fused(*cast, targets, request, wanted)
+        logprobs, entropy = attach(prediction, fused)
+    columns = [fused.columns.get(name) for name in STATISTICS]
+    return logprobs, entropy if "entropy" in request.outputs else None, columns[0], columns[1], columns[2]
 
 
 def _largest_logits(states: Tensor, weight: Tensor, bias: Tensor | None, request: Request) -> Tensor:
