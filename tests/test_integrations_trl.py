@@ -40,6 +40,9 @@ def head(dtype: torch.dtype, *, bias: bool, frozen: bool = False) -> SimpleNames
     generator = torch.Generator().manual_seed(1)
     made = [torch.randn(*shape, generator=generator).to(dtype) for shape in ((N, D), (V, D), (V,))]
     labels = torch.randint(0, V, (N,), generator=generator)
+    # Some labels are the most likely ones.
+    logits = made[0].float() @ made[1].float().T + (made[2].float() if bias else 0.0)
+    labels[::3] = logits.argmax(-1)[::3]
     hidden, weight, offsets = made[0].requires_grad_(), made[1], made[2] if bias else None
     if not frozen:
         weight.requires_grad_()
@@ -145,6 +148,15 @@ def test_no_tokens() -> None:
     assert all(x.shape == (0,) for x in found)
     found[0].sum().backward()
     assert bool((h.weight.grad == 0).all())
+
+
+def test_a_tie_with_an_earlier_id_is_no_top1_prediction() -> None:
+    weight = torch.zeros(V, D)
+    weight[7], weight[20] = 1.0, 1.0
+    hidden, labels = torch.ones(2, D), torch.tensor([7, 20])
+    with fast.patched():
+        found = utils._ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, 16, None, 1.0, ALL)
+    assert found[4].tolist() == [True, False]
 
 
 def test_create_graph_is_refused() -> None:

@@ -12,7 +12,7 @@ import torch
 import trl
 from datasets import Dataset
 from tiny_model import save_tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from fastrl.integrations import trl as fast
 
@@ -53,7 +53,15 @@ COMMON: dict[str, Any] = {
     "seed": 3,
     "dataloader_pin_memory": False,
 }
-ROLLOUTS: dict[str, Any] = {"num_generations": 2, "max_completion_length": 6, "temperature": 0.9}
+# Two steps on the same rollouts, with a clip that the second one reaches.
+ROLLOUTS: dict[str, Any] = {
+    "num_generations": 2,
+    "max_completion_length": 6,
+    "temperature": 0.9,
+    "learning_rate": 0.1,
+    "epsilon": 0.01,
+    "num_iterations": 2,
+}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "sft": {"max_length": 24},
     "dpo": {"max_length": 24},
@@ -99,6 +107,27 @@ def digits(completions: list[str], **_: Any) -> list[float]:
 def tiny_folder(directory: Path, **options: Any) -> Path:
     """Save a tiny model, from which the trainers load the policy and the reference."""
     return save_tiny_model(directory, **options)
+
+
+def tiny_experts(directory: Path) -> Path:
+    """Save a tiny mixture of experts."""
+    tokenizer = tiny_tokenizer(pad_is_eos=False)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "max_position_embeddings": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = MixtralConfig(
+        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, output_router_logits=True,
+        **sizes, **heads, **ids,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.25)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
 
 
 def make_trainer(

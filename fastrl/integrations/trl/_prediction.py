@@ -150,7 +150,9 @@ def _check(
     (g, h), (logprobs, entropy) = expected, outputs
     if _outside(host[0], g * factor, g * factor, _slack(g, factor)).any():
         step = LOGPROB_ROUNDINGS * torch.finfo(logprobs.dtype).eps * logprobs.abs().clamp(min=1.0)
-        around = [prediction.coefficients(logprobs + sign * step, entropy)[0] for sign in (-1.0, 1.0)]
+        # All log-probs too high or too low move a ratio; those of a pair move its margin against each other.
+        moves = (step, -step, step * g.sign(), -step * g.sign())
+        around = [prediction.coefficients(logprobs + move, entropy)[0] for move in moves]
         edges = torch.stack([g, *around]) * factor
         _compare("log-prob", host[0], edges.amin(0), edges.amax(0), _slack(g, factor))
     bonus = torch.zeros_like(g) if h is None else h * factor
