@@ -48,6 +48,9 @@ class Head:
     ignore_index: int
     chunk_tokens: int
     backend: str
+    observe: Callable[[Tensor, Tensor], None] | None = None
+    """Called in the forward with (indices of rows, their logits), for what else is wanted of the logits while they are
+    there; it must leave them as they are."""
 
 
 def linear_token_logprobs(
@@ -309,6 +312,8 @@ class Chunks:
     def forward_rows(self, rows: slice, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return (logprobs, entropy, logsumexp, residual) of one chunk."""
         index = self.live[rows]
+        if self.head.observe is not None:
+            self.head.observe(index, logits)
         return forward_rows(self.head.backend, logits, self.labels[index], self.inverse[index], **self.scalars())
 
     def outputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -402,7 +407,6 @@ def fused_gradient(
     needs: tuple[bool, bool, bool],
     coefficients: Coefficients,
     units: Sequence[int] | None = None,
-    observe: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None], int]:
     """Return (logprobs (N,), entropy (N,), gradients, recomputed) of a loss, its gradient formed in the forward.
 
@@ -412,8 +416,6 @@ def fused_gradient(
         coefficients: maps (logprobs, entropy, block, indices), (M,) of the rows of a block, to (dL/dlogprobs,
             dL/dentropy or None). `block` are the rows' positions among the live rows, `indices` among all.
         units: live rows of each sequence, where the loss couples the tokens of a sequence; None: every token alone.
-        observe: called once per row with (indices among all rows, their logits), for what else the caller wants of the
-            logits while they are there; it must leave them as they are.
 
     Returns:
         The last is the number of rows whose logits were formed a second time, because their sequence is longer than
@@ -435,8 +437,6 @@ def fused_gradient(
         for rows in parts:
             states, logits = chunks.logits(rows, buffer)
             _keep(found, rows, chunks.forward_rows(rows, logits))
-            if observe is not None:
-                observe(chunks.live[rows], logits)
         g, h = coefficients(logprobs[block], entropy[block], block, chunks.live[block])
         if not any(needs):
             continue

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -275,17 +275,16 @@ def fused_pass(
         hidden.detach(), weight.detach(), targets, None if bias is None else bias.detach(), request.ignored
     )
     inverse = inverse_temperature(request.temperature, targets, hidden)
-    head = request.head(hidden)
     columns = request.columns(targets.numel(), wanted, inverse)
 
     def observe(index: Tensor, logits: Tensor) -> None:
         request.observe(columns, index, logits, targets[index])
 
+    head = replace(request.head(hidden), observe=observe if wanted else None)
     with torch.no_grad():
         logprobs, entropy, gradients, recomputed = fused_gradient(
-            checked[0], checked[1], checked[3], checked[2], inverse, head, needs, coefficients, units,
-            observe if wanted else None,
-        )  # fmt: skip
+            checked[0], checked[1], checked[3], checked[2], inverse, head, needs, coefficients, units
+        )
     handle = _Release.apply(hidden, weight, bias, *gradients)
     units_taken = 1.0 + needs[0] + needs[1] + recomputed / max(targets.numel(), 1)
     return Fused(handle, logprobs, entropy, columns), units_taken
