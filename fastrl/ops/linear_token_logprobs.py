@@ -60,6 +60,9 @@ class Head:
     ignore_index: int
     chunk_tokens: int
     backend: str
+    observe: Callable[[Tensor, Tensor], None] | None = None
+    """Called in the forward with (indices of rows, their logits), for what else is wanted of the logits while they are
+    there; it must leave them as they are."""
 
 
 def linear_token_logprobs(
@@ -372,6 +375,8 @@ class Chunks:
     def forward_rows(self, rows: slice, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return (logprobs, entropy, logsumexp, residual) of one chunk."""
         index = self.live[rows]
+        if self.head.observe is not None:
+            self.head.observe(index, logits)
         return forward_rows(self.head.backend, logits, self.labels[index], self.inverse[index], **self.scalars())
 
     def outputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,0 +1,37 @@
+"""fastrl inside TRL: `with fastrl.integrations.trl.patched(): trainer.train()`, or `enable()` once.
+
+`patched` and `enable` replace the function that gives TRL's trainers their log-probs. `FastGRPOTrainer`,
+`FastRLOOTrainer`, `FastDPOTrainer` and `FastSFTTrainer` also form the gradient of the loss while the head runs.
+TRL is imported when it is first needed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastrl.integrations.trl._switch import disable as disable
+from fastrl.integrations.trl._switch import enable as enable
+from fastrl.integrations.trl._switch import enabled as enabled
+from fastrl.integrations.trl._switch import patched as patched
+from fastrl.integrations.trl._translate import policy_loss_from_config as policy_loss_from_config
+from fastrl.integrations.trl._translate import preference_loss_from_config as preference_loss_from_config
+
+if TYPE_CHECKING:
+    from fastrl.integrations.trl._trainers import FastDPOTrainer as FastDPOTrainer
+    from fastrl.integrations.trl._trainers import FastGRPOTrainer as FastGRPOTrainer
+    from fastrl.integrations.trl._trainers import FastLossMixin as FastLossMixin
+    from fastrl.integrations.trl._trainers import FastRLOOTrainer as FastRLOOTrainer
+    from fastrl.integrations.trl._trainers import FastSFTTrainer as FastSFTTrainer
+
+TRAINERS = ("FastDPOTrainer", "FastGRPOTrainer", "FastLossMixin", "FastRLOOTrainer", "FastSFTTrainer")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in TRAINERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fastrl.integrations.trl import _seams
+
+    _seams.utils()
+    from fastrl.integrations.trl import _trainers
+
+    return getattr(_trainers, name)

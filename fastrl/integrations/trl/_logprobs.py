@@ -1,0 +1,268 @@
+"""TRL's chunked log-prob function on fastrl's rows: the same contract, with the head's other statistics on the way.
+
+Legend: N tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrl.integrations._proof import FirstUse, prove, sampled_tokens
+from fastrl.integrations.trl import _seams
+from fastrl.integrations.trl._prediction import Prediction, attach, pending
+from fastrl.ops.linear_token_logprobs import (
+    Chunks,
+    Gradients,
+    Head,
+    check_head,
+    chunk_logits,
+    inverse_temperature,
+    make_head,
+)
+from fastrl.ops.row_statistics import row_statistics
+
+ALL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+STATISTICS = ALL_OUTPUTS[1:]
+IGNORED = -(2**31)
+UNDO = "fastrl.integrations.trl.disable(), or leaving patched(), gives TRL's own function back"
+
+Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+proofs = FirstUse()
+
+
+@dataclass(frozen=True)
+class Request:
+    """A call of TRL's function: everything that is not a tensor."""
+
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+    outputs: tuple[str, ...]
+    compute_dtype: torch.dtype
+    ignored: int = IGNORED
+
+    def head(self, hidden: Tensor) -> Head:
+        """Return the vocabulary operation, validated."""
+        return make_head(
+            hidden, self.logit_scale, self.softcap, IGNORED, chunk_tokens=None, tail_mass=0.0, tp_group=None,
+            backend="auto",
+        )  # fmt: skip
+
+    def cast(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the tensors in the dtype in which TRL multiplies them."""
+        dtype = self.compute_dtype
+        return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def columns(self, n: int, wanted: Sequence[str], like: Tensor) -> dict[str, Tensor]:
+        """Return room for the statistics of n rows."""
+        return {name: like.new_empty(n, dtype=torch.bool if name == "is_top1" else None) for name in wanted}
+
+    def observe(self, columns: dict[str, Tensor], rows: Tensor | slice, logits: Tensor, labels: Tensor) -> None:
+        """Write the statistics of rows of logits to their places; a tie with an earlier id is no top-1 prediction."""
+        found = row_statistics(
+            logits, labels, temperature=self.temperature, logit_scale=self.logit_scale, softcap=self.softcap,
+            ignore_index=IGNORED,
+        )  # fmt: skip
+        values = {
+            "log_sum_sq_probs": found.log_sum_squared_probs,
+            "mean_logits": found.mean_logits,
+            "is_top1": found.argmax == labels,
+        }
+        for name, out in columns.items():
+            out[rows] = values[name]
+
+    def chunks(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Chunks:
+        """Return the rows, cut into chunks."""
+        hidden, weight, targets, bias = check_head(*self.cast(hidden, weight, bias)[:2], targets, bias, IGNORED)
+        inverse = inverse_temperature(self.temperature, targets, hidden)
+        return Chunks.of(hidden, weight, bias, targets, inverse, self.head(hidden))
+
+
+def request_of(
+    hidden: Tensor, temperature: float, softcap: float | None, logit_scale: float, outputs: tuple[str, ...]
+) -> Request:
+    """Return the request of a call; the projection runs in autocast's dtype, or in that of the hidden states."""
+    unknown = sorted(set(outputs) - {"log_probs", *ALL_OUTPUTS})
+    if unknown:
+        raise ValueError(f"outputs must be among log_probs, {', '.join(ALL_OUTPUTS)}; got {', '.join(unknown)}")
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    return Request(temperature, softcap, logit_scale, tuple(outputs), dtype)
+
+
+def forward_pass(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,)
+    request: Request,
+    *,
+    unit: bool = False,
+) -> tuple[Outputs, tuple[Tensor, ...], Tensor | None]:
+    """Return (what TRL asked for, what the backward needs of the rows, the unit gradients (N, D) where asked for)."""
+    chunks = request.chunks(hidden, weight, bias, targets)
+    found = chunks.outputs()
+    wanted = [name for name in STATISTICS if name in request.outputs]
+    columns = request.columns(targets.numel(), wanted, found[0])
+    units = Gradients(chunks, (unit, False, False))
+    for rows, states, logits in chunks:
+        results = chunks.forward_rows(rows, logits)
+        for out, value in zip(found, results, strict=True):
+            if out.numel():
+                out[rows] = value
+        if wanted:
+            request.observe(columns, rows, logits, targets[rows])
+        if unit:
+            ones = torch.ones_like(results[0])
+            units.add(rows, states, chunks.backward_rows(rows, logits, results, (ones, None, None)))
+    outputs = (
+        found[0],
+        found[1] if "entropy" in request.outputs else None,
+        columns.get("log_sum_sq_probs"),
+        columns.get("mean_logits"),
+        columns.get("is_top1"),
+    )
+    return outputs, found, units.hidden
+
+
+class _Function(torch.autograd.Function):
+    """The log-probs of TRL's contract; one GEMM forward and three backward, or one of each with a frozen head."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # (N, D)
+        weight: Tensor,  # (V, D)
+        bias: Tensor | None,  # (V,)
+        targets: Tensor,  # (N,)
+        request: Request,
+        unit: bool,
+    ) -> Outputs:
+        ctx.set_materialize_grads(False)
+        with torch.autocast(hidden.device.type, enabled=False):
+            outputs, found, units = forward_pass(hidden, weight, bias, targets, request, unit=unit)
+        ctx.request = request
+        ctx.save_for_backward(hidden, weight, bias, targets, units, *found)
+        ctx.mark_non_differentiable(*(x for x in outputs[2:] if x is not None))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("the fused log-probs are differentiable once: create_graph=True is not supported")
+        hidden, weight, bias, targets, units, *found = ctx.saved_tensors
+        g, h = grads[:2]
+        none = (None, None, None)
+        if g is None and h is None:
+            return (None, None, None, *none)
+        if units is not None and h is None and g is not None:
+            return ((units * g.unsqueeze(-1).to(units.dtype)).to(hidden.dtype), None, None, *none)
+        needs = ctx.needs_input_grad[:3]
+        # ZeRO-3 frees the head between forward and backward.
+        with _seams.gathered(weight, bias):
+            chunks = ctx.request.chunks(hidden, weight, bias, targets)
+            gradients = Gradients(chunks, needs)
+            for rows, states, logits in chunks:
+                outputs = tuple(x[rows] if x.numel() else x for x in found)
+                row_grads = (None if g is None else g[rows], None if h is None else h[rows], None)
+                gradients.add(rows, states, chunks.backward_rows(rows, logits, outputs, row_grads))
+        pairs = zip((gradients.hidden, gradients.weight, gradients.bias), (hidden, weight, bias), strict=True)
+        return (*(None if x is None else x.to(y.dtype) for x, y in pairs), *none)
+
+
+class FusedLogProbFunction:
+    """Stands where TRL binds its chunked log-prob function; only `apply` is called there."""
+
+    original: Any = None
+    """TRL's own class, which the proof asks."""
+
+    @classmethod
+    def apply(
+        cls,
+        hidden: Tensor,  # (N, D)
+        weight: Tensor,  # (V, D)
+        bias: Tensor | None,  # (V,)
+        targets: Tensor,  # (N,)
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = ALL_OUTPUTS,
+    ) -> Outputs:
+        """Return (log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1), (N,) each, None where not asked for.
+
+        The first two are differentiable, once, with respect to hidden, weight and bias. float32, or float64 for float64
+        inputs. `chunk_size`, TRL's tile of the vocabulary, is not used: fastrl cuts the tokens.
+        """
+        del chunk_size
+        request = request_of(hidden, temperature, final_logit_softcapping, logit_scale, outputs)
+        key = (request, hidden.device.type, hidden.dtype, weight.dtype, tuple(weight.shape), bias is None)
+        proofs.once(key, lambda: cls._proves(hidden, weight, bias, targets, request))
+        training = torch.is_grad_enabled()
+        trained = training and (weight.requires_grad or (bias is not None and bias.requires_grad))
+        prediction = pending()
+        if prediction is not None and (trained or prediction.needs_head_pass):
+            return _predicted(prediction, hidden, weight, bias, targets, request)
+        if prediction is not None:
+            prediction.path = "frozen head, gradients of the log-probs kept: 2 GEMM units"
+        return _Function.apply(
+            hidden, weight, bias, targets, request, training and not trained and hidden.requires_grad
+        )
+
+    @classmethod
+    @torch.no_grad()
+    def _proves(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, request: Request) -> bool:
+        """Compare a few tokens with TRL's own function."""
+        picked = sampled_tokens(targets.numel(), targets.device)
+        if picked.numel() == 0:
+            return False
+        states, labels = hidden[picked], targets[picked]
+        theirs = cls.original.apply(
+            states, weight, bias, labels, request.temperature, 32768, request.softcap, request.logit_scale,
+            request.outputs,
+        )  # fmt: skip
+        with torch.autocast(hidden.device.type, enabled=False):
+            ours, _, _ = forward_pass(states, weight, bias, labels, request)
+            largest = _largest_logits(states, weight, bias, request)
+        names = ("logprobs", "entropy", "log_sum_squared_probs", "mean_logits")
+        return prove(
+            "fastrl's log-prob function for TRL",
+            dict(zip(names, ours, strict=False)),
+            dict(zip(names, theirs, strict=False)),
+            largest_logit=largest,
+            # TRL's function computes in float32 whatever the inputs are, on a projection in their dtype.
+            dtype=torch.float32 if request.compute_dtype == torch.float64 else request.compute_dtype,
+            terms=hidden.shape[-1],
+            vocabulary=weight.shape[0],
+            undo=UNDO,
+        )
+
+
+def _predicted(
+    prediction: Prediction, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, request: Request
+) -> Outputs:
+    """Return what TRL asked for, the gradient of the trainer's loss formed on the way."""
+    wanted = [name for name in STATISTICS if name in request.outputs]
+    cast = request.cast(hidden, weight, bias)
+    with torch.autocast(hidden.device.type, enabled=False):
+        fused = prediction.fused(*cast, targets, request, wanted)
+        logprobs, entropy = attach(prediction, fused)
+    columns = [fused.columns.get(name) for name in STATISTICS]
+    return logprobs, entropy if "entropy" in request.outputs else None, columns[0], columns[1], columns[2]
+
+
+def _largest_logits(states: Tensor, weight: Tensor, bias: Tensor | None, request: Request) -> Tensor:
+    """Return the largest absolute finite logit of each row (K,), after scale, softcap and temperature."""
+    hidden, weight, bias = request.cast(states, weight, bias)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    out = torch.empty((hidden.shape[0], weight.shape[0]), dtype=dtype, device=hidden.device)
+    logits = chunk_logits(hidden, weight, bias, out) * request.logit_scale
+    if request.softcap:
+        logits = request.softcap * torch.tanh(logits / request.softcap)
+    return torch.where(logits.isfinite(), logits.abs(), 0.0).amax(-1) / request.temperature

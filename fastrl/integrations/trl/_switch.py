@@ -1,0 +1,101 @@
+"""The switch: TRL's bindings replaced while it is on, and put back, the same objects, when it goes off."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fastrl.integrations.trl import _seams
+from fastrl.integrations.trl._logprobs import FusedLogProbFunction
+
+_lock = threading.RLock()
+_bindings: list[tuple[Any, str, Any, Any]] = []  # (module, name, TRL's object, ours)
+_contexts = 0
+_permanent = False
+
+
+@contextmanager
+def patched() -> Iterator[None]:
+    """Run TRL on fastrl's log-probs inside this context: `with patched(): trainer.train()`.
+
+    SFT, DPO, KTO, GRPO, RLOO and AsyncGRPO take the log-probs (and entropies, and the statistics that they log) of
+    every model whose head TRL has fused from fastrl: the values are those of TRL, to rounding, and so is everything
+    else. Contexts nest; the outermost one puts TRL's own objects back. The patch is process-wide.
+
+    Raises:
+        ImportError: TRL is not installed.
+        RuntimeError: this TRL's signatures are not those that the adapter fits.
+    """
+    global _contexts
+    with _lock:
+        _install()
+        _contexts += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _contexts -= 1
+            _restore_when_unused()
+
+
+def enable() -> None:
+    """Run TRL on fastrl's log-probs from here on, as inside `patched()`; a second call changes nothing."""
+    global _permanent
+    with _lock:
+        _install()
+        _permanent = True
+
+
+def disable() -> None:
+    """Undo `enable()`; inside a `patched()` context TRL's own objects come back when that ends."""
+    global _permanent
+    with _lock:
+        _permanent = False
+        _restore_when_unused()
+
+
+def enabled() -> bool:
+    """Return whether TRL runs on fastrl's log-probs now."""
+    return bool(_bindings)
+
+
+def _always(device: Any) -> bool:
+    """Stand for TRL's `_use_triton` where it decides whether masked positions reach the head: they never do."""
+    del device
+    return True
+
+
+def _install() -> None:
+    """Replace every binding of TRL's function in the modules of TRL that are loaded."""
+    if _bindings:
+        return
+    utils = _seams.utils()
+    original = getattr(utils, _seams.FUNCTION)
+    FusedLogProbFunction.original = original
+    found = [(utils, _seams.COMPACT, getattr(utils, _seams.COMPACT), _always)]
+    for name, module in sorted(sys.modules.items()):
+        if module is not None and name.partition(".")[0] == "trl":
+            found += [(module, key, original, FusedLogProbFunction) for key, x in vars(module).items() if x is original]
+    for module, name, _, ours in found:
+        setattr(module, name, ours)
+    _bindings.extend(found)
+
+
+def _restore_when_unused() -> None:
+    if _contexts or _permanent:
+        return
+    while _bindings:
+        module, name, original, ours = _bindings.pop()
+        if getattr(module, name, None) is not ours:
+            warnings.warn(
+                f"{module.__name__}.{name} was replaced by something else while fastrl's patch was on; it is left as "
+                "it is, and TRL's own object is not put back there",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            continue
+        setattr(module, name, original)

@@ -1,0 +1,226 @@
+"""TRL's trainers with the gradient of their loss formed while the head runs.
+
+Everything is TRL's: the data, the rollouts, the loss, the metrics and their names. What changes is where the gradient
+of the head and of the hidden states comes from; see `_prediction`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import DPOTrainer, GRPOTrainer, RLOOTrainer, SFTTrainer
+
+from fastrl.integrations.trl import _seams
+from fastrl.integrations.trl._prediction import (
+    PairPrediction,
+    PolicyPrediction,
+    Prediction,
+    SupervisedPrediction,
+    predicting,
+)
+from fastrl.integrations.trl._switch import patched
+from fastrl.integrations.trl._translate import policy_loss_from_config, preference_loss_from_config
+
+LOSS_ARGUMENTS = ("self", "model", "inputs")
+for _trainer, _method, _arguments in (
+    (GRPOTrainer, "_compute_loss", LOSS_ARGUMENTS),
+    (RLOOTrainer, "_compute_loss", LOSS_ARGUMENTS),
+    (DPOTrainer, "_compute_loss", (*LOSS_ARGUMENTS, "return_outputs")),
+    (DPOTrainer, "compute_ref_log_probs", LOSS_ARGUMENTS),
+    (SFTTrainer, "compute_loss", (*LOSS_ARGUMENTS, "return_outputs", "num_items_in_batch")),
+):
+    _seams.check_arguments(f"trl.{_trainer.__name__}.{_method}", getattr(_trainer, _method, None), _arguments)
+
+
+class FastLossMixin:
+    """Put before a trainer of TRL: log-probs from fastrl, and the gradient of the loss formed in the forward.
+
+    `fastrl_path` says how the gradient of the last training batch was formed, or why it could not be formed in the
+    forward. Options that fastrl does not compute raise `ValueError` when the trainer is built.
+    """
+
+    fastrl_path: str = ""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with patched():
+            super().__init__(*args, **kwargs)
+        self.fastrl_loss = self._fastrl_translate()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as TRL does, on fastrl's log-probs."""
+        with patched():
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as TRL does, on fastrl's log-probs."""
+        with patched():
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict as TRL does, on fastrl's log-probs."""
+        with patched():
+            return super().predict(*args, **kwargs)  # type: ignore[misc]
+
+    def _fastrl_translate(self) -> Any:
+        """Return the loss of the configuration."""
+        raise NotImplementedError
+
+    @contextmanager
+    def _fastrl_predicting(self, prediction: Prediction | str) -> Iterator[None]:
+        """Predict the gradient of the loss that is computed inside, or say why not."""
+        if not torch.is_grad_enabled():
+            with patched():
+                yield
+            return
+        if isinstance(prediction, str):
+            self.fastrl_path = f"log-probs first, 4 GEMM units (2 with a frozen head): {prediction}"
+            with patched():
+                yield
+            return
+        with patched(), predicting(prediction):
+            yield
+        if not prediction.path:
+            raise RuntimeError(
+                f"{type(self).__name__} computed its loss without a pass through the fused head: another patch stands "
+                "between; fastrl.integrations.trl.patched() is the adapter that leaves the loss alone"
+            )
+        self.fastrl_path = prediction.path
+
+
+def _packed(keep: Tensor, mask: Tensor) -> tuple[dict[str, Any], Any]:
+    """Return (`mask`, `cu_seqlens` and `n_sequences` of packed tokens, the function that packs), `keep` (B, T) bool."""
+    lengths = keep.sum(1)
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    inputs = {"mask": mask[keep], "cu_seqlens": offsets, "n_sequences": float(keep.shape[0])}
+    return inputs, lambda x: None if x is None else x[keep]
+
+
+class FastGRPOTrainer(FastLossMixin, GRPOTrainer):
+    """`trl.GRPOTrainer`, any `loss_type`, with the gradient of the loss formed in the forward: 3 GEMM units, TRL's 4.
+
+    Two options choose tokens by what the whole batch is, `top_entropy_quantile` and `off_policy_mask_threshold`: with
+    them the log-probs come first, as in `patched()`.
+    """
+
+    def _fastrl_translate(self) -> Any:
+        return policy_loss_from_config(self.args)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        with self._fastrl_predicting(self._fastrl_prediction(inputs)):
+            return super()._compute_loss(model, inputs)
+
+    def _fastrl_prediction(self, inputs: dict[str, Any]) -> Prediction | str:
+        if self.top_entropy_quantile < 1.0:
+            return "top_entropy_quantile selects by the entropies of the whole batch"
+        if self.off_policy_mask_threshold is not None:
+            return "off_policy_mask_threshold selects by the log-probs of whole sequences"
+        keep = inputs["completion_mask"].bool()
+        mask = inputs["completion_mask"] * inputs["tool_mask"] if "tool_mask" in inputs else inputs["completion_mask"]
+        packed, pack = _packed(keep, mask)
+        advantages = inputs["advantages"]
+        packed["advantages"] = pack(advantages) if advantages.dim() == 2 else advantages
+        packed["old_logprobs"] = pack(inputs.get("old_per_token_logps"))
+        if self.fastrl_loss.kl is not None:
+            packed["ref_logprobs"] = pack(inputs["ref_per_token_logps"])
+        if self.fastrl_loss.correction is not None:
+            packed["rollout_logprobs"] = pack(inputs["sampling_per_token_logps"])
+        steps = self.current_gradient_accumulation_steps if self.model.training else 1.0
+        scale = 1.0
+        if self.loss_type in ("cispo", "dapo", "vespo"):
+            total = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+            packed["n_tokens"] = total * steps / self.args.steps_per_generation if self.model.training else total
+            # The entropy is a mean over the micro-batch, whatever divides the policy term.
+            scale = float(packed["n_tokens"] / (mask.sum().clamp(min=1.0) * steps)) if self._fastrl_entropy() else 1.0
+        return PolicyPrediction(replace(self.fastrl_loss, entropy_coef=self._fastrl_entropy() * scale), packed)
+
+    def _fastrl_entropy(self) -> float:
+        """Return the entropy coefficient of this step; an adaptive one is off while the entropy is above its target."""
+        if self.use_adaptive_entropy and not self._last_world_entropy <= self.args.entropy_target:
+            return 0.0
+        return self.entropy_coef
+
+
+class FastRLOOTrainer(FastLossMixin, RLOOTrainer):
+    """`trl.RLOOTrainer` with the gradient of the loss formed in the forward: 3 GEMM units, TRL's 4."""
+
+    def _fastrl_translate(self) -> Any:
+        return policy_loss_from_config(self.args)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        with self._fastrl_predicting(self._fastrl_prediction(inputs)):
+            return super()._compute_loss(model, inputs)
+
+    def _fastrl_prediction(self, inputs: dict[str, Any]) -> Prediction:
+        keep = inputs["completion_mask"].bool()
+        packed, pack = _packed(keep, inputs["completion_mask"])
+        packed["advantages"] = inputs["advantages"]
+        # The ratio is of sums over the sequence: any share of the old sum per token gives it.
+        share = inputs["old_logps"] / keep.sum(1).clamp(min=1)
+        packed["old_logprobs"] = pack(share[:, None].expand(keep.shape))
+        return PolicyPrediction(self.fastrl_loss, packed)
+
+
+class FastDPOTrainer(FastLossMixin, DPOTrainer):
+    """`trl.DPOTrainer`, any `loss_type`, with the gradient of the loss formed in the forward: 3 GEMM units, TRL's 4.
+
+    The reference's log-probs are computed before the policy's, by TRL's own function. With "aot" and "aot_unpaired",
+    which sort the batch, with `ld_alpha` and with `use_weighting` the log-probs come first, as in `patched()`.
+    """
+
+    def _fastrl_translate(self) -> Any:
+        return preference_loss_from_config(self.args)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        reason = self._fastrl_reason()
+        if reason or not torch.is_grad_enabled():
+            with self._fastrl_predicting(reason):
+                return super()._compute_loss(model, inputs, return_outputs)
+        before = self.precompute_ref_logps
+        with patched():
+            if not before:
+                names = ("ref_chosen_logps", "ref_rejected_logps")
+                reference = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+                inputs = inputs | dict(zip(names, reference, strict=True))
+        prediction = PairPrediction(
+            self.fastrl_loss,
+            inputs["completion_mask"][:, 1:].sum(1),
+            inputs["ref_chosen_logps"],
+            inputs["ref_rejected_logps"],
+        )
+        self.precompute_ref_logps = True
+        try:
+            with self._fastrl_predicting(prediction):
+                return super()._compute_loss(model, inputs, return_outputs)
+        finally:
+            self.precompute_ref_logps = before
+
+    def _fastrl_reason(self) -> str:
+        if any(name in ("aot", "aot_unpaired") for name in self.loss_types):
+            return "aot sorts the pairs of the batch"
+        if self.ld_alpha is not None:
+            return "ld_alpha weighs the tokens by the lengths of the pair"
+        return "use_weighting weighs the pairs by the policy's probabilities" if self.use_weighting else ""
+
+
+class FastSFTTrainer(FastLossMixin, SFTTrainer):
+    """`trl.SFTTrainer` with the gradient of the loss formed in the forward: 3 GEMM units, TRL's 4."""
+
+    def _fastrl_translate(self) -> Any:
+        return policy_loss_from_config(self.args)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return TRL's loss; a user's `compute_loss_func` and label smoothing take the logits of the whole batch."""
+        prediction: Prediction | str = SupervisedPrediction(self.args.loss_type)
+        if self.compute_loss_func is not None:
+            prediction = "compute_loss_func takes the logits"
+        elif self.label_smoother is not None and self.args.loss_type == "nll":
+            prediction = "label_smoothing_factor takes the logits"
+        with self._fastrl_predicting(prediction):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
