@@ -378,7 +378,8 @@ def _loss_with(operation: Callable[[Any], Any]) -> Callable[..., Tensor]:
         (lambda z: z.clamp(max=1.0), "uses clamp on its logits"),
         (lambda z: torch.log_softmax(z, -1), "uses log_softmax on its logits"),
         (lambda z: z.logsumexp(-1), "uses logsumexp on its logits"),
-        (lambda z: z[..., :10], "choosing among the vocabulary"),
+        (lambda z: z[..., 10:], "choosing among the vocabulary"),
+        (lambda z: z[..., :10], "must stay the vocabulary, 10"),
         (lambda z: z[torch.tensor([0, 0, 1])], "indexing with Tensor"),
         (lambda z: z.view(-1, VOCABULARY * 3), "the last dimension must stay the vocabulary"),
         (lambda z: z * torch.ones(VOCABULARY), "one number is supported"),
@@ -432,6 +433,24 @@ def test_rows_chosen_by_the_loss_go_back_to_their_places() -> None:
     torch.testing.assert_close(ours.logprobs, _of_logits(theirs.logits, _next_labels(inputs["labels"]))[0])
     for name, want in gradients.items():
         torch.testing.assert_close(got[name], want, atol=1e-5 * float(want.abs().max()), rtol=1e-5)
+
+
+def test_a_padded_vocabulary_is_cut_as_the_host_cuts_it() -> None:
+    model = tiny_family("phi")
+    inputs = tiny_batch("phi", model)
+    inputs["labels"] = inputs["labels"].clamp(max=59)
+    model.loss_function = lambda logits, labels, vocab_size, **_: F.cross_entropy(
+        logits[..., :60].reshape(-1, 60), _next_labels(labels).view(-1)
+    )
+    theirs = model(**inputs)
+    gradients = _gradients(model, theirs.loss)
+    with patch(model):
+        ours = model(**inputs)
+        got = _gradients(model, ours.loss)
+    torch.testing.assert_close(ours.loss, theirs.loss)
+    torch.testing.assert_close(ours.logprobs, _of_logits(theirs.logits[..., :60], _next_labels(inputs["labels"]))[0])
+    for name, want in gradients.items():
+        torch.testing.assert_close(got[name], want, atol=2e-6, rtol=2e-5)
 
 
 def test_models_that_cannot_be_patched_say_why() -> None:

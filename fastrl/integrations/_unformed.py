@@ -67,6 +67,7 @@ class CrossEntropy:
     reduction: str
     steps: tuple[Step, ...]
     rows: Tensor | None  # which of the N rows the loss asks for; None: all, in order
+    vocabulary: int  # the first entries of the head that count; the others are padding
 
 
 Compute = Callable[[CrossEntropy], Tensor]
@@ -157,16 +158,20 @@ class UnformedLogits:
                 raise _refused(f"indexing with {type(part).__name__}")
         leading = self.ndim - 1
         used = sum(part.ndim if isinstance(part, Tensor) else 1 for part in parts if part is not Ellipsis)
-        if used > leading:
-            if parts[-1] != slice(None):
-                raise _refused(f"choosing among the vocabulary with {parts[-1]!r}")
-            parts = parts[:-1]
-        elif Ellipsis in [p for p in parts if not isinstance(p, Tensor)] and parts[-1] is not Ellipsis:
-            # After an ellipsis the last part is that of the vocabulary.
-            if parts[-1] != slice(None):
-                raise _refused(f"choosing among the vocabulary with {parts[-1]!r}")
-            parts = parts[:-1]
-        return replace(self, rows=self._rows()[parts])
+        after_ellipsis = any(part is Ellipsis for part in parts[:-1])
+        if used <= leading and not after_ellipsis:
+            return replace(self, rows=self._rows()[parts])
+        *parts, of_vocabulary = parts
+        kept = self._prefix(of_vocabulary)
+        if all(part is Ellipsis or (isinstance(part, slice) and part == slice(None)) for part in parts):
+            return replace(self, vocabulary=kept)
+        return replace(self, rows=self._rows()[tuple(parts)], vocabulary=kept)
+
+    def _prefix(self, part: Any) -> int:
+        """Return how many entries of the vocabulary a slice keeps, from the first on."""
+        if not isinstance(part, slice) or part.start not in (None, 0) or part.step not in (None, 1):
+            raise _refused(f"choosing among the vocabulary with {part!r}")
+        return len(range(self.vocabulary)[part])
 
     def _rows(self) -> Tensor:
         """Return the row index of every row, made on first need."""
@@ -226,7 +231,8 @@ class UnformedLogits:
         if self.rows is not None:
             n_rows = self.hidden.shape[:-1].numel()
             labels = target.new_full((n_rows,), ignore_index).index_copy_(0, self.rows, target)
-        return self.compute(CrossEntropy(self.hidden, labels, ignore_index, reduction, self.steps, self.rows))
+        asked = CrossEntropy(self.hidden, labels, ignore_index, reduction, self.steps, self.rows, self.vocabulary)
+        return self.compute(asked)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:

@@ -299,6 +299,8 @@ def _fused_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (loss, logprobs (N,), entropy (N,)) of hidden states (..., D), inside the head's own call."""
     hidden, weight, bias = _as_autocast(*effective_linear(head, hidden))
+    if asked.vocabulary < weight.shape[0]:
+        weight, bias = weight[: asked.vocabulary], None if bias is None else bias[: asked.vocabulary]
     flat = hidden.reshape(-1, hidden.shape[-1])
     scale, softcap = head_scalars_of(asked.steps)
     how = {
@@ -350,11 +352,11 @@ def _proved(head: Any, own_forward: Callable[..., Any], hidden: Tensor, asked: C
     for module in dropouts:
         module.eval()
     try:
-        logits = own_forward(states)
+        logits = own_forward(states)[:, : asked.vocabulary]
         precision = logits.dtype
         for step in asked.steps:
             logits = step.apply(logits)
-        few = CrossEntropy(states, labels, asked.ignore_index, "sum", asked.steps, None)
+        few = CrossEntropy(states, labels, asked.ignore_index, "sum", asked.steps, None, asked.vocabulary)
         _, logprobs, entropy = _fused_cross_entropy(head, states, few, options)
     finally:
         for module in dropouts:
