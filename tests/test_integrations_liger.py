@@ -183,6 +183,13 @@ def test_grpo_forms_the_reference_and_stays_on_policy_without_old_logprobs(biase
           use_ref_model=False, loss_type="grpo")  # fmt: skip
 
 
+@pytest.mark.parametrize("options", GRPO_TYPES, ids=lambda o: "-".join(str(v) for v in o.values()))
+def test_a_completion_without_tokens_counts_as_liger_counts_it(options: dict[str, Any]) -> None:
+    batch = _grpo_batch()
+    batch["mask"][1] = 0.0
+    _same(_grpo(), "LigerFusedLinearGRPOLoss", batch, **options)
+
+
 def test_luspo_is_liger_s_without_a_kl_and_masks_the_kl() -> None:
     options: dict[str, Any] = {"loss_type": "luspo", "importance_sampling_level": "sequence"}
     batch = _grpo_batch()

@@ -359,6 +359,11 @@ def test_wrapped_by_accelerate_the_patch_steps_aside() -> None:
     assert wrapped(**inputs).logits is not None
     with patch(model):
         torch.testing.assert_close(wrapped(**inputs).loss, output.loss)
+        # Taking accelerate's wrapper off is not taking the patch off.
+        plain = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+        assert plain(**inputs).logits is None
+    assert plain(**inputs).logits is not None
+    assert "_fastrl_patch" not in vars(model)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
