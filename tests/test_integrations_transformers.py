@@ -12,14 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as hf
 from memory import MemoryWatch
 from oracle import assert_as_accurate
 from tiny_families import FAMILIES, SIZES, VOCABULARY, tiny_batch, tiny_family
 from torch import Tensor
-
-pytest.importorskip("transformers")
-
-import transformers as hf
 
 from fastrl.integrations import transformers as adapter
 from fastrl.integrations._proof import AdapterMismatchError
@@ -606,6 +603,26 @@ def _trained(folder: Path, patched: bool, **options: Any) -> tuple[list[float], 
     if handle is not None:
         handle.undo()
     return losses, dict(model.state_dict()), evaluation
+
+
+def test_metrics_of_the_trainer_see_logprobs_and_entropy(tmp_path: Path) -> None:
+    model = tiny_family("llama")
+    ids = torch.randint(5, VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(2))
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    seen: list[Any] = []
+
+    def metrics(evaluated: Any) -> dict[str, float]:
+        seen.extend(evaluated.predictions)
+        return {}
+
+    arguments = hf.TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
+    trainer = hf.Trainer(model=model, args=arguments, eval_dataset=rows, compute_metrics=metrics)
+    with patch(model), torch.no_grad():
+        trainer.evaluate()
+        output = model(input_ids=ids, labels=ids)
+    assert len(seen) == 2
+    torch.testing.assert_close(torch.tensor(seen[0]), output.logprobs)
+    torch.testing.assert_close(torch.tensor(seen[1]), output.entropy)
 
 
 @pytest.mark.parametrize("options", [{}, {"bf16": True}], ids=["float32", "bf16"])
