@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastrl_kernels import advantages, policy, row_statistics, segments, token_logprobs
+from fastrl_kernels import advantages, policy, policy_logits, row_statistics, segments, token_logprobs
 
 TABLE = Path(__file__).parent / "data" / "kernel_resources.json"
 TARGETS = {
@@ -152,6 +152,50 @@ def launch_reverse_scan(dtype: torch.dtype, *, n: int = 64, size: int = 8) -> No
     segments.reverse_scan_fwd(b, b, torch.arange(0, n + 1, size))
 
 
+def launch_policy_logits(
+    dtype: torch.dtype,
+    v: int,
+    full: bool,
+    *,
+    n: int = 2,
+    temperature: float = 0.7,
+    scale: float = 1.0,
+    cap: float = 30.0,
+    shift: int = 0,
+    **numbers: float,
+) -> None:
+    """Launch the loss of rows and their gradient, plain or with every column, softcap and a temperature per row."""
+    logits, labels = torch.empty(n, v, dtype=dtype), torch.zeros(n + 1, dtype=torch.int64)[shift:][:n]
+
+    def row() -> torch.Tensor:
+        return torch.empty(n + 1)[shift:][:n]
+
+    columns = policy.PolicyColumns(row(), row(), anchor=row())
+    axes = policy.PolicyAxes("clip")
+    if full:
+        columns = policy.PolicyColumns(*(row() for _ in range(7)), positive=torch.zeros(n, dtype=torch.bool))
+        axes = policy.PolicyAxes("clip", "", "k3", "ratio_weighted", "own")
+        numbers = {"dual_clip": 3.0, **numbers}
+    policy_logits.policy_logits_fwd(
+        axes,
+        policy.PolicyNumbers(**numbers),
+        logits,
+        labels,
+        row() if full else 1.0 / temperature,
+        columns,
+        out=torch.empty(n, v, dtype=dtype),
+        logit_scale=scale,
+        softcap=cap if full else 0.0,
+    )
+
+
+def launch_scale_rows(dtype: torch.dtype, v: int) -> None:
+    """Launch the scaling of a gradient, apart and in place."""
+    x = torch.empty(2, v, dtype=dtype)
+    for out in (None, x):
+        policy_logits.scale_rows(x, torch.ones(()), out=out)
+
+
 POLICY_CASES = {
     "policy/clip": lambda _: launch_policy(policy.PolicyAxes("clip", kl="k3"), dual_clip=3.0),
     "policy/clip of a sequence": lambda _: launch_policy(policy.PolicyAxes("clip"), coupled=True),
@@ -172,6 +216,10 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "token_logprobs/full/V=151936": lambda dtype: launch_token_logprobs(dtype, 151936, True),
     "token_logprobs/plain/V=151936": lambda dtype: launch_token_logprobs(dtype, 151936, False),
     "token_logprobs/no residual/V=8192": launch_without_residual,
+    "policy_logits/full/V=8192": lambda dtype: launch_policy_logits(dtype, 8192, True),
+    "policy_logits/full/V=151936": lambda dtype: launch_policy_logits(dtype, 151936, True),
+    "policy_logits/plain/V=151936": lambda dtype: launch_policy_logits(dtype, 151936, False),
+    "policy_logits/scale/V=151936": lambda dtype: launch_scale_rows(dtype, 151936),
     "row_statistics/full/V=151936": lambda dtype: launch_row_statistics(dtype, 151936, True),
     "row_statistics/plain/V=151936": lambda dtype: launch_row_statistics(dtype, 151936, False),
     "advantages/mean/group": lambda dtype: launch_advantages(dtype, "group_mean", "group"),
@@ -219,6 +267,16 @@ def lengths_and_scalars() -> dict[str, int]:
             bounds = {"low": 1.0 - n / 100, "high": 1.0 + n / 100, "dual_clip": 1.0 + n, "tau_pos": float(n)}
             launch_policy(policy.PolicyAxes("clip", kl="k3"), n=n, **bounds)
     counts["policy: 50 lengths and bounds"] = len({x.key(target) for x in launches})
+    with recorded() as launches:
+        for n in range(1, 51):
+            options = {"n": n, "temperature": 0.3 + 0.1 * n, "scale": 0.5 + 0.1 * n, "cap": 10.0 + n, "shift": n % 2}
+            bounds = {"low": 1.0 - n / 100, "high": 1.0 + n / 100, "tau_pos": float(n)}
+            launch_policy_logits(torch.bfloat16, 4096, True, **options, **bounds)
+            launch_policy_logits(torch.bfloat16, 4096, False, **options, **bounds)
+    # Plain and full.
+    counts["policy_logits: 50 lengths, temperatures, scales, softcaps and bounds"] = len(
+        {x.key(target) for x in launches}
+    )
     return counts
 
 
@@ -255,6 +313,13 @@ def address_faults(ttir: str) -> list[str]:
     return faults
 
 
+def layouts_of_sums(ttgir: str) -> list[str]:
+    """Return type and layout of what is reduced, sorted: two kernels that sum a row alike have them in common."""
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", ttgir, re.MULTILINE))
+    reduced = re.findall(r"\}\) : \((tensor<\w+), (#\w+)>\) ->", ttgir)
+    return sorted({f"{kind} {layouts[name]}" for kind, name in reduced})
+
+
 def compile_case(case: str, dtype: str, target: str) -> dict[str, dict[str, Any]]:
     """Compile the launches of one case for one target; returns kernel -> resources."""
     with recorded() as launches:
@@ -270,6 +335,7 @@ def compile_case(case: str, dtype: str, target: str) -> dict[str, dict[str, Any]
             resources["vector_loads"] = "load_dwordx4" in compiled.asm["amdgcn"]
         resources["warps"] = compiled.metadata.num_warps
         resources["address_faults"] = address_faults(compiled.asm["ttir"])
+        resources["sums"] = layouts_of_sums(compiled.asm["ttgir"])
         report[f"{case} {launch.kernel.__name__} {dtype} {target}"] = resources
     return report
 

@@ -147,6 +147,23 @@ KERNEL = [
     Mutation("sign of 0 is 1", "tl.where(x > 0, 1.0, tl.where", "tl.where(x >= 0, 1.0, tl.where"),
 ]
 
+LOGITS_KERNEL = [
+    Mutation("entropy gradient flipped", "h -= tl.load(", "h += tl.load("),
+    Mutation("residual ignored", "bias = -LOG2E * residual", "bias = 0.0 * residual"),
+    Mutation("masked rows are read", "live = label != ignore_index", "live = label == label"),
+    Mutation("zero rows not written", "        zero_row(out_block_ptr, stride_out_v, V, BLOCK_V)", "        pass"),
+    Mutation("weight 0 multiplies", "live & ((g != 0) | (h != 0))", "live"),
+    Mutation("entropy's rows left out", "((g != 0) | (h != 0))", "(g != 0)"),
+    Mutation("other order of sums", "BLOCK_SCAN=tile.block", "BLOCK_SCAN=tile.block // 4"),
+    Mutation("label outside is finite", 'logp = tl.where(in_vocab, logp, float("nan"))', "logp = logp * 1.0"),
+    Mutation("factor never 1", "(factor == 1.0) & IN_PLACE", "(factor != 1.0) & IN_PLACE"),
+    Mutation(
+        "anchors swapped",
+        "        anchor_ptr,\n        kl_anchor_ptr,\n        kl_ratio_anchor_ptr,\n",
+        "        kl_anchor_ptr,\n        anchor_ptr,\n        kl_ratio_anchor_ptr,\n",
+    ),
+]
+
 
 def mutated_source(module: ModuleType, mutation: Mutation) -> str:
     """Return the module's source with the fault in it."""

@@ -11,15 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from golden import cases
-from mutations import KERNEL, REFERENCE, Mutation, load, mutated_source
+from mutations import KERNEL, LOGITS_KERNEL, REFERENCE, Mutation, load, mutated_source
 from policy_cases import judge_terms, product_of_axes
 from test_kernels_policy import BOUNDS
+from test_kernels_policy_logits import check_parts
 from test_policy_golden import build, call
 
 import fastrl_kernels
 from fastrl import reference
 from fastrl.losses.policy import SURROGATES, PolicyLoss, RolloutCorrection
 from fastrl_kernels import policy as kernel
+from fastrl_kernels import policy_logits as logits_kernel
 
 
 def agrees_with_trainers() -> None:
@@ -128,3 +130,9 @@ def test_fault_in_the_kernel_is_noticed(mutation: Mutation, tmp_path: Path, monk
     faulty = load(mutated_source(kernel, mutation), "faulty_policy_kernel", tmp_path)
     monkeypatch.setattr(fastrl_kernels, "policy", faulty)
     assert notices(realisations_agree)
+
+
+@pytest.mark.parametrize("mutation", LOGITS_KERNEL, ids=lambda mutation: mutation.name)
+def test_fault_in_the_logits_kernel_is_noticed(mutation: Mutation, tmp_path: Path) -> None:
+    faulty = load(mutated_source(logits_kernel, mutation), "faulty_policy_logits_kernel", tmp_path)
+    assert notices(lambda: check_parts(faulty))

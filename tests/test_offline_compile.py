@@ -43,9 +43,23 @@ def test_row_addresses_are_64_bit(report: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_rows_of_logits_are_read_in_16_bytes(report: dict[str, Any]) -> None:
-    rows = {name: value for name, value in report["resources"].items() if name.startswith("token_logprobs")}
+    rows = {
+        name: value for name, value in report["resources"].items() if "_logits" in name or name.startswith("token_")
+    }
     assert rows
     assert not [name for name, value in rows.items() if not value["vector_loads"]]
+
+
+@pytest.mark.slow
+def test_the_joined_kernel_sums_a_row_as_the_forward_does(report: dict[str, Any]) -> None:
+    """The same layouts on every target: the order of the sums, and with it the bits of a log-prob, are the same."""
+    compared = 0
+    for name, value in report["resources"].items():
+        if " _policy_logits_fwd_kernel " in name:
+            forward = name.replace("policy_logits", "token_logprobs")
+            assert value["sums"] == report["resources"][forward]["sums"] != [], name
+            compared += 1
+    assert compared >= 36
 
 
 @pytest.mark.slow
@@ -58,6 +72,8 @@ def test_compilations_do_not_grow_with_lengths_or_scalars(report: dict[str, Any]
         "advantages: 50 group sizes and batch sizes": 1,
         "policy: 50 lengths and bounds": 1,
         "segments: 50 lengths": 3,
+        # Plain and with everything.
+        "policy_logits: 50 lengths, temperatures, scales, softcaps and bounds": 2,
     }
     assert {name: report["compilations"][name] for name in wanted} == wanted
 

@@ -47,6 +47,11 @@ def cpu_available() -> tuple[bool, str]:
     return csrc_loader.cpu_available(build=True)
 
 
+# torch.compile cannot look into the loader: the answer is a constant of the graph. This is what
+# `torch.compiler.assume_constant_result` sets; the decorator itself would import the compiler with fastrl.
+cpu_available._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
 @functools.cache
 def _say_once(message: str) -> None:
     logger.warning(message)

@@ -59,14 +59,14 @@ def policy_logits(
 
 def check_inplace(logits: Tensor) -> None:
     """Raise `ValueError` where the gradient cannot be written over the logits."""
+    if torch.is_inference(logits):
+        raise ValueError("inplace=True needs logits made outside inference mode; pass logits.clone() or inplace=False")
     if logits.is_leaf:
         raise ValueError(
             "inplace=True would overwrite a leaf that requires grad; pass the output of an operation, or inplace=False"
         )
     if logits._is_view() and logits._base is not None and logits._base.is_leaf and logits._base.requires_grad:
         raise ValueError("inplace=True would overwrite a view of a leaf that requires grad; pass inplace=False")
-    if torch.is_inference(logits):
-        raise ValueError("inplace=True needs logits made outside inference mode; pass logits.clone() or inplace=False")
     if not _rows_apart(logits):
         raise ValueError(
             "inplace=True needs rows of adjacent entries that do not overlap, got "
@@ -238,7 +238,14 @@ def _in_one_kernel(
             )
         )
     logprobs, entropy = (_joined([each[i] for each in parts]) for i in range(2))
-    names = reference.TokenTerms._fields
-    joined = {name: [getattr(each[2], name) for each in parts] for name in names}
-    terms = {name: None if column[0] is None else _joined(column) for name, column in joined.items()}
-    return logprobs, entropy, reference.TokenTerms(**terms)
+    results = [each[2] for each in parts]
+    terms = reference.TokenTerms(
+        contribution=_joined([x.contribution for x in results]),
+        surrogate=_joined([x.surrogate for x in results]),
+        kl=None if results[0].kl is None else _joined([x.kl for x in results]),
+        ratio=_joined([x.ratio for x in results]),
+        clipped_low=_joined([x.clipped_low for x in results]),
+        clipped_high=_joined([x.clipped_high for x in results]),
+        dual_clipped=None if results[0].dual_clipped is None else _joined([x.dual_clipped for x in results]),
+    )
+    return logprobs, entropy, terms

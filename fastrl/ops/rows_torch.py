@@ -153,6 +153,9 @@ def token_logprobs_bwd(
             # A label whose own logit is -inf keeps its gradient g, as log_softmax has it.
             dz.scatter_(-1, index, target)
         dz = dz * (logit_scale if tile.chain is None else tile.chain) * inverse
+        # Selected, not multiplied: NaN logits under a zero gradient do not matter.
+        given = torch.stack([g[rows] != 0 for g in (grad_logprobs, grad_entropy, grad_logsumexp) if g is not None])
+        dz = torch.where(given.any(0).unsqueeze(-1), dz, 0.0)
         dz = torch.where(bad.unsqueeze(-1), torch.nan, dz)
         out[rows] = torch.where(live.unsqueeze(-1), dz, 0.0).to(out.dtype)
     return out

@@ -1,0 +1,141 @@
+"""The kernel that reads logits and writes the loss's gradient: bit for bit what the kernels that it joins give."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastrl_kernels import policy, policy_logits, token_logprobs
+
+IGNORE = -5
+N = 7
+AXES = {
+    "clip": policy.PolicyAxes("clip"),
+    "clip with KL": policy.PolicyAxes("clip", kl="k3", kl_gradient="ratio_weighted", kl_ratio="own"),
+    "divergence": policy.PolicyAxes("divergence_kl", "ratio", "k2", "straight_through"),
+    "topr": policy.PolicyAxes("topr", kl="abs", kl_gradient="straight_through_ratio", kl_ratio="anchor"),
+}
+
+
+def problem(dtype: torch.dtype, vocabulary: int) -> tuple[Tensor, Tensor, policy.PolicyColumns]:
+    """Return logits, labels and columns: NaN in a masked row and one of weight 0, a label that no row has."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def draw() -> Tensor:
+        return torch.randn(N, generator=generator).to(wide)
+
+    logits = (3.0 * torch.randn(N, vocabulary, generator=generator)).to(dtype)
+    labels = torch.randint(0, vocabulary, (N,), generator=generator)
+    labels[2], labels[5] = IGNORE, vocabulary
+    logits[[2, 4]] = math.nan
+    base = -draw().abs()
+    columns = policy.PolicyColumns(
+        draw(), draw().abs(), draw().abs(), draw().abs(), base, base + draw(), base + draw(), draw() > 0
+    )
+    for name in ("weights", "kl_weights", "entropy_weights"):
+        getattr(columns, name)[torch.tensor([2, 4])] = 0.0
+    return logits, labels, columns
+
+
+def check_parts(kernels: ModuleType) -> None:
+    """Assert that the joined kernel gives the bits of its parts, over axes, dtypes and lengths of a row."""
+    cases = [("clip", torch.float32, 1), ("clip with KL", torch.float32, 2500), ("divergence", torch.bfloat16, 33)]
+    for name, dtype, vocabulary in [*cases, ("topr", torch.float64, 600), ("clip with KL", torch.float16, 5000)]:
+        logits, labels, columns = problem(dtype, vocabulary)
+        if name == "clip":
+            columns = columns._replace(kl_weights=None, entropy_weights=None, kl_anchor=None, kl_ratio_anchor=None)
+        one_kernel(kernels, AXES[name], logits, labels, columns, softcap=20.0 if vocabulary % 2 else 0.0)
+    scaling(kernels)
+
+
+def one_kernel(
+    kernels: ModuleType,
+    axes: policy.PolicyAxes,
+    logits: Tensor,
+    labels: Tensor,
+    columns: policy.PolicyColumns,
+    **options: Any,
+) -> None:
+    """Assert that one launch gives what three give; rows of weight 0 are 0 whatever they hold."""
+    options |= {"ignore_index": IGNORE, "logit_scale": 0.9}
+    numbers = policy.PolicyNumbers(dual_clip=3.0)
+    inverse = torch.linspace(0.6, 1.4, N)
+    residual = torch.empty(N, dtype=columns.weights.dtype)
+    rows = token_logprobs.token_logprobs_fwd(logits, labels, inverse, residual=residual, **options)
+    terms = policy.policy_terms(axes, numbers, rows[0], rows[1], None, columns)
+    upstream = (terms.grad_logprobs, None if columns.entropy_weights is None else -columns.entropy_weights, None)
+    want = token_logprobs.token_logprobs_bwd(logits, labels, inverse, *rows, *upstream, residual=residual, **options)
+    without = (upstream[0] == 0) if upstream[1] is None else (upstream[0] == 0) & (upstream[1] == 0)
+    want[without] = 0.0
+    wide = torch.full((N, logits.shape[1] + 3), math.nan, dtype=logits.dtype)
+    apart, over = wide[:, 1:-2], logits.clone()
+    for source, out in ((logits, apart), (over, over)):
+        logprobs, entropy, results = kernels.policy_logits_fwd(
+            axes, numbers, source, labels, inverse, columns, out=out, **options
+        )
+        for got, right in ((logprobs, rows[0]), (entropy, rows[1]), (out, want)):
+            assert torch.equal(got.nan_to_num(7.0), right.nan_to_num(7.0))
+        assert not out[[2, 4]].any()
+        for field, got, right in zip(results._fields[:7], results, terms, strict=False):
+            assert (got is None) == (right is None), field
+            if got is not None:
+                assert torch.equal(got.double().nan_to_num(7.0), right.double().nan_to_num(7.0)), field
+    assert bool(wide[:, 0].isnan().all())
+    assert bool(wide[:, -2:].isnan().all())
+
+
+def scaling(kernels: ModuleType) -> None:
+    """Assert that rows are scaled, apart or in place, and left alone in place where the factor is 1."""
+    x = torch.randn(3, 2050)
+    for factor in (1.0, -0.3):
+        place = x.clone()
+        assert torch.equal(kernels.scale_rows(x, torch.tensor(factor)), x * factor)
+        assert kernels.scale_rows(place, torch.tensor(factor), out=place) is place
+        assert torch.equal(place, x * factor)
+    halves = torch.full((2, 5), 0.5, dtype=torch.bfloat16)
+    assert kernels.scale_rows(halves, torch.tensor(3.0)).tolist() == [[1.5] * 5] * 2
+
+
+def test_bits_are_those_of_the_three_kernels() -> None:
+    check_parts(policy_logits)
+
+
+def test_no_rows() -> None:
+    _, _, columns = problem(torch.float32, 4)
+    none = policy.PolicyColumns(*(None if x is None else x[:0] for x in columns))
+    empty = torch.empty(0, 4)
+    results = policy_logits.policy_logits_fwd(
+        AXES["clip"], policy.PolicyNumbers(), empty, torch.empty(0, dtype=torch.int64), 1.0, none, out=empty
+    )
+    assert results[0].shape == results[1].shape == results[2].contribution.shape == (0,)
+    assert policy_logits.scale_rows(empty, torch.ones(())).shape == (0, 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bits_on_a_device(dtype: torch.dtype) -> None:
+    """The compiled kernels too: a vocabulary of a real model, more rows than processors."""
+    n, vocabulary = 300, 151_936
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    logits = torch.randn(n, vocabulary, generator=generator, device="cuda").mul_(3.0).to(dtype)
+    labels = torch.randint(0, vocabulary, (n,), generator=generator, device="cuda")
+    ones = torch.ones(n, device="cuda")
+    residual = torch.empty(n, device="cuda")
+    rows = token_logprobs.token_logprobs_fwd(logits, labels, 1.0, residual=residual)
+    columns = policy.PolicyColumns(ones, ones / n, anchor=rows[0] + 0.05 * torch.randn(n, device="cuda"))
+    axes, numbers = policy.PolicyAxes("clip"), policy.PolicyNumbers()
+    terms = policy.policy_terms(axes, numbers, rows[0], rows[1], None, columns)
+    want = token_logprobs.token_logprobs_bwd(
+        logits, labels, 1.0, *rows, terms.grad_logprobs, None, None, residual=residual
+    )
+    out = torch.full_like(logits, math.nan)
+    logprobs, entropy, results = policy_logits.policy_logits_fwd(axes, numbers, logits, labels, 1.0, columns, out=out)
+    pairs = ((logprobs, rows[0]), (entropy, rows[1]), (results.ratio, terms.ratio), (out, want))
+    for got, right in pairs:
+        assert torch.equal(got, right)
