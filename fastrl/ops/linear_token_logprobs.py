@@ -35,7 +35,15 @@ from torch import Tensor
 from fastrl import checks
 from fastrl.ops import buffers, dispatch
 from fastrl.ops.compaction import Kept, kept_first
-from fastrl.ops.token_logprobs import TokenLogprobs, backward_rows, forward_rows, head_scalars, once_differentiable
+from fastrl.ops.sampling_rows import (
+    check_allowed,
+    check_labels_are_allowed,
+    check_rounding,
+    kernel_scalars,
+    prepare,
+    prepared_backward_rows,
+)
+from fastrl.ops.token_logprobs import TokenLogprobs, forward_rows, head_scalars, once_differentiable
 
 CPU_CHUNK_TOKENS = 256
 GPU_CHUNK_TOKENS = 2048
@@ -77,6 +85,8 @@ def linear_token_logprobs(
     tp_group: Any = None,
     backend: str = "auto",
     keep_units: bool = True,
+    allowed: Tensor | None = None,  # (..., V) bool, (..., ceil(V/32)) int32 or (..., K) int64
+    logits_rounding: str | None = None,
 ) -> TokenLogprobs:
     """Return log-prob of the label, entropy and logsumexp of `hidden @ weight.T + bias` without forming all logits.
 
@@ -103,6 +113,8 @@ def linear_token_logprobs(
         keep_units: with a frozen head, whether the forward keeps the gradients of the log-probs, (N, D). A function of
             the log-probs then takes 2 GEMM units in all, but one of the entropies or logsumexps 4; False makes that 3,
             for either, and keeps nothing. With `tp_group` only True is offered.
+        allowed, logits_rounding: as `token_logprobs`; a chunk's logits are rounded and restricted where they are. Not
+            with `tp_group`.
 
     Returns:
         `TokenLogprobs` of float32 tensors (float64 for float64 inputs) of the shape of `labels`, all differentiable
@@ -116,8 +128,8 @@ def linear_token_logprobs(
     if not isinstance(keep_units, bool):
         raise TypeError(f"keep_units must be True or False, got {keep_units!r}")
     if tp_group is not None:
-        if not keep_units:
-            raise ValueError("keep_units must be True with tp_group")
+        if not keep_units or allowed is not None or logits_rounding is not None:
+            raise ValueError("keep_units, allowed and logits_rounding must keep their defaults with tp_group")
         from fastrl.ops.vocab_parallel import linear_token_logprobs_parallel
 
         return linear_token_logprobs_parallel(
@@ -146,6 +158,7 @@ def linear_token_logprobs(
         backend=backend,
     )
     inverse = inverse_temperature(temperature, labels, hidden)
+    rounding, sets = check_rounding(logits_rounding), check_allowed(allowed, labels, weight.shape[0])
     training = torch.is_grad_enabled()
     trains_head = training and (weight.requires_grad or (bias is not None and bias.requires_grad))
     unit = keep_units and training and hidden.requires_grad and not trains_head
@@ -162,7 +175,11 @@ def linear_token_logprobs(
         head.chunk_tokens,
         head.backend,
         unit,
+        sets,
+        rounding,
     )
+    if sets is not None:
+        check_labels_are_allowed(outputs[0].view(labels.shape))
     return TokenLogprobs(*(x.view(labels.shape) for x in outputs[:3]))
 
 
@@ -295,6 +312,8 @@ class Chunks:
     inverse: Tensor  # (N,)
     head: Head
     live: Tensor  # (L,) indices of the rows to compute
+    allowed: Tensor | None = None  # (N, ...) sets, as `check_allowed` returns them
+    rounding: str = ""
     ahead: tuple[Tensor, Tensor] | None = None
     """States (C, D) and logits (C, V) of the first chunk, queued before the number of live rows was known."""
 
@@ -308,6 +327,8 @@ class Chunks:
         inverse: Tensor,
         head: Head,
         *,
+        allowed: Tensor | None = None,
+        rounding: str = "",
         keep: Tensor | None = None,  # (N,) bool
         ahead: bool = True,
     ) -> Chunks:
@@ -318,7 +339,7 @@ class Chunks:
         """
         wanted = labels != head.ignore_index
         kept = Kept(wanted if keep is None else wanted & keep)
-        chunks = cls(hidden, weight, bias, labels, inverse, head, kept.order)
+        chunks = cls(hidden, weight, bias, labels, inverse, head, kept.order, allowed, rounding)
         if ahead and kept.is_pending and labels.numel() and weight.numel():
             # Rows of `order` that turn out not to be kept are formed too, and never looked at.
             buffer = chunks.buffer(1)
@@ -354,6 +375,9 @@ class Chunks:
         for start in range(0, count, size):
             part = self._padded(states[start : start + size])
             chunk_logits(part, self.weight, self.bias, buffer[start : start + size])
+        if self.rounding or self.allowed is not None:
+            scalars = (self.head.logit_scale, self.head.softcap)
+            prepare(buffer[:count], self.allowed, self.live[rows], self.rounding, *scalars)
         return states, buffer[:count]
 
     def _padded(self, states: Tensor) -> Tensor:
@@ -363,11 +387,7 @@ class Chunks:
 
     def scalars(self) -> dict[str, Any]:
         """Return the keyword arguments of the row kernels."""
-        return {
-            "logit_scale": self.head.logit_scale,
-            "softcap": self.head.softcap,
-            "ignore_index": self.head.ignore_index,
-        }
+        return kernel_scalars(self.allowed, self.head.logit_scale, self.head.softcap, self.head.ignore_index)
 
     def forward_rows(self, rows: slice, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return (logprobs, entropy, logsumexp, residual) of one chunk."""
@@ -390,8 +410,9 @@ class Chunks:
     ) -> Tensor:
         """Turn the logits of one chunk into their gradient, in place."""
         index = self.live[rows]
-        labels, inverse = self.labels[index], self.inverse[index]
-        return backward_rows(self.head.backend, logits, labels, inverse, outputs, grads, **self.scalars(), out=logits)
+        labels, inverse, head = self.labels[index], self.inverse[index], self.head
+        scalars = (head.logit_scale, head.softcap, head.ignore_index)
+        return prepared_backward_rows(head.backend, logits, labels, inverse, outputs, grads, self.allowed, *scalars)
 
     def scattered(self, values: Tensor) -> Tensor:
         """Return values of the live rows (L, ...) at their places among all rows (N, ...), 0 elsewhere."""
@@ -559,9 +580,11 @@ def _linear_token_logprobs(
     chunk_tokens: int,
     backend: str,
     unit: bool,
+    allowed: Tensor | None = None,
+    rounding: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     head = Head(logit_scale, softcap, ignore_index, chunk_tokens, backend)
-    chunks = Chunks.of(hidden, weight, bias, labels, inverse, head)
+    chunks = Chunks.of(hidden, weight, bias, labels, inverse, head, allowed=allowed, rounding=rounding)
     found = chunks.outputs()
     units = found[0].new_empty((chunks.live.numel() if unit else 0, hidden.shape[1]))
     with dispatch.own_precision(hidden.device):
@@ -588,6 +611,8 @@ def _(
     chunk_tokens: int,
     backend: str,
     unit: bool,
+    allowed: Tensor | None = None,
+    rounding: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = _wide(hidden.dtype)
     logprobs, entropy, logsumexp = (torch.empty(labels.shape, dtype=dtype, device=hidden.device) for _ in range(3))
@@ -616,11 +641,14 @@ def _linear_token_logprobs_backward(
     chunk_tokens: int,
     backend: str,
     needs: list[bool],
+    allowed: Tensor | None = None,
+    rounding: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = Head(logit_scale, softcap, ignore_index, chunk_tokens, backend)
     upstream = [g for g in (grad_logprobs, grad_entropy, grad_logsumexp) if g is not None]
     nonzero = torch.stack([g != 0 for g in upstream]).any(0)
-    chunks = Chunks.of(hidden, weight, bias, labels, inverse, head, keep=nonzero)
+    restricted = {"allowed": allowed, "rounding": rounding}
+    chunks = Chunks.of(hidden, weight, bias, labels, inverse, head, **restricted, keep=nonzero)
     gradients = Gradients(chunks, (needs[0], needs[1], needs[2]))
     outputs = (logprobs, entropy, logsumexp, residual if residual.numel() else logprobs)
     with dispatch.own_precision(hidden.device):
@@ -668,6 +696,8 @@ def _(
     chunk_tokens: int,
     backend: str,
     needs: list[bool],
+    allowed: Tensor | None = None,
+    rounding: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(hidden) if needs[0] else hidden.new_empty(0),
@@ -677,9 +707,9 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, labels, bias, inverse, *scalars, ctx.unit = inputs
+    hidden, weight, labels, bias, inverse, *scalars, ctx.unit, allowed, ctx.rounding = inputs
     ctx.scalars = scalars
-    ctx.save_for_backward(hidden, weight, labels, bias, inverse, *output)
+    ctx.save_for_backward(hidden, weight, labels, bias, inverse, allowed, *output)
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
 
@@ -687,11 +717,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     once_differentiable()
     grad_logprobs, grad_entropy, grad_logsumexp = grads[:3]
-    none = (None,) * 6
+    none = (None,) * 8
     needs = [bool(ctx.needs_input_grad[i]) for i in (0, 1, 3)]
     if not any(needs) or all(g is None for g in grads):
         return (None, None, None, None, None, *none)
-    hidden, weight, labels, bias, inverse, *outputs, units = ctx.saved_tensors
+    hidden, weight, labels, bias, inverse, allowed, *outputs, units = ctx.saved_tensors
     if ctx.unit and grad_entropy is None and grad_logsumexp is None and grad_logprobs is not None:
         live = kept_first(labels != ctx.scalars[2])[: units.shape[0]]
         scaled = grad_logprobs[live].to(units.dtype).unsqueeze(-1) * units
@@ -708,6 +738,8 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_logsumexp,
         *ctx.scalars,
         needs,
+        allowed,
+        ctx.rounding,
     )
     return (
         dhidden if needs[0] else None,
