@@ -500,6 +500,8 @@ def fused_gradient(
     needs: tuple[bool, bool, bool],
     coefficients: Coefficients,
     units: Sequence[int] | None = None,
+    allowed: Tensor | None = None,
+    rounding: str = "",
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None], int]:
     """Return (logprobs (N,), entropy (N,), gradients, recomputed) of a loss, its gradient formed in the forward.
 
@@ -509,12 +511,14 @@ def fused_gradient(
         coefficients: maps (logprobs, entropy, block, indices), (M,) of the rows of a block, to (dL/dlogprobs,
             dL/dentropy or None). `block` are the rows' positions among the live rows, `indices` among all.
         units: live rows of each sequence, where the loss couples the tokens of a sequence; None: every token alone.
+        allowed, rounding: as `check_allowed` and `check_rounding` return them.
 
     Returns:
         The last is the number of rows whose logits were formed a second time, because their sequence is longer than
         `BLOCK_CHUNKS` chunks.
     """
-    chunks = Chunks.of(hidden, weight, bias, labels, inverse, head, ahead=units is None)
+    restricted = {"allowed": allowed, "rounding": rounding}
+    chunks = Chunks.of(hidden, weight, bias, labels, inverse, head, **restricted, ahead=units is None)
     gradients = Gradients(chunks, needs)
     found = chunks.outputs()
     with dispatch.own_precision(hidden.device):
