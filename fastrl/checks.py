@@ -34,7 +34,7 @@ def checked() -> Iterator[None]:
 
 def is_checked() -> bool:
     """Return whether this runs inside `checked()`."""
-    return _checked.get() and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and _checked.get()
 
 
 def checks_values(*tensors: Tensor | None) -> bool:

@@ -21,6 +21,7 @@ from fastrl.losses.output import LossOutput
 from fastrl.losses.policy_hidden import Batch, fused_from_hidden, with_path
 from fastrl.losses.policy_metrics import policy_metrics
 from fastrl.losses.policy_presets import PRESETS, preset_fields
+from fastrl.ops.dispatch import outside_graphs
 from fastrl.ops.linear_token_logprobs import check_head, inverse_temperature, linear_token_logprobs, make_head
 from fastrl.ops.policy import fused_policy_terms
 from fastrl.ops.sampling_rows import check_allowed, check_rounding
@@ -422,6 +423,7 @@ class PolicyLoss:
         )
         return self(result.logprobs, entropy=result.entropy, **inputs)
 
+    @outside_graphs
     def from_hidden(
         self,
         hidden: Tensor,  # (B, T, D) or (N, D)
@@ -453,6 +455,9 @@ class PolicyLoss:
 
         `allowed` and `logits_rounding` are those of `linear_token_logprobs`, for rollout log-probs over the tokens that
         a sampler left, or of rounded logits; so `logprobs`, ratio and entropy are those of what was sampled from.
+
+        Inside `torch.compile` the call is a graph break, which `fullgraph=True` refuses: how many chunks run depends on
+        the data. `linear_token_logprobs` goes into a graph.
 
         Extra memory in bytes: C V 4 for the logits of a chunk of C tokens (up to 4 chunks where the loss couples the
         tokens of a sequence), N D for the gradient of the hidden states and V D 4 for that of the head; a head of half

@@ -118,7 +118,8 @@ def linear_token_logprobs(
 
     Returns:
         `TokenLogprobs` of float32 tensors (float64 for float64 inputs) of the shape of `labels`, all differentiable
-        once with respect to `hidden`, `weight` and `bias`. Extra memory: one chunk of float32 logits, C V 4 bytes
+        once with respect to `hidden`, `weight` and `bias`, also inside `torch.compile(fullgraph=True)` and activation
+        checkpoints. Extra memory: one chunk of float32 logits, C V 4 bytes
         (the `torch` rows take ten tiles of 32 rows beside it); the gradients, of which a trainable head's is V D 4
         bytes until it is cast; for a frozen head the unit gradients, N D 4 bytes; and the live rows of one chunk.
 
@@ -204,7 +205,8 @@ def check_head(
         checks.same_shape("bias", bias, weight.shape[:1])
         checks.same_device("bias", bias, hidden.device)
     labels = checks.labels("labels", labels, hidden.shape[:-1], hidden.device, weight.shape[0], ignore_index)
-    if torch.is_inference(weight) and torch.is_grad_enabled() and hidden.requires_grad:
+    trains = torch.is_grad_enabled() and hidden.requires_grad and not torch.compiler.is_compiling()
+    if trains and torch.is_inference(weight):
         raise RuntimeError("weight is an inference tensor and cannot be saved for backward; pass weight.clone()")
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     return hidden.to(dtype), weight.to(dtype), labels, None if bias is None else bias.to(dtype)
@@ -548,9 +550,9 @@ def _form(
         for rows in parts:
             states, logits = chunks.logits(rows, buffer)
             _keep(found, rows, chunks.forward_rows(rows, logits))
-        g, h = coefficients(logprobs[block], entropy[block], block, chunks.live[block])
         if not gradients.wanted:
             continue
+        g, h = coefficients(logprobs[block], entropy[block], block, chunks.live[block])
         for rows in parts:
             if not fits:
                 states, logits = chunks.logits(rows, buffer)
