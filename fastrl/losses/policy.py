@@ -462,8 +462,8 @@ class PolicyLoss:
         Extra memory in bytes: C V 4 for the logits of a chunk of C tokens (up to 4 chunks where the loss couples the
         tokens of a sequence), N D for the gradient of the hidden states and V D 4 for that of the head; a head of half
         precision has its gradient summed in float32 and cast when the logits are gone: V D 2 more, or nothing where the
-        logits were larger; on a GPU C V 2 beside the logits, as operands. The backward scales the gradients where they
-        are and adds nothing.
+        logits were larger. On a GPU such a head takes C V 2 + 16384 D 4 beside the logits, for operands and products.
+        The backward scales the gradients where they are and adds nothing.
         """
         _refuse_entropy(inputs)
         masked = _masked_labels(labels, inputs.get("mask"))

@@ -45,6 +45,11 @@ from fastrl.ops.sampling_rows import (
 )
 from fastrl.ops.token_logprobs import TokenLogprobs, forward_rows, head_scalars, once_differentiable
 
+# Rows of a chunk. In GEMM units at N = 1024, D = 576, V = 49152 in float32 (one AVX-512 thread, its CPU time):
+#         forward   training   frozen head   half the rows masked
+#   256     1.06       2.97          2.02                   1.48
+#   512     1.05       3.09          1.99                   1.45
+#  1024     1.04       3.03          1.95                   1.92, the chunk being padded
 CPU_CHUNK_TOKENS = 256
 GPU_CHUNK_TOKENS = 2048
 # Chunks whose logits are held at once where a loss couples the tokens of a sequence.
@@ -119,9 +124,9 @@ def linear_token_logprobs(
     Returns:
         `TokenLogprobs` of float32 tensors (float64 for float64 inputs) of the shape of `labels`, all differentiable
         once with respect to `hidden`, `weight` and `bias`, also inside `torch.compile(fullgraph=True)` and activation
-        checkpoints. Extra memory: one chunk of float32 logits, C V 4 bytes
-        (the `torch` rows take ten tiles of 32 rows beside it); the gradients, of which a trainable head's is V D 4
-        bytes until it is cast; for a frozen head the unit gradients, N D 4 bytes; and the live rows of one chunk.
+        checkpoints. Extra memory: one chunk of float32 logits, C V 4 bytes (the `torch` rows take ten tiles of 32 rows
+        beside it); the gradients, of which a trainable head's is V D 4 bytes until it is cast; for a frozen head the
+        unit gradients, N D 4 bytes; and the live rows of one chunk.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `token_logprobs`, and for heads that hold no values or are sharded.
@@ -295,6 +300,8 @@ def _times_weight(gradient: Tensor, weight: Tensor) -> Tensor:
 
 def _add_weight_gradient(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     """Add gradient^T (V, C) @ hidden (C, D) to `total` (V, D), which is at least float32."""
+    # In place and with the vocabulary outermost: 0.89 of the time of the logits' GEMM at C = 256, D = 576, V = 49152, in
+    # vocabulary blocks 0.90, the transpose (D, V) 1.09.
     if hidden.dtype == total.dtype or hidden.device.type != "cuda":
         total.addmm_(gradient.t(), hidden.to(total.dtype))
         return
