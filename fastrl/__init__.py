@@ -57,6 +57,7 @@ from fastrl.ops.row_statistics import RowStatistics as RowStatistics
 from fastrl.ops.row_statistics import linear_row_statistics as linear_row_statistics
 from fastrl.ops.row_statistics import round_logits as round_logits
 from fastrl.ops.row_statistics import row_statistics as row_statistics
+from fastrl.ops.sampling_rows import top_k_top_p_allowed as top_k_top_p_allowed
 
 __version__ = "0.1.0"
 __all__ = [
@@ -113,6 +114,7 @@ __all__ = [
     "step_advantages",
     "td_lambda_returns",
     "token_logprobs",
+    "top_k_top_p_allowed",
     "value_loss",
     "zero_variance_mask",
 ]

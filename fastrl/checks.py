@@ -32,6 +32,11 @@ def checked() -> Iterator[None]:
         _checked.reset(token)
 
 
+def is_checked() -> bool:
+    """Return whether this runs inside `checked()`."""
+    return not torch.compiler.is_compiling() and _checked.get()
+
+
 def checks_values(*tensors: Tensor | None) -> bool:
     """Return whether the values of these tensors may be looked at: on a CPU, or inside `checked()`."""
     if torch.compiler.is_compiling():

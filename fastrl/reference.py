@@ -62,17 +62,23 @@ def token_logprobs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    allowed: Tensor | None = None,  # (..., V) bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (logprobs, entropy, logsumexp), each of the shape of `labels`, 0 where ignored.
 
     logp = z_y - logsumexp(z); H = logsumexp(z) - sum_v p_v z_v with the terms of z_v = -inf left out.
+    With `allowed`, z_v = -inf outside it; the log-prob of a label outside is the constant -inf.
     """
     z = scaled_logits(logits, temperature, logit_scale, softcap)
     live = labels != ignore_index
+    if allowed is not None:
+        z = torch.where(allowed, z, -math.inf)
     z = torch.where(live.unsqueeze(-1), z, torch.zeros((), dtype=z.dtype, device=z.device))
     logsumexp = torch.logsumexp(z, dim=-1)
     index = torch.where(live, labels, 0).long().unsqueeze(-1)
     logprobs = z.gather(-1, index).squeeze(-1) - logsumexp
+    if allowed is not None:
+        logprobs = torch.where(allowed.gather(-1, index).squeeze(-1), logprobs, -math.inf)
     shifted = z - logsumexp.unsqueeze(-1)
     entropy = -(shifted.exp() * torch.where(shifted.isneginf(), 0.0, shifted)).sum(-1)
     zero = torch.zeros((), dtype=z.dtype, device=z.device)
@@ -88,9 +94,11 @@ def linear_token_logprobs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    allowed: Tensor | None = None,  # (..., V) bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `token_logprobs(hidden weight^T + bias, labels, ...)` with all logits materialised."""
-    return token_logprobs(F.linear(hidden, weight, bias), labels, temperature, logit_scale, softcap, ignore_index)
+    logits = F.linear(hidden, weight, bias)
+    return token_logprobs(logits, labels, temperature, logit_scale, softcap, ignore_index, allowed)
 
 
 # --- small parts ------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ class Recorder:
 
         monkeypatch.setattr(compaction, "is_asynchronous", lambda device: True)
         monkeypatch.setattr(compaction, "HostNumber", Number)
-        for name in ("chunk_logits", "forward_rows", "backward_rows", "_times_weight", "_add_weight_gradient"):
+        for name in ("chunk_logits", "forward_rows", "prepared_backward_rows", "_times_weight", "_add_weight_gradient"):
             monkeypatch.setattr(module, name, noted(name))
 
 
@@ -114,7 +114,7 @@ def test_the_host_waits_only_with_work_queued_behind_the_number(monkeypatch: pyt
     assert recorder.events.count("chunk_logits") == chunks
     waits = [i for i, event in enumerate(recorder.events) if event == "wait"]
     for i in waits[1:]:
-        assert recorder.events[i - 2 : i] == ["copy", "backward_rows"]
+        assert recorder.events[i - 2 : i] == ["copy", "prepared_backward_rows"]
 
 
 def test_rows_without_an_upstream_gradient_are_not_formed_again() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from memory import MemoryWatch
 
+import fastrl
 from fastrl import PolicyLoss, linear_token_logprobs
 from fastrl.ops.dispatch import choose
 from fastrl.ops.linear_token_logprobs import CPU_WIDEN_ROWS
@@ -112,3 +113,37 @@ def test_keep_units_changes_the_path_and_not_the_gradient() -> None:
     assert torch.equal(*gradients)
     with pytest.raises(TypeError, match="keep_units must be True or False"):
         linear_token_logprobs(hidden, weight, labels, keep_units=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rounding", [None, "bf16"])
+@pytest.mark.parametrize("name", ["dapo", "gspo", "kl_cov"])
+def test_restricted_loss_is_that_of_restricted_logprobs(name: str, rounding: str | None) -> None:
+    """Every path, and a second backward, takes the sets and the rounding."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(3, 8, 4, generator=generator), torch.randn(40, 4, generator=generator)
+    labels = torch.randint(0, 40, (3, 8), generator=generator)
+    mask = torch.rand(3, 8, generator=generator) < 0.8
+    sets = torch.rand(3, 8, 40, generator=generator) < 0.4
+    sets.scatter_(-1, labels.unsqueeze(-1), True)
+    inputs = {"advantages": torch.tensor([1.0, -1.0, 2.0]), "mask": mask, "ref_logprobs": torch.full((3, 8), -3.0)}
+    spec = PolicyLoss.preset(name, entropy_coef=0.1)
+    found = []
+    for path in ("hidden", "log-probs"):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        how = {"allowed": sets, "logits_rounding": rounding, "temperature": 0.8, "softcap": 5.0, "chunk_tokens": 5}
+        if path == "hidden":
+            output = spec.from_hidden(*leaves, labels, **inputs, **how)
+        else:
+            result = linear_token_logprobs(*leaves, torch.where(mask, labels, -100), **how)
+            output = spec(result.logprobs, entropy=result.entropy, **inputs)
+        first = torch.autograd.grad(output.loss, leaves, retain_graph=True)
+        second = torch.autograd.grad(output.loss, leaves)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        found.append((output.loss.detach(), *first))
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+    plain = spec.from_hidden(hidden, weight, labels, **inputs, temperature=0.8, softcap=5.0).loss
+    assert not torch.allclose(plain, found[0][0], rtol=1e-2)
+    sets.scatter_(-1, labels.unsqueeze(-1), False)
+    with fastrl.checked(), pytest.raises(ValueError, match="labels must be in their allowed sets"):
+        spec.from_hidden(hidden, weight, labels, **inputs, allowed=sets)

@@ -21,9 +21,11 @@ from fastrl.losses.output import LossOutput
 from fastrl.losses.policy_hidden import Batch, fused_from_hidden, with_path
 from fastrl.losses.policy_metrics import policy_metrics
 from fastrl.losses.policy_presets import PRESETS, preset_fields
+from fastrl.ops.dispatch import outside_graphs
 from fastrl.ops.linear_token_logprobs import check_head, inverse_temperature, linear_token_logprobs, make_head
 from fastrl.ops.policy import fused_policy_terms
 from fastrl.ops.policy_logits import policy_logits
+from fastrl.ops.sampling_rows import check_allowed, check_rounding
 from fastrl.ops.segments import segment_sum
 from fastrl.ops.token_logprobs import checked_rows, token_logprobs
 
@@ -484,6 +486,7 @@ class PolicyLoss:
             return "torch.compile has no storage to write over"
         return None
 
+    @outside_graphs
     def from_hidden(
         self,
         hidden: Tensor,  # (B, T, D) or (N, D)
@@ -498,6 +501,8 @@ class PolicyLoss:
         tail_mass: float = 0.0,
         tp_group: Any = None,
         backend: str = "auto",
+        allowed: Tensor | None = None,
+        logits_rounding: str | None = None,
         **inputs: Any,
     ) -> LossOutput:
         """Return the loss from hidden states and the LM head, without the logits of more than one chunk of tokens.
@@ -511,11 +516,17 @@ class PolicyLoss:
         cost nothing, tokens whose gradient is zero 1 unit; what a GPU's host waits for to know their numbers stands in
         `fastrl.ops.linear_token_logprobs`.
 
+        `allowed` and `logits_rounding` are those of `linear_token_logprobs`, for rollout log-probs over the tokens that
+        a sampler left, or of rounded logits; so `logprobs`, ratio and entropy are those of what was sampled from.
+
+        Inside `torch.compile` the call is a graph break, which `fullgraph=True` refuses: how many chunks run depends on
+        the data. `linear_token_logprobs` goes into a graph.
+
         Extra memory in bytes: C V 4 for the logits of a chunk of C tokens (up to 4 chunks where the loss couples the
         tokens of a sequence), N D for the gradient of the hidden states and V D 4 for that of the head; a head of half
         precision has its gradient summed in float32 and cast when the logits are gone: V D 2 more, or nothing where the
-        logits were larger; on a GPU C V 2 beside the logits, as operands. The backward scales the gradients where they
-        are and adds nothing.
+        logits were larger. On a GPU such a head takes C V 2 + 16384 D 4 beside the logits, for operands and products.
+        The backward scales the gradients where they are and adds nothing.
         """
         _refuse_entropy(inputs)
         masked = _masked_labels(labels, inputs.get("mask"))
@@ -529,7 +540,7 @@ class PolicyLoss:
             result = linear_token_logprobs(
                 hidden, weight, masked, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
                 ignore_index=IGNORED, chunk_tokens=chunk_tokens, tail_mass=tail_mass, tp_group=tp_group,
-                keep_units=keep_units, backend=backend,
+                keep_units=keep_units, backend=backend, allowed=allowed, logits_rounding=logits_rounding,
             )  # fmt: skip
             output = self(result.logprobs, entropy=result.entropy, **inputs)
             again = any(trains) and not (frozen and keep_units and not self.uses_entropy)
@@ -541,7 +552,8 @@ class PolicyLoss:
         layout = Layout.of(masked.shape, masked.device, inputs.pop("cu_seqlens", None), "labels")
         batch = self._batch(layout, _wide(hidden.dtype), **_named_inputs(inputs))
         inverse = inverse_temperature(temperature, masked, hidden)
-        return fused_from_hidden(self, layout, batch, hidden, weight, bias, masked, inverse, head)
+        sets, rounding = check_allowed(allowed, masked, weight.shape[0]), check_rounding(logits_rounding)
+        return fused_from_hidden(self, layout, batch, hidden, weight, bias, masked, inverse, head, sets, rounding)
 
     def _batch(self, layout: Layout, dtype: torch.dtype, **inputs: Any) -> Batch:
         """Return the batch as flat columns, or raise for inputs that the loss needs or that do not fit."""

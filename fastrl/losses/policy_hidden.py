@@ -20,6 +20,7 @@ from fastrl.losses.output import LossOutput
 from fastrl.losses.policy_metrics import policy_metrics
 from fastrl.ops.linear_token_logprobs import Head, fused_gradient
 from fastrl.ops.policy import fused_policy_terms
+from fastrl.ops.sampling_rows import check_labels_are_allowed
 from fastrl.ops.segments import segment_sum
 
 
@@ -51,6 +52,8 @@ class _Plan:
     columns: reference.TokenColumns
     units: Sequence[int] | None
     """Live tokens of each sequence, where the loss couples them."""
+    allowed: Tensor | None
+    rounding: str
 
     def coefficients(
         self, logprobs: Tensor, entropy: Tensor, block: slice, index: Tensor
@@ -93,14 +96,24 @@ class _FusedFromHidden(torch.autograd.Function):
             return found[-1]
 
         logprobs, entropy, gradients, recomputed = fused_gradient(
-            hidden, weight, bias, labels, inverse, plan.head, plan.needs, coefficients, plan.units
+            hidden,
+            weight,
+            bias,
+            labels,
+            inverse,
+            plan.head,
+            plan.needs,
+            coefficients,
+            plan.units,
+            plan.allowed,
+            plan.rounding,
         )
         contribution = plan.terms(logprobs, entropy).contribution
         if any(plan.needs):
             ctx.gradients = gradients
-            ctx.how = (plan.head, plan.needs, plan.units)
+            ctx.how = (plan.head, plan.needs, plan.units, plan.rounding)
             g, h = (_joined([block[i] for block in found]) for i in range(2))
-            ctx.save_for_backward(hidden, weight, bias, labels, inverse, g, h)
+            ctx.save_for_backward(hidden, weight, bias, labels, inverse, plan.allowed, g, h)
         ctx.mark_non_differentiable(logprobs, entropy)
         return reference.total(contribution, plan.layout.lengths, segment_sum), logprobs, entropy, recomputed
 
@@ -125,11 +138,13 @@ def _formed_again(
     bias: Tensor | None,  # (V,)
     labels: Tensor,  # (N,)
     inverse: Tensor,  # (N,)
+    allowed: Tensor | None,
     g: Tensor | None,  # (L,)
     h: Tensor | None,  # (L,)
     head: Head,
     needs: tuple[bool, bool, bool],
     units: Sequence[int] | None,
+    rounding: str,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of hidden, weight and bias from dL/dlogprobs and dL/dentropy of the live tokens."""
 
@@ -137,7 +152,7 @@ def _formed_again(
         assert g is not None
         return g[block], None if h is None else h[block]
 
-    return fused_gradient(hidden, weight, bias, labels, inverse, head, needs, known, units)[2]
+    return fused_gradient(hidden, weight, bias, labels, inverse, head, needs, known, units, allowed, rounding)[2]
 
 
 def _scale(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -160,6 +175,8 @@ def fused_from_hidden(
     labels: Tensor,
     inverse: Tensor,  # (N,)
     head: Head,
+    allowed: Tensor | None = None,
+    rounding: str = "",
 ) -> LossOutput:
     """Return the loss with its gradient formed in the forward."""
     grad = torch.is_grad_enabled()
@@ -169,9 +186,11 @@ def fused_from_hidden(
     if spec.couples_sequences:
         units = segment_sum(batch.mask.to(inverse.dtype), layout.lengths).long().tolist()
     columns = spec.columns(layout, batch, None)
-    plan = _Plan(spec, head, needs, layout, batch.mask, columns, units)
+    plan = _Plan(spec, head, needs, layout, batch.mask, columns, units, allowed, rounding)
     flat = hidden.reshape(-1, hidden.shape[-1])
     loss, logprobs, entropy, recomputed = _FusedFromHidden.apply(flat, weight, bias, labels.reshape(-1), inverse, plan)
+    if allowed is not None:
+        check_labels_are_allowed(layout.restore(logprobs))
     with torch.no_grad():
         terms = plan.terms(logprobs, entropy)
         metrics = policy_metrics(spec, batch, logprobs, entropy, columns, terms)

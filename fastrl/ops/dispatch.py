@@ -12,10 +12,12 @@ import logging
 import os
 from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 
+P = ParamSpec("P")
+R = TypeVar("R")
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "torch", "cpu", "triton")
@@ -59,6 +61,12 @@ def _say_once(message: str) -> None:
 
 def choose(backend: str, device: torch.device) -> Choice:
     """Return the backend to use on `device`; raise where a named one cannot be used."""
+    if torch.compiler.is_compiling():
+        return Choice(_traced_choice(backend, device.type), "chosen when the graph was traced")
+    return _choose(backend, device)
+
+
+def _choose(backend: str, device: torch.device) -> Choice:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "torch":
@@ -86,6 +94,15 @@ def choose(backend: str, device: torch.device) -> Choice:
     return Choice("torch", f"no kernels for {device.type}")
 
 
+def _traced_choice(backend: str, device_type: str) -> str:
+    """Return the backend for a graph that is being traced, as a constant of it: building kernels is not traced."""
+    return _choose(backend, torch.device(device_type)).backend
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import the compiler, and Triton, with fastrl.
+_traced_choice._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def choose_row_statistics(backend: str, device: torch.device) -> Choice:
     """Return the backend of the row statistics, which the C++ kernels do not have; raise as `choose`."""
     if backend == "cpu":
@@ -93,6 +110,22 @@ def choose_row_statistics(backend: str, device: torch.device) -> Choice:
     if backend == "auto" and device.type not in GPU_TYPES:
         return Choice("torch", "neither the C++ kernels nor Triton have them on this device")
     return choose(backend, device)
+
+
+def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
+    """Return the function with a graph break around it under `torch.compile`: none of it is traced.
+
+    As `torch.compiler.disable`, which as a decorator would import the compiler, and Triton, with fastrl.
+    """
+
+    @functools.wraps(function)
+    def call(*arguments: P.args, **options: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            untraced: Callable[P, R] = torch.compiler.disable(function)  # pyright: ignore[reportAssignmentType]
+            return untraced(*arguments, **options)
+        return function(*arguments, **options)
+
+    return call
 
 
 def own_precision(device: torch.device) -> torch.autocast:

@@ -33,10 +33,12 @@ def token_logprobs(
     softcap: float | None = None,
     ignore_index: int = -100,
     backend: str = "auto",
+    allowed: Tensor | None = None,  # (..., V) bool, (..., ceil(V/32)) int32 or (..., K) int64
+    logits_rounding: str | None = None,
 ) -> TokenLogprobs:
     """Return log-prob of the label, entropy and logsumexp of every row of `logits`.
 
-        z = softcap tanh(logit_scale logits / softcap) / temperature
+        z = softcap tanh(logit_scale logits / softcap) / temperature,   -inf outside `allowed`
         logprobs = z_y - logsumexp(z);  entropy = -sum_v p_v log p_v, in nats
 
     Args:
@@ -47,6 +49,15 @@ def token_logprobs(
         softcap: bound c of c tanh(x / c), or None.
         ignore_index: label of rows to leave out; their outputs and gradients are exactly 0 whatever the logits hold.
         backend: "auto", "torch", "cpu" (C++), or "triton"; a named backend is used or refused.
+        allowed: the tokens that each row was sampled from, where an engine reports log-probs over what top-k, top-p or
+            a grammar left: a bool mask, a bitmask (bit i of word w is token 32 w + i, as grammar engines pack it) or
+            ids padded with -1; told apart by their dtype. A label outside its set has log-prob -inf, without gradient,
+            and raises inside `checked()`; a row without any allowed token is NaN. `fastrl.top_k_top_p_allowed` gives
+            the mask of a sampler.
+        logits_rounding: None, or "bf16" or "fp16": round the logits, before anything else, as a head does that writes
+            them in that precision. The gradient is straight through.
+
+    With either of the last two, rows go through copies of 64 rows, which is their extra memory.
 
     Returns:
         `TokenLogprobs` of float32 tensors (float64 for float64 logits) of the shape of `labels`. The gradient is with
@@ -117,6 +128,11 @@ def checked_rows(
     scale, cap = head_scalars(logit_scale, softcap)
     heat = checks.temperature(temperature, labels.shape, logits.device)
     chosen = dispatch.choose(backend, logits.device).backend
+    if allowed is not None or logits_rounding is not None:
+        from fastrl.ops.sampling_rows import restricted_token_logprobs
+
+        how = (scale, cap, ignore_index, chosen)
+        return TokenLogprobs(*restricted_token_logprobs(logits, labels, heat, allowed, logits_rounding, *how))
     inverse, inverse_rows = _inverse(heat)
     return Rows(labels, inverse, inverse_rows, scale, cap, ignore_index, chosen)
 

@@ -1,0 +1,122 @@
+"""The operations inside `torch.compile`, activation checkpointing, `no_grad` and `inference_mode`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fastrl import PolicyLoss, linear_token_logprobs, token_logprobs
+
+B, T, D, V = 3, 4, 8, 30
+Leaves = tuple[Tensor, Tensor]
+
+
+LABELS = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(1))
+LABELS[1, 2:] = -100
+
+
+def leaves(trained: bool = True) -> Leaves:
+    generator = torch.Generator().manual_seed(2)
+    hidden, weight = torch.randn(B, T, D, generator=generator), torch.randn(V, D, generator=generator)
+    return hidden.requires_grad_(), weight.requires_grad_(trained)
+
+
+def from_states(hidden: Tensor, weight: Tensor) -> Tensor:
+    outputs = linear_token_logprobs(hidden, weight, LABELS, chunk_tokens=5, temperature=0.7)
+    return (outputs.logprobs + 0.1 * outputs.entropy).sum()
+
+
+def from_states_logprobs(hidden: Tensor, weight: Tensor) -> Tensor:
+    return linear_token_logprobs(hidden, weight, LABELS, chunk_tokens=5).logprobs.sum()
+
+
+def from_given_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    outputs = token_logprobs(hidden @ weight.t(), LABELS, softcap=5.0)
+    return (outputs.logprobs + 0.1 * outputs.entropy).sum()
+
+
+def restricted(hidden: Tensor, weight: Tensor) -> Tensor:
+    ids = torch.arange(20).expand(B, T, 20)
+    given = LABELS.clamp(max=19)
+    outputs = linear_token_logprobs(hidden, weight, given, chunk_tokens=5, allowed=ids, logits_rounding="bf16")
+    again = token_logprobs(hidden @ weight.t(), given, allowed=ids)
+    return outputs.logprobs.sum() + again.entropy.sum()
+
+
+def policy_loss(hidden: Tensor, weight: Tensor) -> Tensor:
+    return PolicyLoss.preset("dapo", entropy_coef=0.1).from_hidden(
+        hidden, weight, LABELS, advantages=torch.tensor([1.0, -1.0, 2.0]), mask=LABELS >= 0,
+        old_logprobs=torch.full((B, T), -3.0), chunk_tokens=5,
+    ).loss  # fmt: skip
+
+
+OPERATIONS = (from_states, from_states_logprobs, from_given_logits, restricted)
+
+
+def run(function: Callable[[Tensor, Tensor], Tensor], trained: bool = True) -> list[Tensor]:
+    given = leaves(trained)
+    result = function(*given)
+    result.backward()
+    return [result.detach(), *(x.grad for x in given if x.requires_grad)]  # type: ignore[misc]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("function", OPERATIONS)
+def test_whole_graphs(function: Callable[[Tensor, Tensor], Tensor], trained: bool) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert same(run(compiled, trained), run(function, trained))
+
+
+# The compiler reads `.grad` of every tensor that crosses a graph break, non-leaves included.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_the_policy_loss_is_a_graph_break() -> None:
+    torch._dynamo.reset()
+
+    def step(hidden: Tensor, weight: Tensor) -> Tensor:
+        return 2.0 * policy_loss(hidden, weight)
+
+    assert same(run(torch.compile(step, backend="aot_eager")), run(step))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        run(torch.compile(step, backend="aot_eager", fullgraph=True))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("function", [*OPERATIONS, policy_loss])
+def test_recomputed_under_activation_checkpointing(
+    function: Callable[[Tensor, Tensor], Tensor], reentrant: bool
+) -> None:
+    def wrapped(hidden: Tensor, weight: Tensor) -> Tensor:
+        return checkpoint(function, hidden * 1.0, weight, use_reentrant=reentrant)  # type: ignore[return-value]
+
+    assert same(run(wrapped), run(function))
+
+
+@pytest.mark.parametrize("function", [*OPERATIONS, policy_loss])
+def test_without_gradients(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    want = function(*leaves()).detach()
+    with torch.no_grad():
+        quiet = function(*leaves())
+    with torch.inference_mode():
+        inferred = function(*leaves())
+    assert not quiet.requires_grad
+    assert torch.equal(quiet, want)
+    assert torch.equal(inferred, want)
+
+
+@pytest.mark.parametrize("function", [from_states, policy_loss])
+def test_a_head_made_in_inference_mode_is_refused_in_training(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    hidden, _ = leaves()
+    with torch.inference_mode():
+        _, weight = leaves(trained=False)
+    with pytest.raises(RuntimeError, match=r"inference tensor.*pass weight.clone\(\)"):
+        function(hidden, weight)
