@@ -41,7 +41,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What `_FusedFromHidden` needs beside its tensors."""
+    """What `FusedFromHidden` needs beside its tensors."""
 
     spec: Any  # PolicyLoss
     head: Head
@@ -51,6 +51,7 @@ class _Plan:
     columns: reference.TokenColumns
     units: Sequence[int] | None
     """Live tokens of each sequence, where the loss couples them."""
+    live: Tensor | None = None
 
     def coefficients(
         self, logprobs: Tensor, entropy: Tensor, block: slice, index: Tensor
@@ -73,24 +74,34 @@ class _Plan:
             )
         return fused_policy_terms(self.spec, logprobs, entropy, columns)
 
+    def loss(self, logprobs: Tensor, entropy: Tensor) -> Tensor:
+        """Return the loss of all tokens."""
+        return reference.total(self.terms(logprobs, entropy).contribution, self.layout.lengths, segment_sum)
 
-class _FusedFromHidden(torch.autograd.Function):
-    """(hidden, weight, bias) -> loss, with the gradient formed in the forward; backward scales it."""
+
+class FusedFromHidden(torch.autograd.Function):
+    """(hidden, weight, bias) -> loss, with the gradient formed in the forward; backward scales it.
+
+    The plan says how: `head`, `needs`, `units`, `live` and `coefficients` are those of `fused_gradient`, and `loss`
+    maps (logprobs, entropy) of all tokens to the scalar.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, inverse: Tensor, plan: _Plan
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, inverse: Tensor, plan: Any
     ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Return (loss, logprobs (N,), entropy (N,), rows whose logits were formed twice)."""
         logprobs, entropy, gradients, recomputed = fused_gradient(
-            hidden, weight, bias, labels, inverse, plan.head, plan.needs, plan.coefficients, plan.units
+            hidden, weight, bias, labels, inverse, plan.head, plan.needs, plan.coefficients, plan.units, plan.live
         )
-        contribution = plan.terms(logprobs, entropy).contribution
+        loss = plan.loss(logprobs, entropy)
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(logprobs, entropy)
-        return reference.total(contribution, plan.layout.lengths, segment_sum), logprobs, entropy, recomputed
+        return loss, logprobs, entropy, recomputed
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the forward times the upstream factor."""
         if torch.is_grad_enabled():
             raise RuntimeError("from_hidden is differentiable once: create_graph=True is not supported")
         scaled = (None if g is None else (g * grads[0]).to(g.dtype) for g in ctx.saved_tensors)
@@ -118,7 +129,7 @@ def fused_from_hidden(
     columns = spec.columns(layout, batch, None)
     plan = _Plan(spec, head, needs, layout, batch.mask, columns, units)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    loss, logprobs, entropy, recomputed = _FusedFromHidden.apply(flat, weight, bias, labels.reshape(-1), inverse, plan)
+    loss, logprobs, entropy, recomputed = FusedFromHidden.apply(flat, weight, bias, labels.reshape(-1), inverse, plan)
     with torch.no_grad():
         terms = plan.terms(logprobs, entropy)
         metrics = policy_metrics(spec, batch, logprobs, entropy, columns, terms)

@@ -11,7 +11,7 @@ Paths, in GEMM units of 2 N V D flop:
     training, any function of the outputs                    1 forward + 3 backward (the logits are formed again)
     training, frozen head, function of the log-probs         2: the unit gradients (W_y - p W)/T are kept, (N, D)
     training, loss separable over tokens (`fused_gradient`)  3, or 2 with a frozen head
-    training, loss that couples the tokens of a sequence     the same where whole sequences fit `BLOCK_CHUNKS` chunks
+    training, loss that couples tokens of a sequence or pair the same where whole sequences fit `BLOCK_CHUNKS` chunks
 
 Legend: N tokens, D hidden, V vocabulary, C rows of a chunk.
 """
@@ -267,10 +267,18 @@ class Chunks:
 
     @classmethod
     def of(
-        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, inverse: Tensor, head: Head
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        inverse: Tensor,
+        head: Head,
+        live: Tensor | None = None,
     ) -> Chunks:
-        """Return the chunks of the rows whose label is not ignored."""
-        live = (labels != head.ignore_index).nonzero().squeeze(-1)
+        """Return the chunks of the rows whose label is not ignored, in their order unless `live` gives another."""
+        if live is None:
+            live = (labels != head.ignore_index).nonzero().squeeze(-1)
         return cls(hidden, weight, bias, labels, inverse, head, live)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -402,6 +410,7 @@ def fused_gradient(
     needs: tuple[bool, bool, bool],
     coefficients: Coefficients,
     units: Sequence[int] | None = None,
+    live: Tensor | None = None,  # (L,)
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None], int]:
     """Return (logprobs (N,), entropy (N,), gradients, recomputed) of a loss, its gradient formed in the forward.
 
@@ -411,12 +420,13 @@ def fused_gradient(
         coefficients: maps (logprobs, entropy, block, indices), (M,) of the rows of a block, to (dL/dlogprobs,
             dL/dentropy or None). `block` are the rows' positions among the live rows, `indices` among all.
         units: live rows of each sequence, where the loss couples the tokens of a sequence; None: every token alone.
+        live: the rows whose label is not ignored, in the order in which to take them; None: as they stand.
 
     Returns:
         The last is the number of rows whose logits were formed a second time, because their sequence is longer than
         `BLOCK_CHUNKS` chunks.
     """
-    chunks = Chunks.of(hidden, weight, bias, labels, inverse, head)
+    chunks = Chunks.of(hidden, weight, bias, labels, inverse, head, live)
     gradients = Gradients(chunks, needs)
     n, size = chunks.live.numel(), head.chunk_tokens
     found = chunks.outputs()
