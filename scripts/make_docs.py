@@ -46,7 +46,8 @@ def presets_of(presets: Mapping[str, Preset], fields_of: Callable[[Fields], str]
     rows = []
     for name, preset in presets.items():
         fields = {key: value for key, value in preset.fields.items() if value is not None}
-        rows.append([code(name), code(preset.formula), preset.paper, code(fields_of(fields)) or "the defaults"])
+        shorthand = "as in the formula" if fields else "the defaults"
+        rows.append([code(name), code(preset.formula), preset.paper, code(fields_of(fields)) or shorthand])
     return table(["preset", "loss", "source", "fields"], rows)
 
 

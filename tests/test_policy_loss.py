@@ -44,7 +44,8 @@ def evaluate(loss: PolicyLoss, inputs: dict[str, Tensor], **more: object) -> tup
     """Return (loss, d/dlogprobs, d/dentropy)."""
     leaf = inputs["logprobs"].clone().requires_grad_()
     entropy = inputs["entropy"].clone().requires_grad_()
-    others = {k: v for k, v in inputs.items() if k not in ("logprobs", "entropy")}
+    left = ("logprobs", "entropy") if loss.surrogate == "topr" else ("logprobs", "entropy", "scores")
+    others = {k: v for k, v in inputs.items() if k not in left}
     output = loss(leaf, entropy=entropy, **{**others, **more})  # type: ignore[arg-type]
     output.loss.backward()
     zero = torch.zeros_like(leaf)
@@ -92,6 +93,45 @@ def test_signatures_of_the_contract() -> None:
         "aggregate": "token_mean", "constant": None,
     }  # fmt: skip
     assert {name: fields[name] for name in defaults} == defaults
+
+
+EXTRAS = {
+    "advantages": PolicyLoss.preset("sft"),
+    "old_logprobs": PolicyLoss.preset("reinforce"),
+    "ref_logprobs": PolicyLoss.preset("dapo"),
+    "rollout_logprobs": PolicyLoss.preset("dapo"),
+    "entropy": PolicyLoss.preset("dapo"),
+    "group_ids": PolicyLoss.preset("dapo"),
+    "n_tokens": PolicyLoss.preset("gspo"),
+    "n_sequences": PolicyLoss.preset("dapo"),
+}
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_columns_that_a_loss_has_no_use_for_change_nothing_but_are_checked(name: str) -> None:
+    inputs, loss = batch() | {"n_tokens": torch.tensor(99.0), "n_sequences": torch.tensor(7.0)}, EXTRAS[name]
+    needed = {"mask": inputs["mask"], "advantages": inputs["advantages"], "old_logprobs": inputs["old_logprobs"]}
+    needed.pop(name, None)
+
+    def run(**more: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = inputs["logprobs"].clone().requires_grad_()
+        output = loss(leaf, **needed, **more)
+        return output.loss.detach(), torch.autograd.grad(output.loss, leaf)[0]
+
+    for with_it, without in zip(run(**{name: inputs[name]}), run(), strict=True):
+        assert torch.equal(with_it, without)
+    with pytest.raises((ValueError, TypeError), match=name):
+        run(**{name: torch.ones(3, 2, 5)})
+
+
+@pytest.mark.parametrize("surrogate", [name for name in policy.SURROGATES if name != "topr"])
+def test_scores_are_refused_where_nothing_reads_them(surrogate: str) -> None:
+    level = "none" if surrogate in policy.OWN_SEQUENCE_RATIO else "token"
+    loss, inputs = PolicyLoss(surrogate=surrogate, ratio_level=level), batch()
+    given = {"advantages": inputs["advantages"], "mask": inputs["mask"], "old_logprobs": inputs["old_logprobs"]}
+    loss(inputs["logprobs"], **given)
+    with pytest.raises(ValueError, match=f"scores= is read by surrogate='topr' alone.*'{surrogate}'"):
+        loss(inputs["logprobs"], scores=inputs["scores"], **given)
 
 
 def test_advantages_in_every_accepted_shape_and_no_other() -> None:
@@ -473,7 +513,7 @@ def test_sequences_longer_than_a_block_form_their_logits_twice(name: str, chunk:
     hidden, weight = torch.randn(5, 12, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
     labels = torch.randint(0, 9, (5, 12))
     spec = PolicyLoss.preset(name, entropy_coef=0.05)
-    others = {k: v for k, v in inputs.items() if k not in ("logprobs", "entropy")}
+    others = {k: v for k, v in inputs.items() if k not in ("logprobs", "entropy", "scores")}
     results = []
     for path in ("hidden", "logprobs"):
         leaf, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_()

@@ -44,6 +44,14 @@ def test_returns_match_trainer_in_float64(case: Case) -> None:
     case.check("returns", returns)
 
 
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case.id)
+def test_returns_in_float32_are_rounded_once(case: Case) -> None:
+    exact, result = compute(case, case.leaves(torch.float64)), compute(case, case.leaves(torch.float32))
+    for name, got, want in zip(("advantages", "returns"), result, exact, strict=True):
+        assert got.dtype == torch.float32
+        assert_as_accurate(name, got, want, want.float())
+
+
 def loop_gae(r: Tensor, v: Tensor, mask: Tensor, gamma: float, lam: Tensor, carry: bool) -> tuple[Tensor, Tensor]:
     """Return the advantages and returns by the recurrence, one column at a time."""
     result = torch.zeros_like(r)

@@ -374,20 +374,29 @@ class PolicyLoss:
     ) -> LossOutput:
         """Return the loss of a batch of tokens, differentiable with respect to `logprobs` and `entropy`.
 
+        Columns that trainers carry in every batch may be passed to every loss: `advantages`, `old_logprobs`,
+        `ref_logprobs`, `rollout_logprobs`, `entropy`, `group_ids`, `n_tokens` and `n_sequences`. Their types and shapes
+        are checked; a loss that has no use for one ignores it, or takes it for a metric, as said below. An argument
+        that only one loss reads, `scores`, is refused elsewhere.
+
         Args:
             logprobs: (B, T) padded, or (N,) packed with `cu_seqlens`; nats.
-            advantages: per sequence (B,), (B, 1), (S,) or per token (B, T), (N,); constants. Not for "nll" and "dft".
+            advantages: per sequence (B,), (B, 1), (S,) or per token (B, T), (N,); constants. "nll" and
+                "dft" ignore them.
             mask: 0/1, bool, int or float; tokens outside cannot matter, whatever they hold.
             old_logprobs: log-probs of the policy that the ratio is taken to; None: on-policy, the detached `logprobs`.
-            ref_logprobs: of the reference policy, for kl_to="ref".
-            rollout_logprobs: as the inference engine reported them, for anchors and corrections that name them.
+                Losses without a ratio take them for the metric approx_kl_old.
+            ref_logprobs: of the reference policy, for kl_to="ref"; ignored without such a KL.
+            rollout_logprobs: as the inference engine reported them, for anchors and corrections that name them; else
+                for the metrics rollout_kl and rollout_abs_diff.
             entropy: per token, for entropy_coef != 0 (and as a metric).
             n_tokens, n_sequences: global counts in the denominator, replacing those counted from the mask (live tokens;
-                sequences with a live token), so that micro-batches and ranks add up.
+                sequences with a live token), so that micro-batches and ranks add up. Aggregates over sequences
+                ignore `n_tokens` (but for an entropy bonus), those over tokens `n_sequences`, "prompt_mean" both.
             selection: 0/1 keep-mask on the policy term, per token or per sequence; the denominator stays.
-            group_ids: (B,) prompt of each sequence, for aggregate="prompt_mean".
-            scores: (B,) or per token: TOPR takes the token as positive where the score is > 0; without it, where the
-                advantage is.
+            group_ids: (B,) prompt of each sequence, for aggregate="prompt_mean"; ignored by the others.
+            scores: (B,) or per token, for surrogate="topr" alone: the token is positive where the score is > 0; without
+                it, where the advantage is.
             cu_seqlens: (S+1,) offsets of packed sequences.
 
         Returns:
@@ -601,6 +610,11 @@ class PolicyLoss:
             raise ValueError(f"surrogate={self.surrogate!r} needs advantages=")
         if self.kl is not None and self.kl_to == "ref" and inputs["ref_logprobs"] is None:
             raise ValueError(f"kl={self.kl!r} with kl_to='ref' needs ref_logprobs=")
+        if inputs["scores"] is not None and self.surrogate != "topr":
+            raise ValueError(
+                f"scores= is read by surrogate='topr' alone and would change nothing with {self.surrogate!r}: "
+                "leave it out"
+            )
         uses_rollout = self.ratio_anchor == "rollout" or self.kl_ratio_anchor == "rollout"
         uses_rollout = uses_rollout or self.correction is not None or (self.kl is not None and self.kl_to == "rollout")
         if uses_rollout and inputs["rollout_logprobs"] is None:

@@ -42,7 +42,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What `_FusedFromHidden` needs beside its tensors."""
+    """What `FusedFromHidden` needs beside its tensors."""
 
     spec: Any  # PolicyLoss
     head: Head
@@ -54,6 +54,7 @@ class _Plan:
     """Live tokens of each sequence, where the loss couples them."""
     allowed: Tensor | None
     rounding: str
+    live: Tensor | None = None
 
     def coefficients(
         self, logprobs: Tensor, entropy: Tensor, block: slice, index: Tensor
@@ -76,9 +77,16 @@ class _Plan:
             )
         return fused_policy_terms(self.spec, logprobs, entropy, columns)
 
+    def loss(self, logprobs: Tensor, entropy: Tensor) -> Tensor:
+        """Return the loss of all tokens."""
+        return reference.total(self.terms(logprobs, entropy).contribution, self.layout.lengths, segment_sum)
 
-class _FusedFromHidden(torch.autograd.Function):
+
+class FusedFromHidden(torch.autograd.Function):
     """(hidden, weight, bias) -> loss, with the gradient formed in the forward; backward hands it over, scaled.
+
+    The plan says how: `head`, `needs`, `units`, `live`, `allowed`, `rounding` and `coefficients` are those of
+    `fused_gradient`, and `loss` maps (logprobs, entropy) of all tokens to the scalar.
 
     The first backward gives the buffers themselves away, scaled in place: a second copy of the head's gradient would
     be the largest tensor of the step. Autograd may keep a buffer as `.grad` and add to it later, so nothing here reads
@@ -87,8 +95,9 @@ class _FusedFromHidden(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, inverse: Tensor, plan: _Plan
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, inverse: Tensor, plan: Any
     ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Return (loss, logprobs (N,), entropy (N,), rows whose logits were formed twice)."""
         found: list[tuple[Tensor, Tensor | None]] = []
 
         def coefficients(*block: Any) -> tuple[Tensor, Tensor | None]:
@@ -105,20 +114,22 @@ class _FusedFromHidden(torch.autograd.Function):
             plan.needs,
             coefficients,
             plan.units,
+            plan.live,
             plan.allowed,
             plan.rounding,
         )
-        contribution = plan.terms(logprobs, entropy).contribution
+        loss = plan.loss(logprobs, entropy)
         if any(plan.needs):
             ctx.gradients = gradients
-            ctx.how = (plan.head, plan.needs, plan.units, plan.rounding)
+            ctx.how = (plan.head, plan.needs, plan.units, plan.live, plan.rounding)
             g, h = (_joined([block[i] for block in found]) for i in range(2))
             ctx.save_for_backward(hidden, weight, bias, labels, inverse, plan.allowed, g, h)
         ctx.mark_non_differentiable(logprobs, entropy)
-        return reference.total(contribution, plan.layout.lengths, segment_sum), logprobs, entropy, recomputed
+        return loss, logprobs, entropy, recomputed
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the forward times the upstream factor."""
         if torch.is_grad_enabled():
             raise RuntimeError("from_hidden is differentiable once: create_graph=True is not supported")
         gradients, ctx.gradients = ctx.gradients, None
@@ -144,6 +155,7 @@ def _formed_again(
     head: Head,
     needs: tuple[bool, bool, bool],
     units: Sequence[int] | None,
+    live: Tensor | None,
     rounding: str,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of hidden, weight and bias from dL/dlogprobs and dL/dentropy of the live tokens."""
@@ -152,7 +164,7 @@ def _formed_again(
         assert g is not None
         return g[block], None if h is None else h[block]
 
-    return fused_gradient(hidden, weight, bias, labels, inverse, head, needs, known, units, allowed, rounding)[2]
+    return fused_gradient(hidden, weight, bias, labels, inverse, head, needs, known, units, live, allowed, rounding)[2]
 
 
 def _scale(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -188,7 +200,7 @@ def fused_from_hidden(
     columns = spec.columns(layout, batch, None)
     plan = _Plan(spec, head, needs, layout, batch.mask, columns, units, allowed, rounding)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    loss, logprobs, entropy, recomputed = _FusedFromHidden.apply(flat, weight, bias, labels.reshape(-1), inverse, plan)
+    loss, logprobs, entropy, recomputed = FusedFromHidden.apply(flat, weight, bias, labels.reshape(-1), inverse, plan)
     if allowed is not None:
         check_labels_are_allowed(layout.restore(logprobs))
     with torch.no_grad():

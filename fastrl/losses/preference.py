@@ -22,7 +22,9 @@ from torch import Tensor
 
 from fastrl import checks
 from fastrl.losses.output import LossOutput
+from fastrl.losses.policy_hidden import with_path
 from fastrl.losses.preference_checks import validate
+from fastrl.losses.preference_hidden import fused_preference
 from fastrl.losses.preference_presets import ALIASES, PRESETS, preset_fields
 from fastrl.losses.preference_rows import (
     Counts,
@@ -46,6 +48,7 @@ from fastrl.losses.preference_rows import (
     wide,
 )
 from fastrl.losses.preference_terms import (
+    BATCH_FEATURES,
     F_DIVERGENCES,
     FEATURES,
     LINKS,
@@ -202,6 +205,12 @@ class PreferenceLoss:
         if self.components:
             return any(loss.reads_reference for loss, _ in self.components)
         return self.reference and bool(self.terms)
+
+    @property
+    def couples_pairs(self) -> bool:
+        """Whether a pair's gradient depends on the other pairs of the batch."""
+        parts = [loss for loss, _ in self.components] or [self]
+        return any(term.feature in BATCH_FEATURES for part in parts for term in part.terms)
 
     # --- entry points -----------------------------------------------------------------------------------------------
 
@@ -378,6 +387,12 @@ class PreferenceLoss:
     ) -> LossOutput:
         """Return the loss of hidden states and the output head, without the logits in memory.
 
+        The gradient is formed in the forward, in blocks of whole pairs (rows for kto and bco): 3 GEMM units, 2 with a
+        frozen head; a pair longer than 4 chunks has its logits formed twice (4 units). Losses in which pairs depend on
+        each other take the log-probs first, 4 units: aot and aot_unpaired, which sort the batch; kto and bco whose
+        reference point or baseline is the batch's own; weighting="wpo", with one more for sum p^2; and tp_group.
+        `ref_hidden` is one more unit. `metrics["path/gemm_units"]` says what ran, as the mean over live tokens.
+
         The options are those of `fastrl.ops.linear_token_logprobs`, used for policy and reference alike; `inputs` are
         the remaining arguments of `from_logprobs`. Gradients are with respect to `hidden`, `weight` and `bias`.
         """
@@ -392,17 +407,35 @@ class PreferenceLoss:
         if (ref_hidden is None and ref_weight is not None) or (ref_weight is None and ref_bias is not None):
             raise ValueError("ref_bias goes with ref_weight, and ref_weight with ref_hidden")
         ids = masked_labels(labels, mask)
-        policy = linear_token_logprobs(hidden, weight, ids, bias=bias, tail_mass=tail_mass, **exact)
         with torch.no_grad():
             if ref_hidden is not None:
                 check_one_reference(ref_logprobs, "ref_hidden")
                 ref_head = (weight, bias) if ref_weight is None else (ref_weight, ref_bias)
                 ref_logprobs = linear_token_logprobs(ref_hidden, ref_head[0], ids, bias=ref_head[1], **exact).logprobs
-            if self.weighting is not None:
+        extra = float(ref_hidden is not None)
+        trains_head = any(isinstance(x, Tensor) and x.requires_grad for x in (weight, bias))
+        training = torch.is_grad_enabled() and (trains_head or (isinstance(hidden, Tensor) and hidden.requires_grad))
+        if training and trains_head and tp_group is None and not self._couples(inputs):
+            inputs["labels"] = desirable
+            options = {**exact, "tail_mass": tail_mass}
+            return fused_preference(self, hidden, weight, bias, ids, mask, ref_logprobs, options, inputs, extra)
+        policy = linear_token_logprobs(hidden, weight, ids, bias=bias, tail_mass=tail_mass, **exact)
+        if self.weighting is not None:
+            extra += 1.0
+            with torch.no_grad():
                 exact["temperature"] = halved(temperature)
                 squared = linear_token_logprobs(hidden, weight, ids, bias=bias, **exact)
-                inputs["log_sum_squared_probs"] = squared.logsumexp - 2.0 * policy.logsumexp
-        return self._with_tokens(policy, mask, ref_logprobs, desirable, inputs)
+                inputs["log_sum_squared_probs"] = squared.logsumexp - 2.0 * policy.logsumexp.detach()
+        output = self._with_tokens(policy, mask, ref_logprobs, desirable, inputs)
+        return with_path(output, extra + (4.0 if trains_head else 2.0) if training else extra + 1.0)
+
+    def _couples(self, inputs: dict[str, Any]) -> bool:
+        """Return whether the gradient of a pair (or row) depends on others, given the inputs of `from_logprobs`."""
+        if self.couples_pairs or self.weighting is not None or self.shift == "paired_mean":
+            return True
+        own_point = all(inputs.get(name) is None for name in ("reference_point", "kl_logprobs"))
+        own_baseline = inputs.get("baseline") is None
+        return (self.shift == "reference_point" and own_point) or (self.shift == "baseline" and own_baseline)
 
     # --- pairs ------------------------------------------------------------------------------------------------------
 

@@ -20,8 +20,8 @@ _SAME: Fields = {}
 # Reference-free losses: mean or sum log-probs, NLL of the chosen completion beside them where the paper has it.
 _FREE: Fields = {"reference": False}
 _NLL: Fields = {"sft_coef": 1.0, "sft_optional": True, "sft_normalise": "tokens"}
-_TRL = {"trl": _SAME}
-_TRL_LIGER = dict.fromkeys(("trl", "liger"), _SAME)
+_TRL: Mapping[str, Fields] = {"trl": _SAME}
+_TRL_LIGER: Mapping[str, Fields] = dict.fromkeys(("trl", "liger"), _SAME)
 _SUMMED: Fields = {"score_normalise": None}
 _EXPERIMENTAL = "experimental"
 _CPO_TRAINER = "CPOTrainer adds CPO's NLL unless cpo_alpha=0.0"

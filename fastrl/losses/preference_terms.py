@@ -109,6 +109,8 @@ FEATURES: dict[str, Callable[[Scores], Tensor]] = {
 }
 # Features of the transformed and normalised scores; the others are defined on plain log-ratios.
 MARGIN_FEATURES = ("margin",)
+# Features of which every pair's depends on the whole batch.
+BATCH_FEATURES = ("sorted_margin", "sorted_scores")
 
 
 # --- links ------------------------------------------------------------------------------------------------------------

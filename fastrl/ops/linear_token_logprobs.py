@@ -18,7 +18,7 @@ Paths, in GEMM units of 2 N V D flop:
     training, frozen head, function of the log-probs         2: the unit gradients (W_y - p W)/T are kept, (N, D)
     training, frozen head, function of the entropies too     3 with `keep_units=False`, else 4
     training, loss separable over tokens (`fused_gradient`)  3, or 2 with a frozen head
-    training, loss that couples the tokens of a sequence     the same where whole sequences fit `BLOCK_CHUNKS` chunks
+    training, loss that couples tokens of a sequence or pair the same where whole sequences fit `BLOCK_CHUNKS` chunks
 
 Legend: N tokens, D hidden, V vocabulary, C rows of a chunk.
 """
@@ -339,6 +339,7 @@ class Chunks:
         inverse: Tensor,
         head: Head,
         *,
+        live: Tensor | None = None,  # (L,)
         allowed: Tensor | None = None,
         rounding: str = "",
         keep: Tensor | None = None,  # (N,) bool
@@ -346,9 +347,13 @@ class Chunks:
     ) -> Chunks:
         """Return the chunks of the rows whose label is not ignored, and which `keep` marks where it is given.
 
+        `live` gives these rows in the order in which to take them, where it is not their own.
+
         On an asynchronous device the logits of the first chunk are queued before the host waits for the number of
         rows, unless `ahead` is False: for callers that hold several chunks at once.
         """
+        if live is not None:
+            return cls(hidden, weight, bias, labels, inverse, head, live, allowed, rounding)
         wanted = labels != head.ignore_index
         kept = Kept(wanted if keep is None else wanted & keep)
         chunks = cls(hidden, weight, bias, labels, inverse, head, kept.order, allowed, rounding)
@@ -514,6 +519,7 @@ def fused_gradient(
     needs: tuple[bool, bool, bool],
     coefficients: Coefficients,
     units: Sequence[int] | None = None,
+    live: Tensor | None = None,  # (L,)
     allowed: Tensor | None = None,
     rounding: str = "",
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None], int]:
@@ -525,13 +531,14 @@ def fused_gradient(
         coefficients: maps (logprobs, entropy, block, indices), (M,) of the rows of a block, to (dL/dlogprobs,
             dL/dentropy or None). `block` are the rows' positions among the live rows, `indices` among all.
         units: live rows of each sequence, where the loss couples the tokens of a sequence; None: every token alone.
+        live: the rows whose label is not ignored, in the order in which to take them; None: as they stand.
         allowed, rounding: as `check_allowed` and `check_rounding` return them.
 
     Returns:
         The last is the number of rows whose logits were formed a second time, because their sequence is longer than
         `BLOCK_CHUNKS` chunks.
     """
-    restricted = {"allowed": allowed, "rounding": rounding}
+    restricted = {"live": live, "allowed": allowed, "rounding": rounding}
     chunks = Chunks.of(hidden, weight, bias, labels, inverse, head, **restricted, ahead=units is None)
     gradients = Gradients(chunks, needs)
     found = chunks.outputs()
