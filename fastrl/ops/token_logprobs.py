@@ -78,6 +78,12 @@ def token_logprobs(
         ignore_index=ignore_index,
         backend=backend,
     )
+    if allowed is not None or logits_rounding is not None:
+        from fastrl.ops.sampling_rows import restricted_token_logprobs
+
+        heat = checks.temperature(temperature, rows.labels.shape, logits.device)
+        how = (rows.logit_scale, rows.softcap, rows.ignore_index, rows.backend)
+        return TokenLogprobs(*restricted_token_logprobs(logits, rows.labels, heat, allowed, logits_rounding, *how))
     outputs = _token_logprobs(
         logits,
         rows.labels,
@@ -128,11 +134,6 @@ def checked_rows(
     scale, cap = head_scalars(logit_scale, softcap)
     heat = checks.temperature(temperature, labels.shape, logits.device)
     chosen = dispatch.choose(backend, logits.device).backend
-    if allowed is not None or logits_rounding is not None:
-        from fastrl.ops.sampling_rows import restricted_token_logprobs
-
-        how = (scale, cap, ignore_index, chosen)
-        return TokenLogprobs(*restricted_token_logprobs(logits, labels, heat, allowed, logits_rounding, *how))
     inverse, inverse_rows = _inverse(heat)
     return Rows(labels, inverse, inverse_rows, scale, cap, ignore_index, chosen)
 
