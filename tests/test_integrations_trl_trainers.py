@@ -252,6 +252,15 @@ def test_autocast(folder: Path, tmp_path: Path) -> None:
             assert ours.losses == pytest.approx(theirs.losses, rel=torch.finfo(torch.bfloat16).eps)
 
 
+def test_rounded_logits_take_the_log_probs_first(folder: Path, tmp_path: Path) -> None:
+    with fast.patched(round_logits=True):
+        ours = train("sft", folder, tmp_path, {"bf16": True}, mode="fast")
+    assert "round_logits=True" in ours.path
+    theirs = train("sft", folder, tmp_path, {"bf16": True})
+    assert ours.losses == pytest.approx(theirs.losses, rel=torch.finfo(torch.bfloat16).eps)
+    assert ours.losses[0] == pytest.approx(theirs.losses[0], rel=1e-5)  # before any weight has moved
+
+
 def test_evaluation(folder: Path, tmp_path: Path) -> None:
     """The loss of an evaluation is TRL's, and predicts no gradient."""
     losses = []
