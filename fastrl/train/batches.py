@@ -226,9 +226,10 @@ def backward(
         output = policy_output(loss_function, head, hidden, part, counts, run.config.temperature)
         run.backward(output.loss)
         totals.add(output.metrics)
+        totals.add({"loss": (output.loss.detach(), zero)})
         loss = loss + output.loss.detach()
         deviation = torch.maximum(deviation, ratio_deviation(output, part))
-    totals.add({"loss": (loss, one)})
+    totals.add({"loss": (zero, one)})
     return Passed(loss, deviation)
 
 
