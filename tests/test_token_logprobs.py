@@ -371,6 +371,7 @@ def test_opcheck(backend: str) -> None:
 
 def test_explain_names_a_backend_for_every_operation() -> None:
     lines = fastrl.explain("cpu")
-    assert set(lines) == {"token_logprobs", "linear_token_logprobs", "policy_loss", "group_advantages"}
+    vocabulary, tokens = {"token_logprobs", "linear_token_logprobs"}, {"policy_loss", "segment_sum", "reverse_scan"}
+    assert set(lines) == vocabulary | tokens | {"group_advantages"}
     assert fastrl.explain("cpu", backend="torch")["token_logprobs"].startswith("torch: asked for by name")
     assert fastrl.explain("cuda", backend="cpu")["token_logprobs"].startswith("refused: backend 'cpu' needs")

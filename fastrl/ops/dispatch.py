@@ -139,4 +139,6 @@ def explain(device: str | torch.device = "cpu", backend: str = "auto") -> dict[s
         "linear_token_logprobs": vocabulary,
         "policy_loss": f"{pointwise}: token arithmetic beside the {chosen} row kernels",
         "group_advantages": f"{pointwise}: one number per completion",
+        "segment_sum": f"{pointwise}: one number per sequence",
+        "reverse_scan": f"{pointwise}: the recurrences of gae and returns",
     }
