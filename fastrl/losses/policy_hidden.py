@@ -20,6 +20,7 @@ from fastrl.losses.output import LossOutput
 from fastrl.losses.policy_metrics import policy_metrics
 from fastrl.ops.linear_token_logprobs import Head, fused_gradient
 from fastrl.ops.policy import fused_policy_terms
+from fastrl.ops.sparse_rows import Tally
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class _Plan:
     columns: reference.TokenColumns
     units: Sequence[int] | None
     """Live tokens of each sequence, where the loss couples them."""
+    tally: Tally
+    """How many rows took the short way, filled in the forward."""
 
     def coefficients(
         self, logprobs: Tensor, entropy: Tensor, block: slice, index: Tensor
@@ -79,7 +82,7 @@ class _FusedFromHidden(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, inverse: Tensor, plan: _Plan
     ) -> tuple[Tensor, Tensor, Tensor, int]:
         logprobs, entropy, gradients, recomputed = fused_gradient(
-            hidden, weight, bias, labels, inverse, plan.head, plan.needs, plan.coefficients, plan.units
+            hidden, weight, bias, labels, inverse, plan.head, plan.needs, plan.coefficients, plan.units, plan.tally
         )
         contribution = plan.terms(logprobs, entropy).contribution
         ctx.save_for_backward(*gradients)
@@ -113,7 +116,8 @@ def fused_from_hidden(
     if spec.couples_sequences:
         units = reference.segment_sum(batch.mask.to(inverse.dtype), layout.lengths).long().tolist()
     columns = spec.columns(layout, batch, None)
-    plan = _Plan(spec, head, needs, layout, batch.mask, columns, units)
+    tally = Tally(hidden.device)
+    plan = _Plan(spec, head, needs, layout, batch.mask, columns, units, tally)
     flat = hidden.reshape(-1, hidden.shape[-1])
     loss, logprobs, entropy, recomputed = _FusedFromHidden.apply(flat, weight, bias, labels.reshape(-1), inverse, plan)
     with torch.no_grad():
@@ -121,10 +125,24 @@ def fused_from_hidden(
         metrics = policy_metrics(spec, batch, logprobs, entropy, columns, terms)
     output = LossOutput(loss, metrics, layout.restore(logprobs), layout.restore(entropy))
     live = max(1, sum(units) if units is not None else 1)
-    return with_path(output, 1.0 + needs[0] + needs[1] + recomputed / live)
+    dense = _dense_share(head, batch.mask, tally)
+    output = with_path(output, 1.0 + (needs[0] + needs[1]) * dense + recomputed / live)
+    return output if head.tail_mass == 0.0 or not any(needs) else _with_tally(output, tally)
 
 
-def with_path(output: LossOutput, units: float) -> LossOutput:
+def _dense_share(head: Head, mask: Tensor, tally: Tally) -> Tensor | float:
+    """Return the share of live tokens that went through the GEMMs of the gradients."""
+    return 1.0 if head.tail_mass == 0.0 else tally.dense / mask.sum().clamp(min=1)
+
+
+def _with_tally(output: LossOutput, tally: Tally) -> LossOutput:
+    """Return the output with the share of sparse rows, and the largest mass that one left out, among the metrics."""
+    one = torch.ones_like(tally.left)
+    rows = (tally.sparse.to(one.dtype), (tally.sparse + tally.dense).to(one.dtype))
+    return output._replace(metrics={**output.metrics, "sparse/rows": rows, "sparse/left_max": (tally.left, one)})
+
+
+def with_path(output: LossOutput, units: float | Tensor) -> LossOutput:
     """Return the output with the GEMM units that its path takes among the metrics."""
     one = torch.ones((), device=output.loss.device)
     return output._replace(metrics={**output.metrics, "path/gemm_units": (one * units, one)})
