@@ -142,17 +142,19 @@ def test_peaked_rows_are_sparse_and_flat_rows_are_dense(kind: str, share: float,
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_as_few_entries_as_the_mass_allows(backend: str) -> None:
-    """Without the smallest entries listed it would leave out too much, unless only `MIN_ENTRIES` are listed.
+def test_as_few_entries_as_the_mass_allows(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the smallest entries listed it would leave out too much, unless only `min_entries` are listed.
 
     Triton's cut is at a size with 8 bits, so that entries within 1 % of each other stay or go together.
     """
+    monkeypatch.setattr(sparse_rows, "PLACES", {"cpu": ((1.0, 1024, 6),)})
     logits, labels = draw_logits("mixed", 12, 3000)
     rows, _ = find(backend, logits, labels, (torch.ones(12), None, None))
     p = torch.softmax(logits.double(), -1)
     checked = 0
+    least = sparse_rows.rule_for(TAIL_MASS, 3000, logits.device).min_entries
     for i, count in enumerate(rows.counts.tolist()):
-        if count > sparse_rows.MIN_ENTRIES + 1:
+        if count > least + 1:
             others = p[i, rows.indices[i, :count].long()][rows.indices[i, :count] != labels[i]]
             smallest = others[others <= 1.01 * others.min()].sum()
             assert float(rows.left[i]) + float(smallest) > TAIL_MASS * (1 - 1e-6)
