@@ -5,20 +5,26 @@ import math
 import pytest
 import torch
 from memory import MemoryWatch
-from oracle import ROUNDINGS, assert_as_accurate
+from oracle import assert_as_accurate
+from sparse_cases import (
+    OPTIONS,
+    TAIL_MASS,
+    UPSTREAM,
+    assert_bound,
+    dense_of,
+    draw_logits,
+    exact_gradient,
+    find,
+    row_scale,
+    upstream,
+)
 from torch import Tensor
 from vocabulary_cases import BACKENDS
 
 from fastrl import PolicyLoss, csrc_loader, linear_token_logprobs, reference
 from fastrl.ops import sparse_rows
 from fastrl.ops.linear_token_logprobs import Chunks, Gradients, fused_gradient, inverse_temperature, make_head
-from fastrl.ops.token_logprobs import backward_rows, forward_rows
 from fastrl_kernels import sparse_rows as kernels
-
-TAIL_MASS = 1e-3
-KINDS = ("peaked", "flat", "mixed")
-# (upstream of log-prob, entropy, logsumexp), each a factor or None
-UPSTREAM = {"logprob": (1.0, None, None), "entropy": (1.0, -0.3, None), "all": (-1.0, 0.2, 0.5), "lse": (None, None, 1)}
 
 
 @pytest.fixture(autouse=True)
@@ -27,104 +33,12 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "WALKERS", 5)
 
 
-def draw_logits(kind: str, n: int, vocabulary: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Return logits (n, V) and labels: forty tokens with most of the mass, none, or one kind after the other."""
-    generator = torch.Generator().manual_seed(n + vocabulary)
-    logits = torch.randn(n, vocabulary, generator=generator, dtype=torch.float64) * 2
-    heavy = torch.randint(0, vocabulary, (n, 40), generator=generator)
-    height = {"peaked": torch.full((n,), 20.0), "flat": torch.zeros(n), "mixed": torch.linspace(0, 25, n)}[kind]
-    logits.scatter_add_(1, heavy, height.double().unsqueeze(-1) * torch.linspace(1.0, 0.5, 40, dtype=torch.float64))
-    labels = heavy[:, 0].clone()
-    labels[1::3] = torch.randint(0, vocabulary, (labels[1::3].numel(),), generator=generator)
-    return logits.to(dtype), labels
-
-
-def exact_gradient(logits: Tensor, labels: Tensor, grads: tuple[Tensor | None, ...], **options) -> Tensor:  # type: ignore[no-untyped-def]
-    leaf = logits.double().requires_grad_()
-    outputs = reference.token_logprobs(leaf, labels, **options)
-    total = sum((g.double() * x).sum() for g, x in zip(grads, outputs, strict=True) if g is not None)
-    return torch.autograd.grad(total, leaf)[0]
-
-
-def find(
-    backend: str,
-    logits: Tensor,
-    labels: Tensor,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
-    tail_mass: float = TAIL_MASS,
-    temperature: float | Tensor = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float = 0.0,
-) -> tuple[sparse_rows.Lists, Tensor]:
-    """Return (lists, the whole gradient of every row)."""
-    tile = logits.clone()
-    heat = torch.as_tensor(temperature, dtype=logits.dtype)
-    inverse = heat.reciprocal().expand(logits.shape[0]).contiguous()
-    scalars = {"logit_scale": logit_scale, "softcap": softcap, "ignore_index": -100}
-    outputs = forward_rows(backend, tile, labels, inverse, **scalars)
-    rule = sparse_rows.rule_for(tail_mass, logits.shape[1], logits.device)
-    problem = sparse_rows.Problem(labels, inverse, outputs, grads)
-    lists = sparse_rows.find(backend, tile, problem, rule, **scalars)
-    assert torch.equal(tile.nan_to_num(), logits.nan_to_num())
-    return lists, backward_rows(backend, tile, labels, inverse, outputs, grads, **scalars)
-
-
-def row_scale(inverse: Tensor, grads: tuple[Tensor | None, ...], logit_scale: float) -> Tensor:
-    """Return (|g| + |h| + |l|) |logit_scale| / T, (n,) float64."""
-    return sum(g.double().abs() for g in grads if g is not None) * abs(logit_scale) * inverse.double()  # type: ignore[return-value]
-
-
-def upstream(name: str, n: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    spread = torch.linspace(0.5, 2.0, n)
-    first, second, third = (None if factor is None else factor * spread for factor in UPSTREAM[name])
-    return first, second, third
-
-
-def dense_of(rows: sparse_rows.Lists, tile: Tensor) -> Tensor:
-    """Return the gradient (C, V) that the lists and the dense rows stand for."""
-    full = tile.clone()
-    for i, count in enumerate(rows.counts.tolist()):
-        if count >= 0:
-            full[i] = 0.0
-            full[i, rows.indices[i, :count].long()] = rows.values[i, :count]
-    return full
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("which", UPSTREAM)
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"logit_scale": -0.5, "temperature": 0.6}, {"softcap": 30.0, "temperature": 0.7}],
-    ids=["plain", "scaled", "softcap"],
-)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_the_bound_holds_on_every_row(options: dict[str, float], which: str, backend: str) -> None:
-    """|exact - list| summed over a row is `left` times its scale, at most tail_mass times it, rounding aside."""
-    n, vocabulary = 24, 1500
-    logits, labels = draw_logits("mixed", n, vocabulary)
-    if "logit_scale" in options:
-        logits = logits * -1.5
-    grads = upstream(which, n)
-    rows, tile = find(backend, logits, labels, grads, **options)
-    want = exact_gradient(logits, labels, grads, **options)
-    inverse = torch.full((n,), 1.0 / options.get("temperature", 1.0))
-    scale = row_scale(inverse, grads, options.get("logit_scale", 1.0))
-    error = (dense_of(rows, tile).double() - want).abs().sum(-1)
-    sparse = rows.counts > 0
-    eps = torch.finfo(torch.float32).eps
-    # The exponent of e^z is as large as the largest |z|, and its rounding is the relative error of an entry.
-    rounding = ROUNDINGS * eps * (1.0 + logits.abs().amax(-1).double() * 4) * scale
-    assert bool((rows.left <= TAIL_MASS * (1 + eps)).all())
-    assert bool((error <= rows.left * scale + rounding).all())
-    # `left` is what is left out, not only a bound of it.
-    listed = dense_of(rows, tile) != 0
-    outside = torch.where(listed, 0.0, want.abs()).sum(-1) / scale
-    assert torch.allclose(rows.left[sparse], outside[sparse], rtol=1e-4, atol=1e-9)
-    assert int(sparse.sum()) > 0
-    assert bool((~sparse).any()) or which == "lse"
-    chosen = rows.indices[sparse, :1].shape[0]
-    labelled = [labels[i] in rows.indices[i, : rows.counts[i]] for i in sparse.nonzero().squeeze(-1).tolist()]
-    assert chosen == len(labelled)
-    assert all(labelled)
+    """What a list leaves out, in sum, is `left` times the row's scale, and that is at most tail_mass times it."""
+    assert_bound(backend, which, options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
