@@ -57,6 +57,8 @@ def test_compilations_do_not_grow_with_lengths_or_scalars(report: dict[str, Any]
         "token_logprobs: 8 vocabulary sizes": 4,
         "advantages: 50 group sizes and batch sizes": 1,
         "policy: 50 lengths and bounds": 1,
+        # Listing, gathering, adding up with and without a bias.
+        "sparse_rows: 50 lengths, widths and list lengths": 4,
     }
     assert {name: report["compilations"][name] for name in wanted} == wanted
 
