@@ -442,6 +442,9 @@ class PolicyLoss:
         The gradient is formed in the forward: 3 GEMM units (2 with a frozen head), chunk by chunk, or for a loss that
         couples the tokens of a sequence in blocks of whole sequences; a sequence longer than 4 chunks has its logits
         formed twice (4 units). `metrics["path/gemm_units"]` says what ran, as the mean over live tokens.
+        With `tail_mass` > 0 only rows whose gradient has no short list within that bound take the two GEMMs of the
+        gradient (see `linear_token_logprobs`); `sparse/rows` and `sparse/left_max` then say how many did not, and the
+        largest mass left out.
         `LossOutput.logprobs` and `.entropy` are detached. The gradient is with respect to `hidden`, `weight` and
         `bias`, for any upstream factor.
         """
