@@ -267,3 +267,12 @@ def test_help_and_doctor_work_without_the_extras_and_train_names_them():
     assert done.stdout.splitlines()[-1] == "codes (0, 0, 1)", done.stderr
     assert done.stderr.splitlines()[-1].endswith('pip install "fastrl[train]"')
     assert "training needs tyro, yaml, rich, transformers" in done.stderr
+
+
+@pytest.mark.parametrize("algorithm", cli.ALGORITHMS)
+def test_every_loop_lists_its_settings(algorithm, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_config(cli._named(cli.ALGORITHMS[algorithm][0]), ["--help"], f"fastrl train {algorithm}")
+    assert stop.value.code in (0, None)
+    assert "--run-dir" in capsys.readouterr().out
+    assert callable(cli._named(cli.ALGORITHMS[algorithm][1]))
