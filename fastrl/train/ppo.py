@@ -72,7 +72,7 @@ class Learner(NamedTuple):
     critic: Critic
     loss_function: PolicyLoss
 
-    def parts(self, *, train_policy: bool) -> dict[str, list[Tensor]]:
+    def parts(self, *, train_policy: bool) -> dict[str, list[torch.nn.Parameter]]:
         """Return the parameters whose gradients are clipped apart, by the name of their norm among the metrics."""
         critic = {"value/grad_norm": [p for p in self.critic.named_parameters().values() if p.requires_grad]}
         if not train_policy:
