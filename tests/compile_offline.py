@@ -371,7 +371,8 @@ def compile_case(case: str, dtype: str, target: str) -> dict[str, dict[str, Any]
         compiled = launch.compile(TARGETS[target])
         if target.startswith("cuda"):
             resources: dict[str, Any] = cuda_resources(compiled.asm["cubin"])
-            resources["vector_loads"] = "ld.global.v4" in compiled.asm["ptx"]
+            # Between the two may stand how long the cache should keep what is loaded.
+            resources["vector_loads"] = bool(re.search(r"ld\.global(\.L[12]::\w+)*\.v4", compiled.asm["ptx"]))
         else:
             resources = hip_resources(compiled.asm["amdgcn"])
             resources["vector_loads"] = "load_dwordx4" in compiled.asm["amdgcn"]
