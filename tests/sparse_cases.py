@@ -93,7 +93,7 @@ def assert_bound(backend: str, which: str, options: dict[str, float]) -> None:
 
     The budget of rounding is that of the judge: twice the error of PyTorch's float32 gradient, plus a few roundings.
     """
-    n, vocabulary = 24, 1500
+    n, vocabulary = 20, 1500
     logits, labels = draw_logits("mixed", n, vocabulary)
     if "logit_scale" in options:
         logits = logits * -1.5

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from mutations import Mutation, load, mutated_source
-from sparse_cases import OPTIONS, UPSTREAM, assert_bound, draw_logits, find, upstream
+from sparse_cases import OPTIONS, TAIL_MASS, UPSTREAM, assert_bound, draw_logits, find, upstream
 from torch import Tensor
 from vocabulary_cases import BACKENDS
 
@@ -173,6 +173,18 @@ def test_a_row_that_takes_more_entries_than_there_are_places_is_dense(places: in
     assert sparse_rows.find(backend, logits, problem, rule, **scalars).counts.tolist() == [places - 1, places, -1, -1]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_small_entries_that_add_up_are_listed(backend: str) -> None:
+    """Thirty entries, each of half the mass that may be left out: two of them may go, not more."""
+    n = 3
+    logits = torch.full((n, 3000), -60.0)
+    logits[:, 7] = math.log(1 - 15 * TAIL_MASS)
+    logits[:, 100:130] = math.log(0.5 * TAIL_MASS * (1 - 1e-4))
+    lists, _ = find(backend, logits, torch.full((n,), 7), (torch.linspace(0.2, 3.0, n), None, None))
+    assert bool(((lists.counts >= 29) & (lists.counts <= 47)).all())
+    assert bool((lists.left <= TAIL_MASS).all())
+
+
 def sparse_rows_outputs(backend: str, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from fastrl.ops.token_logprobs import forward_rows
 
@@ -224,8 +236,10 @@ def notices(check: Callable[[], None]) -> bool:
 def all_checks(backend: str) -> bool:
     """Return whether one of the checks notices something."""
     cases = [("logprob", "plain"), ("entropy", "softcap"), ("all", "scaled")]
-    same = lambda: test_a_row_that_takes_more_entries_than_there_are_places_is_dense(9, backend)  # noqa: E731
-    return any(notices(lambda c=case: assert_bound(backend, c[0], OPTIONS[c[1]])) for case in cases) or notices(same)
+    checks = [lambda case=case: assert_bound(backend, case[0], OPTIONS[case[1]]) for case in cases]
+    checks.append(lambda: test_a_row_that_takes_more_entries_than_there_are_places_is_dense(9, backend))
+    checks.append(lambda: test_small_entries_that_add_up_are_listed(backend))
+    return any(notices(check) for check in checks)
 
 
 def use(monkeypatch: pytest.MonkeyPatch, module) -> None:  # type: ignore[no-untyped-def]
