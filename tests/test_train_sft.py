@@ -21,7 +21,7 @@ from torch import Tensor
 from fastrl.train.examples import Example
 from fastrl.train.model import head_of
 from fastrl.train.sft import SFTConfig, run_sft
-from fastrl.train.supervised import backward_examples, held_out_loss, shuffled, supervised_loss
+from fastrl.train.supervised import HeldOutLoss, backward_examples, held_out_loss, shuffled, supervised_loss
 
 TOKENIZER = tiny_tokenizer()
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -117,6 +117,10 @@ def test_held_out_loss_is_weighted_by_tokens(budget: int | None) -> None:
     record = measured.perplexity(3).record()
     assert record["value"] == pytest.approx(math.exp(float(mean)), rel=1e-4)
     assert (record["measure"], record["better"], record["n"], record["step"]) == ("perplexity", "lower", 4, 3)
+
+
+def test_a_perplexity_beyond_the_floats_is_infinite() -> None:
+    assert HeldOutLoss(800.0, 1.0, 2, 5).perplexity(0).value == math.inf
 
 
 @hypothesis_settings(deadline=None, max_examples=30)

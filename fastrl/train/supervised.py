@@ -6,7 +6,6 @@ so the budget changes the memory and the speed, and nothing else.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +101,7 @@ class HeldOutLoss:
 
     def perplexity(self, step: int) -> Measurement:
         """Return the measurement of exp(mean); its standard error is that of the mean times the perplexity."""
-        value = math.exp(self.mean)
+        value = float(torch.tensor(self.mean, dtype=torch.float64).exp())  # infinite where a float would overflow
         return Measurement(step, value, value * self.standard_error, self.n_examples, PERPLEXITY)
 
 
