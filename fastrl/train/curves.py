@@ -55,7 +55,9 @@ PANELS = (
     Panel("Completion length (tokens)", re.compile(r"completions?[/_](?:mean_)?length(?:s)?(?:[/_](?P<label>.+))?")),
     Panel(
         "Shares",
-        re.compile(r"(?P<label>frac_reward_zero_std|truncated_fraction|completions?[/_](?:clipped|truncated)\w*)"),
+        re.compile(
+            r"(?P<label>pass_rate|solved_prompts|kept_share|frac_reward_zero_std|truncated_fraction|completions?[/_](?:clipped|truncated)\w*)"
+        ),
         percent=True,
     ),
     Panel("Tokens per second", re.compile(r"(?:.*[/_])?tokens_per_(?:s|sec|second)")),

@@ -27,7 +27,7 @@ CHAT_TEMPLATE = "chat"
 # No vocabulary has this id, and unlike -100 no dataset uses it for a token that counts.
 IGNORED = -(2**31)
 # Nats. A wrong scale or softcap shows as tenths to tens of nats; other batch shapes round by this much at most.
-_LARGEST_DIFFERENCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
+LARGEST_DIFFERENCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def verify_logprobs(model: Any, head: Head, rollout: Rollout, temperature: float
         logits = inner(input_ids=torch.cat([start, end])[None], use_cache=False).logits[0, len(start) - 1 : -1]
         theirs = torch.log_softmax(logits.double() / temperature, dim=-1).gather(1, end[:, None])[:, 0]
         worst = max(worst, float((ours[row, : len(end)].double() - theirs).abs().max()))
-    granted = _LARGEST_DIFFERENCE[head.weight.dtype]
+    granted = LARGEST_DIFFERENCE[head.weight.dtype]
     if not worst <= granted:
         raise ValueError(
             f"log-probs from the hidden states differ from those of the model's own logits by {worst:.3g} nats, "
