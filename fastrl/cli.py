@@ -33,6 +33,7 @@ ALGORITHMS = {
     "sft": ("fastrl.train.sft:SFTConfig", "fastrl.train.sft:run_sft"),
     "rft": ("fastrl.train.rft:RFTConfig", "fastrl.train.rft:run_rft"),
     "online-rft": ("fastrl.train.rft:OnlineRFTConfig", "fastrl.train.rft:run_rft"),
+    "ppo": ("fastrl.train.ppo_config:PPOConfig", "fastrl.train.ppo:run_ppo"),
 }
 # What `train` imports before anything else; each comes with the extra.
 TRAIN_NEEDS = ("tyro", "yaml", "rich", "transformers", "accelerate", "safetensors", "reasoning_gym", "matplotlib")

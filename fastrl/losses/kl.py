@@ -10,6 +10,7 @@ Legend: B batch, T time, N tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -218,7 +219,7 @@ class AdaptiveKLController:
         """Return what a checkpoint needs."""
         return {"value": self.value, "target": self.target, "horizon": self.horizon}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.__init__(state["value"], state["target"], state["horizon"])
 

@@ -6,21 +6,22 @@ Shapes: P prompts, G completions of each, B = P * G completions, T time, D hidde
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from fastrl.losses.kl import kl_estimate
 from fastrl.losses.output import LossOutput
 from fastrl.losses.policy import PolicyLoss
 from fastrl.train.config import BatchConfig
 from fastrl.train.evaluate import HeldOut
 from fastrl.train.model import Head, causal_lm, stop_token_ids
 from fastrl.train.rewards import RewardBatch, RewardSet
-from fastrl.train.rollout import Rollout, decode, encode_prompts, generate, token_logprobs_of
-from fastrl.train.run import Run
+from fastrl.train.rollout import Rollout, completion_hidden, decode, encode_prompts, generate, token_logprobs_of
+from fastrl.train.run import MetricSums, Run
 from fastrl.train.scoring import RewardModel
 from fastrl.train.tasks import Problem, Task
 
@@ -153,6 +154,24 @@ def policy_output(
     )  # fmt: skip
 
 
+def named_loss(name: str, fields: Mapping[str, Any], config: BatchConfig) -> PolicyLoss:
+    """Return the preset `name` with `fields`; raise `ValueError` for a loss that loops over rollouts cannot feed."""
+    loss = PolicyLoss.preset(name, **fields)
+    if loss.aggregate == "constant" and loss.constant is None:
+        loss = PolicyLoss.preset(name, **fields, constant=float(config.max_new_tokens))
+    if loss.surrogate in ("nll", "dft"):
+        raise ValueError(f"loss {name!r} does not look at the rewards; it is for supervised data")
+    if name == "clip_cov":
+        raise ValueError("loss 'clip_cov' selects tokens by the covariance over a batch, which this loop does not do")
+    per_batch = loss.aggregate == "prompt_mean" or loss.kl_fraction is not None
+    if per_batch and config.micro_batch != config.batch_size // config.minibatches:
+        raise ValueError(
+            f"loss {name!r} is computed over a whole minibatch; expected micro_batch_size=None, "
+            f"got {config.micro_batch_size}"
+        )
+    return loss
+
+
 def ratio_deviation(output: LossOutput, part: Batch) -> Tensor:
     """Return max |ratio - 1| over the live tokens, 0 where the old log-probs are not known."""
     assert output.logprobs is not None
@@ -162,14 +181,62 @@ def ratio_deviation(output: LossOutput, part: Batch) -> Tensor:
     return torch.where(part.mask, (ratio - 1.0).abs(), 0.0).max()
 
 
+def sampled_kl(output: LossOutput, part: Batch) -> Tensor:
+    """Return the sum over live tokens of r - 1 - log r: KL(old || new), estimated on what the old policy sampled."""
+    assert output.logprobs is not None
+    assert part.old_logprobs is not None
+    return kl_estimate(part.old_logprobs, output.logprobs, "k3", mask=part.mask).sum()
+
+
+class Passed(NamedTuple):
+    """What a backward pass over the micro-batches of a step tells; scalars on the device."""
+
+    loss: Tensor
+    ratio_deviation: Tensor
+    """max |ratio - 1|, 0 without old log-probs."""
+
+
+def backward(
+    run: Run[Any],
+    model: Any,
+    head: Head,
+    loss_function: PolicyLoss,
+    batch: Batch,
+    rows: Rows,
+    totals: MetricSums,
+) -> Passed:
+    """Accumulate the gradient of the policy loss of one optimiser step over the micro-batches `rows`.
+
+    Each micro-batch is divided by the token and sequence counts of all of them, so their gradients simply add up.
+    """
+    counts = Counts.of(batch.mask, rows)
+    zero, one = torch.zeros((), device=batch.mask.device), torch.ones((), device=batch.mask.device)
+    loss = deviation = zero
+    for start, stop in rows:
+        part = batch.rows(start, stop)
+        hidden = completion_hidden(model, part.rollout)
+        output = policy_output(loss_function, head, hidden, part, counts, run.config.temperature)
+        run.backward(output.loss)
+        totals.add(output.metrics)
+        totals.add({"loss": (output.loss.detach(), zero)})
+        loss = loss + output.loss.detach()
+        deviation = torch.maximum(deviation, ratio_deviation(output, part))
+    totals.add({"loss": (zero, one)})
+    return Passed(loss, deviation)
+
+
 def logprobs_in_micro_batches(model: Any, head: Head, rollout: Rollout, config: BatchConfig) -> Tensor:
     """Return log-probs (B, T), computed in the micro-batches of the loss, so that equal weights give equal bits."""
     result = torch.zeros_like(rollout.logprobs)
-    for start in range(0, config.batch_size, config.micro_batch):
-        part = rollout.rows(start, start + config.micro_batch)
-        logprobs = token_logprobs_of(model, head, part, config.temperature).logprobs
-        result[start : start + config.micro_batch, : logprobs.shape[1]] = logprobs
+    for start, stop in micro_batches(config):
+        logprobs = token_logprobs_of(model, head, rollout.rows(start, stop), config.temperature).logprobs
+        result[start:stop, : logprobs.shape[1]] = logprobs
     return result
+
+
+def micro_batches(config: BatchConfig) -> list[tuple[int, int]]:
+    """Return the (start, stop) rows of all micro-batches, in order."""
+    return [(start, start + config.micro_batch) for start in range(0, config.batch_size, config.micro_batch)]
 
 
 def minibatches(config: BatchConfig, generator: torch.Generator) -> Iterator[list[tuple[int, int]]]:

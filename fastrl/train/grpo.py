@@ -22,26 +22,24 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastrl.losses.advantage import group_advantages, reward_metrics
 from fastrl.losses.policy import PolicyLoss
 from fastrl.train.batches import (
     Batch,
-    Counts,
     Sampler,
+    backward,
     batch_metrics,
     logprobs_in_micro_batches,
     minibatches,
-    policy_output,
-    ratio_deviation,
+    named_loss,
 )
 from fastrl.train.config import GRPOConfig
 from fastrl.train.evaluate import CORRECT
-from fastrl.train.model import Head, add_lora, head_of, load_model
+from fastrl.train.model import add_lora, head_of, load_model
 from fastrl.train.reference_policy import ReferencePolicy
 from fastrl.train.rewards import build_rewards
-from fastrl.train.rollout import completion_hidden, verify_logprobs
+from fastrl.train.rollout import verify_logprobs
 from fastrl.train.run import MetricSums, Run, RunResult
 from fastrl.train.scoring import load_reward_model
 from fastrl.train.tasks import load_task
@@ -116,7 +114,7 @@ def run_grpo(config: GRPOConfig) -> RunResult:
             first_step = True
             for _ in range(config.epochs_per_batch):
                 for rows in minibatches(config, run.generator):
-                    deviation = backward(run, model, head, loss_function, batch, rows, totals)
+                    deviation = backward(run, model, head, loss_function, batch, rows, totals).ratio_deviation
                     run.clock.lap("backward")
                     if first_step and batch.old_logprobs is not None:
                         totals.add({"first_step_ratio_max_dev": (deviation, torch.ones_like(deviation))})
@@ -141,34 +139,6 @@ def run_grpo(config: GRPOConfig) -> RunResult:
     return run.result()
 
 
-def backward(
-    run: Run[GRPOConfig],
-    model: Any,
-    head: Head,
-    loss_function: PolicyLoss,
-    batch: Batch,
-    rows: list[tuple[int, int]],
-    totals: MetricSums,
-) -> Tensor:
-    """Accumulate the gradient of one optimiser step over the micro-batches `rows`; return max |ratio - 1|.
-
-    Each micro-batch is divided by the token and sequence counts of all of them, so their gradients simply add up.
-    """
-    counts = Counts.of(batch.mask, rows)
-    zero, one = torch.zeros((), device=batch.mask.device), torch.ones((), device=batch.mask.device)
-    deviation = zero
-    for start, stop in rows:
-        part = batch.rows(start, stop)
-        hidden = completion_hidden(model, part.rollout)
-        output = policy_output(loss_function, head, hidden, part, counts, run.config.temperature)
-        run.backward(output.loss)
-        totals.add(output.metrics)
-        totals.add({"loss": (output.loss.detach(), zero)})
-        deviation = torch.maximum(deviation, ratio_deviation(output, part))
-    totals.add({"loss": (zero, one)})
-    return deviation
-
-
 def build_loss(config: GRPOConfig) -> PolicyLoss:
     """Return the loss that `config` names, with its overrides; raise ValueError for one that this loop cannot feed."""
     fields: dict[str, Any] = dict(config.loss_options)
@@ -179,17 +149,4 @@ def build_loss(config: GRPOConfig) -> PolicyLoss:
             fields[name] = value
     if fields.get("kl_coef") == 0.0:
         fields.setdefault("kl", None)
-    loss = PolicyLoss.preset(config.loss, **fields)
-    if loss.aggregate == "constant" and loss.constant is None:
-        loss = PolicyLoss.preset(config.loss, **fields, constant=float(config.max_new_tokens))
-    if loss.surrogate in ("nll", "dft"):
-        raise ValueError(f"loss {config.loss!r} does not look at the rewards; it is for supervised data")
-    if config.loss == "clip_cov":
-        raise ValueError("loss 'clip_cov' selects tokens by the covariance over a batch, which this loop does not do")
-    per_batch = loss.aggregate == "prompt_mean" or loss.kl_fraction is not None
-    if per_batch and config.micro_batch != config.batch_size // config.minibatches:
-        raise ValueError(
-            f"loss {config.loss!r} is computed over a whole minibatch; expected micro_batch_size=None, "
-            f"got {config.micro_batch_size}"
-        )
-    return loss
+    return named_loss(config.loss, fields, config)

@@ -227,11 +227,16 @@ def decode(tokenizer: Any, rollout: Rollout) -> list[str]:
 def token_logprobs_of(model: Any, head: Head, rollout: Rollout, temperature: float) -> TokenLogprobs:
     """Return log-probs and entropies (B, T) of the completion tokens, 0 where masked, without gradients."""
     with torch.no_grad():
-        hidden = completion_hidden(model, rollout)
-        labels = rollout.completion_ids.masked_fill(~rollout.completion_mask, IGNORED)
-        return linear_token_logprobs(
-            hidden, head.weight, labels, temperature=temperature, ignore_index=IGNORED, **head.kwargs()
-        )
+        return hidden_logprobs(completion_hidden(model, rollout), head, rollout, temperature)
+
+
+@torch.no_grad()
+def hidden_logprobs(hidden: Tensor, head: Head, rollout: Rollout, temperature: float) -> TokenLogprobs:
+    """Return what `token_logprobs_of` does, from the hidden states (B, T, D) of `completion_hidden`."""
+    labels = rollout.completion_ids.masked_fill(~rollout.completion_mask, IGNORED)
+    return linear_token_logprobs(
+        hidden, head.weight, labels, temperature=temperature, ignore_index=IGNORED, **head.kwargs()
+    )
 
 
 @torch.no_grad()

@@ -236,18 +236,24 @@ class Run(Generic[Config]):
         """Add the gradient of `loss` to that of the parameters."""
         self.accelerator.backward(loss)
 
-    def clip_and_step(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Clip the gradient, take an optimiser step and zero the gradient; return `grad_norm` and `skipped_updates`.
+    def clip_and_step(self, parts: Mapping[str, Sequence[Tensor]] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+        """Clip the gradient, take an optimiser step and zero the gradient; return its norm and `skipped_updates`.
 
-        A gradient that is not finite would leave nothing of the model: the step is left out, and counted.
+        `parts` are parameters that are clipped apart from each other, by the name that their norm gets among the
+        metrics; without them all are clipped together, `grad_norm`. A gradient that is not finite would leave nothing
+        of the model: the step is left out, and counted.
         """
-        norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.config.max_grad_norm)
-        finite = bool(torch.isfinite(norm))
+        self.accelerator.unscale_gradients()
+        norms = {
+            name: torch.nn.utils.clip_grad_norm_(list(part), self.config.max_grad_norm)
+            for name, part in (parts or {"grad_norm": list(self.parameters.values())}).items()
+        }
+        finite = all(bool(torch.isfinite(norm)) for norm in norms.values())
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad()
         one = torch.ones((), device=self.device)
-        return {"grad_norm": (norm, one), "skipped_updates": (one * (not finite), one)}
+        return {**{name: (norm, one) for name, norm in norms.items()}, "skipped_updates": (one * (not finite), one)}
 
     def evaluation_due(self, done: int) -> bool:
         """Return whether an evaluation belongs after `done` steps: as configured, and after the last one."""

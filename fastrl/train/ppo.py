@@ -1,0 +1,334 @@
+"""PPO in one file: sample completions, pay token rewards, let a critic say what was better than expected, take steps.
+
+    for each step
+        prompts -> completions         sampled from the policy itself, the whole distribution, at the loss's temperature
+        completions -> token rewards   the reward on the last token, minus kl_coef KL(policy || reference) on every one
+        old log-probs, values          of the policy and the critic before the update, in the micro-batches of the loss
+        values -> advantages, returns  generalised advantage estimation over the completion, whitened over the batch
+        epochs x minibatches           the policy loss and the clipped value loss, one optimiser step each; no further
+                                       step on the batch once the policy has moved by more than target_kl
+
+`update` replaces the last part: "gradient" takes one step of the plain policy gradient, "trust_region" one along the
+same gradient, as long as a bound on the KL allows (`fastrl.train.trust_region`), and then fits the critic.
+
+Truncated completions have no stop token. As they are, the reward of the cut text is paid and the episode ends there;
+`truncated_reward` pays another one; `bootstrap_truncated` pays the critic's value of the state after the cut, as for an
+episode that goes on; `mask_truncated` leaves them out of the losses. A completion whose reward failed is left out of
+both losses, and counted: a grader that crashed must not pass for a zero.
+
+Left out: more than one process, an inference engine for the rollouts, dropout (the model stays in eval mode, or the
+importance ratios would not be 1), gradient checkpointing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrl.losses.advantage import reward_metrics
+from fastrl.losses.kl import AdaptiveKLController, kl_estimate, kl_penalty_rewards
+from fastrl.losses.policy import PolicyLoss
+from fastrl.losses.returns import gae
+from fastrl.losses.value import explained_variance, value_loss
+from fastrl.train.batches import (
+    Batch,
+    Counts,
+    Rows,
+    Sampler,
+    batch_metrics,
+    logprobs_in_micro_batches,
+    micro_batches,
+    minibatches,
+    named_loss,
+    policy_output,
+    ratio_deviation,
+    sampled_kl,
+)
+from fastrl.train.critic import Critic
+from fastrl.train.evaluate import CORRECT
+from fastrl.train.model import Head, add_lora, head_of, load_model
+from fastrl.train.ppo_config import PPOConfig
+from fastrl.train.reference_policy import ReferencePolicy
+from fastrl.train.rewards import build_rewards
+from fastrl.train.rollout import Rollout, completion_hidden, hidden_logprobs, verify_logprobs
+from fastrl.train.run import MetricSums, Run, RunResult
+from fastrl.train.scoring import load_reward_model
+from fastrl.train.tasks import load_task
+from fastrl.train.trust_region import StepLength, trust_region_step
+
+logger = logging.getLogger(__name__)
+
+
+class Learner(NamedTuple):
+    """What is trained, and by which policy loss."""
+
+    model: Any
+    head: Head
+    critic: Critic
+    loss_function: PolicyLoss
+
+    def parts(self, *, train_policy: bool) -> dict[str, list[Tensor]]:
+        """Return the parameters whose gradients are clipped apart, by the name of their norm among the metrics."""
+        critic = {"value/grad_norm": [p for p in self.critic.named_parameters().values() if p.requires_grad]}
+        if not train_policy:
+            return critic
+        return {"grad_norm": [p for p in self.model.parameters() if p.requires_grad], **critic}
+
+
+@dataclass(frozen=True)
+class PPOBatch(Batch):
+    """A batch with what the critic needs."""
+
+    old_values: Tensor  # (B, T)
+    returns: Tensor  # (B, T)
+
+
+def run_ppo(config: PPOConfig) -> RunResult:
+    """Train as `config` says and return where the results are.
+
+    Raises ValueError for settings that do not fit together, and for a model whose log-probs this loop cannot reproduce.
+    """
+    loss_function = build_loss(config)
+    task = load_task(config.task, **{"seed": config.seed, **config.task_parameters})
+    run = Run(config)
+    model, tokenizer = load_model(config.model, dtype=config.dtype, device=run.device)
+    reward_model = None
+    if config.reward_model is not None:
+        reward_model = load_reward_model(config.reward_model, tokenizer, dtype=config.dtype, device=run.device)
+    reference = None
+    if config.kl_coef > 0 or (loss_function.kl is not None and loss_function.kl_to == "ref"):
+        reference = ReferencePolicy(model, adapters=config.lora_rank > 0)
+    critic = Critic(model, config.critic)
+    if config.lora_rank:
+        adapters = {"rank": config.lora_rank, "alpha": config.lora_alpha, "targets": config.lora_modules}
+        model = add_lora(model, **adapters)
+        critic.backbone = None if critic.backbone is None else add_lora(critic.backbone, **adapters)
+    learner = Learner(model, head_of(model), critic, loss_function)
+
+    controller, step_length = None, StepLength(config.trust_region_step)
+    if config.kl_target is not None:
+        controller = AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_horizon)
+        run.register("kl_controller", controller)
+    if config.update == "trust_region":
+        run.register("step_length", step_length)
+    run.optimize(
+        {**{f"policy.{name}": p for name, p in model.named_parameters()}, **critic.named_parameters()},
+        factors={"critic": config.critic_lr_factor, "value_head": config.value_head_lr_factor},
+    )
+    rewards = build_rewards({CORRECT: 0.0, **config.rewards}, task)
+    sampler = Sampler(run, task, model, tokenizer, rewards, reward_model)
+
+    with rewards, run:
+        if run.start_step == 0:
+            sampler.evaluate(0)
+        for step in run.steps():
+            # Rollouts and rewards
+            problems = sampler.problems(step)
+            rollout = sampler.rollout(problems)
+            if step == run.start_step:
+                few = rollout.rows(0, min(4, config.batch_size))
+                difference = verify_logprobs(model, learner.head, few, config.temperature)
+                logger.info("log-probs equal those of the model's own logits within %.2g nats", difference)
+            run.clock.lap("rollout")
+            scored = sampler.score(problems, rollout)
+            run.clock.lap("reward")
+
+            # Old log-probs, values, KL, advantages
+            old, values = before_update(learner, rollout, config)
+            ref = None
+            if reference is not None:
+                with reference.active(model) as reference_model:
+                    ref = logprobs_in_micro_batches(reference_model, reference.head(learner.head), rollout, config)
+            kl_coef = config.kl_coef if controller is None else controller.value
+            reward = terminal_rewards(learner, rollout, scored.total.to(run.device), config)
+            batch = assess(config, rollout, reward, old, values, ref, kl_coef)
+            run.clock.lap("logprobs")
+
+            # Optimisation
+            totals = MetricSums()
+            train_policy = step >= config.critic_warmup_steps
+            if train_policy and config.update == "trust_region":
+                trust_region_step(run, model, learner.head, loss_function, batch, step_length, totals)
+                run.clock.lap("trust_region")
+            fit(run, learner, batch, totals, train_policy=train_policy and config.update != "trust_region")
+
+            # Bookkeeping
+            totals.add(reward_metrics(scored.total, group_size=config.batch_size))
+            totals.add({"value/explained_variance": (explained(batch), torch.ones(()))})
+            if ref is not None:
+                kl = kl_estimate(old, ref, config.kl_estimator, mask=rollout.completion_mask).sum()
+                totals.add({"kl": (kl, rollout.completion_mask.sum()), "kl_per_completion": (kl, kl * 0 + len(old))})
+            metrics = {
+                **totals.means(),
+                **batch_metrics(rollout, scored),
+                "kl_coef": kl_coef,
+                "learning_rate": run.learning_rate,
+                **run.clock.times(),
+            }
+            metrics["tokens_per_second"] = float(rollout.completion_mask.sum()) / metrics["time/step"]
+            if controller is not None:
+                controller.update(metrics["kl_per_completion"], config.batch_size)
+            if run.evaluation_due(step + 1):
+                metrics |= sampler.evaluate(step + 1)
+            run.finish_step(step, metrics)
+
+    run.save_model(model, tokenizer)
+    return run.result()
+
+
+@torch.no_grad()
+def before_update(learner: Learner, rollout: Rollout, config: PPOConfig) -> tuple[Tensor, Tensor]:
+    """Return log-probs and values (B, T) before the update, 0 where masked, in the micro-batches of the losses."""
+    old, values = torch.zeros_like(rollout.logprobs), torch.zeros_like(rollout.logprobs)
+    for start, stop in micro_batches(config):
+        part = rollout.rows(start, stop)
+        hidden = completion_hidden(learner.model, part)
+        logprobs = hidden_logprobs(hidden, learner.head, part, config.temperature).logprobs
+        old[start:stop, : logprobs.shape[1]] = logprobs
+        value = learner.critic.values(part, hidden).masked_fill(~part.completion_mask, 0.0)
+        values[start:stop, : value.shape[1]] = value
+    return old, values
+
+
+@torch.no_grad()
+def terminal_rewards(learner: Learner, rollout: Rollout, rewards: Tensor, config: PPOConfig) -> Tensor:
+    """Return what the last token of each completion is paid, (B,): the reward, or what stands in where it was cut."""
+    if config.truncated_reward is not None:
+        return rewards.masked_fill(rollout.truncated, config.truncated_reward)
+    if not config.bootstrap_truncated:
+        return rewards
+    # One position more: the state after the last token of a completion that was cut off.
+    longer = dataclasses.replace(
+        rollout,
+        completion_ids=torch.nn.functional.pad(rollout.completion_ids, (0, 1)),
+        completion_mask=torch.cat([rollout.completion_mask, rollout.truncated[:, None]], dim=1),
+        logprobs=torch.nn.functional.pad(rollout.logprobs, (0, 1)),
+    )
+    rewards = rewards.clone()
+    for start, stop in micro_batches(config):
+        part = longer.rows(start, stop)
+        if not bool(part.truncated.any()):
+            continue
+        value = learner.critic.values(part, completion_hidden(learner.model, part))[:, -1]
+        rewards[start:stop] = torch.where(part.truncated, config.gamma * value, rewards[start:stop])
+    return rewards
+
+
+def assess(
+    config: PPOConfig,
+    rollout: Rollout,
+    rewards: Tensor,  # (B,) paid to the last token, NaN where unknown
+    old_logprobs: Tensor,  # (B, T)
+    old_values: Tensor,  # (B, T)
+    ref_logprobs: Tensor | None,  # (B, T)
+    kl_coef: float,
+) -> PPOBatch:
+    """Return the batch with the advantages and returns of its token rewards; unknown rewards are masked."""
+    known = ~rewards.isnan()
+    mask = rollout.completion_mask & known[:, None]
+    if config.mask_truncated:
+        mask = mask & ~rollout.truncated[:, None]
+    last = rollout.completion_mask.sum(dim=1, keepdim=True) - 1
+    token_rewards = torch.zeros_like(old_values).scatter(1, last, rewards.masked_fill(~known, 0.0)[:, None])
+    if ref_logprobs is not None:
+        token_rewards = kl_penalty_rewards(
+            token_rewards, old_logprobs, ref_logprobs, mask, coef=kl_coef, estimator=config.kl_estimator
+        )
+    advantages, returns = gae(
+        token_rewards, old_values, mask, gamma=config.gamma, lam=config.lam, whiten=config.whiten_advantages
+    )
+    return PPOBatch(rollout, advantages, mask, old_logprobs, ref_logprobs, old_values, returns)
+
+
+def fit(run: Run[PPOConfig], learner: Learner, batch: PPOBatch, totals: MetricSums, *, train_policy: bool) -> None:
+    """Take the optimiser steps of a batch, on the critic alone unless `train_policy`; stop early at `target_kl`."""
+    config, one = run.config, torch.ones((), device=run.device)
+    stopped, steps = False, 0
+    for _ in range(config.epochs_per_batch):
+        for rows in minibatches(config, run.generator):
+            passed = backward(run, learner, batch, rows, totals, train_policy=train_policy)
+            run.clock.lap("backward")
+            if steps == 0 and train_policy:
+                totals.add({"first_step_ratio_max_dev": (passed.ratio_deviation, one)})
+            stopped = train_policy and config.target_kl is not None and passed.kl.item() > config.target_kl
+            if stopped:
+                run.optimizer.zero_grad()
+                break
+            totals.add(run.clip_and_step(learner.parts(train_policy=train_policy)))
+            run.clock.lap("optimizer")
+            steps += 1
+        if stopped:
+            break
+    totals.add({"early_stop": (one * stopped, one), "optimizer_steps": (one * steps, one)})
+
+
+class Passed(NamedTuple):
+    """What a backward pass over the micro-batches of a step tells; scalars on the device."""
+
+    ratio_deviation: Tensor
+    kl: Tensor
+    """Mean KL(old || new), nats per token."""
+
+
+def backward(
+    run: Run[PPOConfig],
+    learner: Learner,
+    batch: PPOBatch,
+    rows: Rows,
+    totals: MetricSums,
+    *,
+    train_policy: bool = True,
+) -> Passed:
+    """Accumulate the gradient of one optimiser step over the micro-batches `rows`: value loss, and policy loss.
+
+    Both are divided by the token and sequence counts of all micro-batches, so the split into them changes nothing.
+    """
+    config, critic = run.config, learner.critic
+    counts = Counts.of(batch.mask, rows)
+    zero, one = torch.zeros((), device=batch.mask.device), torch.ones((), device=batch.mask.device)
+    policy_loss = critic_loss = deviation = kl = zero
+    for start, stop in rows:
+        part = batch.rows(start, stop)
+        with torch.set_grad_enabled(train_policy):
+            hidden = completion_hidden(learner.model, part.rollout)
+        critic_output = value_loss(
+            critic.values(part.rollout, hidden), part.old_values, part.returns, part.mask, clip=config.value_clip,
+            coefficient=config.value_coef, n_tokens=counts.tokens,
+        )  # fmt: skip
+        loss = critic_output.loss
+        if train_policy:
+            output = policy_output(learner.loss_function, learner.head, hidden, part, counts, config.temperature)
+            loss = loss + output.loss
+            totals.add(output.metrics)
+            policy_loss = policy_loss + output.loss.detach()
+            deviation = torch.maximum(deviation, ratio_deviation(output, part))
+            kl = kl + sampled_kl(output, part)
+        run.backward(loss)
+        critic_loss = critic_loss + critic_output.loss.detach()
+        shown = {"clip_fraction", "values", "returns"} & critic_output.metrics.keys()
+        totals.add({f"value/{name}": critic_output.metrics[name] for name in sorted(shown)})
+    totals.add({"value/loss": (critic_loss, one), **({"loss": (policy_loss, one)} if train_policy else {})})
+    return Passed(deviation, kl / counts.tokens)
+
+
+def explained(batch: PPOBatch) -> Tensor:
+    """Return the share of the variance of the returns that the values before the update explain; 1 is best."""
+    return explained_variance(value_loss(batch.old_values, None, batch.returns, batch.mask, clip=None).metrics)
+
+
+def build_loss(config: PPOConfig) -> PolicyLoss:
+    """Return the policy loss of `config.update`; raise ValueError for options that contradict it."""
+    fields: dict[str, Any] = {"entropy_coef": config.entropy_coef}
+    if config.update == "clip":
+        fields |= {"clip_low": config.clip_low, "clip_high": config.clip_high}
+    elif config.update == "trust_region":
+        fields |= {"surrogate": "importance", "clip_low": None, "clip_high": None}
+    if given := sorted(fields.keys() & config.loss_options.keys()):
+        raise ValueError(f"loss_options repeats {', '.join(given)}, which update={config.update!r} or a setting gives")
+    name = "reinforce" if config.update == "gradient" else "ppo"
+    return named_loss(name, {**fields, **config.loss_options}, config)
