@@ -265,8 +265,8 @@ def test_what_cannot_be_is_refused(
 # --- the known optimum ----------------------------------------------------------------------------------------------
 
 BETA = 1.0
-# Nats from the optimum. The start is 0.61 away and the run ends at 0.018: 16,384 pairs, each with at most a bit about the
-# rewards, leave the 39 log-ratios uncertain, most of all those of strings that the reference hardly ever draws.
+# Nats from the optimum. The start is 0.61 away and the run ends at 0.018: 16,384 pairs, each with at most a bit about
+# the rewards, leave the 39 log-ratios uncertain, most of all those of strings that the reference hardly ever draws.
 NEAR = 0.03
 
 
