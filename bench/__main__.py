@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `python -m bench cpu | gpu | table | plot`."""
+"""Command line of the benchmarks: `python -m bench cpu | gpu | sparse | table | plot`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from bench import plots, record, report
+from bench import plots, record, report, sparse
 from bench.cases import cpu_cases, tiny_cases
 from bench.gpu import run_gpu
 from bench.measure import Plan
+from bench.samples import samples
 from bench.suite import run_cases, say
 from bench.targets import cpu_targets
 
@@ -41,7 +42,8 @@ def _cpu(arguments: argparse.Namespace) -> None:
     device = torch.device("cpu")
     parameters = {**dataclasses.asdict(plan), "quick": arguments.quick, "tiny": arguments.tiny}
     result = record.new_record("cpu", device, parameters)
-    result["results"] = run_cases(cases, device, plan)
+    result["skipped"] = []
+    result["results"] = run_cases(cases, device, plan, result["skipped"])
     result["targets"] = cpu_targets(result["results"])
     _finish(result, arguments.out)
 
@@ -52,6 +54,22 @@ def _gpu(arguments: argparse.Namespace) -> None:
     if result["tests"]["status"] == "failed":
         say("the gpu lane of the tests failed: see `tests` in the record")
         sys.exit(1)
+
+
+def _sparse(arguments: argparse.Namespace) -> None:
+    plan = Plan(repeats=arguments.repeats, warmups=0, budget_s=180.0)
+    result = record.new_record("sparse", torch.device("cpu"), {**dataclasses.asdict(plan), "tokens": arguments.tokens})
+    result["sparse"] = []
+    for temperature in sparse.TEMPERATURES:
+        say(f"samples at T = {temperature:g}")
+        settings = [(tail_mass, count) for count in sparse.PLACES for tail_mass in sparse.TAIL_MASSES]
+        result["sparse"] += sparse.measure_samples(samples(temperature, arguments.tokens), settings, plan)
+    print(report.plain_table(sparse.table(result["sparse"])))
+    if arguments.out is None:
+        return
+    path = record.save(result, arguments.out, prefix="sparse-")
+    say(f"wrote {path}")
+    say(f"wrote {sparse.plot(result['sparse'], path.with_suffix('.png'))}")
 
 
 def _table(arguments: argparse.Namespace) -> None:
@@ -79,6 +97,13 @@ def _parser() -> argparse.ArgumentParser:
     gpu.add_argument("--dry-run", action="store_true", help="go through the steps on the CPU at tiny shapes")
     gpu.add_argument("--skip-tests", action="store_true", help="leave the gpu lane of the tests out")
     gpu.set_defaults(run=_gpu)
+    lists = commands.add_parser(
+        "sparse", help="cost and error of tail_mass on SmolLM2's own samples, about ten minutes"
+    )
+    lists.add_argument("--out", type=Path, help="folder for the result file and the chart; printed only unless given")
+    lists.add_argument("--tokens", type=int, default=1024)
+    lists.add_argument("--repeats", type=int, default=3)
+    lists.set_defaults(run=_sparse)
     table = commands.add_parser("table", help="write the README's tables from the committed results")
     table.add_argument("--readme", type=Path, default=record.ROOT / "README.md")
     table.add_argument("--results", type=Path, default=record.RESULTS)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 import fastrl
-from bench.cases import HIDDEN_OPERATIONS, LOGITS_OPERATIONS, OPERATIONS, Inputs
+from bench.cases import HIDDEN_OPERATIONS, LOGITS_OPERATIONS, OPERATIONS, TAIL_OPERATIONS, Inputs
+from bench.samples import Missing as Missing
 
 EPSILON = 0.2
 TAIL_MASS = 1e-4
@@ -34,10 +35,6 @@ class Outputs(NamedTuple):
     dhidden: Tensor | None = None  # (N, D)
     dweight: Tensor | None = None  # (V, D)
     dlogits: Tensor | None = None  # (N, V)
-
-
-class Missing(Exception):
-    """A contender cannot run here; the message says why."""
 
 
 Runner = Callable[[], Outputs]
@@ -358,15 +355,9 @@ def fastrl_contender(name: str = "fastrl", tail_mass: float = 0.0, **options: An
                 output = loss.from_hidden(rows, weight, labels, **given, **hidden_options)
             return output.loss, output.logprobs
 
-        run = runner(inputs, compute)
-        if tail_mass:
-            try:
-                run()
-            except ValueError as error:
-                raise Missing(f"not offered by this fastrl: {error}") from error
-        return run
+        return runner(inputs, compute)
 
-    return Contender(name, ("loss_hidden_peaked",) if tail_mass else tuple(OPERATIONS), prepare, tail_mass)
+    return Contender(name, TAIL_OPERATIONS if tail_mass else tuple(OPERATIONS), prepare, tail_mass)
 
 
 _HIDDEN = tuple(HIDDEN_OPERATIONS)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bench.samples import samples
+
 
 @dataclass(frozen=True)
 class Model:
@@ -53,14 +55,17 @@ HIDDEN_OPERATIONS = {
     "loss_hidden_frozen": "hidden -> DAPO loss, frozen head",
     "loss_hidden_half": "hidden -> DAPO loss, half the tokens masked",
     "loss_hidden_peaked": "hidden -> DAPO loss, peaked rows, tail_mass=1e-4",
+    "loss_hidden_sampled": "hidden -> DAPO loss, the model's samples at T = 0.5, tail_mass=1e-4",
     "sft_hidden": "hidden -> mean cross-entropy, all gradients",
 }
 LOGITS_OPERATIONS = {
     "logprobs_logits": "logits -> log-probs (forward only)",
     "loss_logits": "logits -> DAPO loss and gradient",
 }
+TAIL_OPERATIONS = ("loss_hidden_peaked", "loss_hidden_sampled")
 OPERATIONS = {**HIDDEN_OPERATIONS, **LOGITS_OPERATIONS}
 
+SAMPLED_MODEL, SAMPLING_TEMPERATURE = "SmolLM2-135M", 0.5
 # Standard deviation of the logits. With 3, a row of 50,000 entries has about 6 nats and a largest probability of 1 %.
 LOGIT_SCALE = 3.0
 # Standard deviation of log(pi / pi_old): few tokens leave the clip interval, so nearly every row has a gradient.
@@ -81,6 +86,8 @@ class Case:
     def __post_init__(self) -> None:
         if self.operation not in OPERATIONS:
             raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {self.operation!r}")
+        if self.operation == "loss_hidden_sampled" and self.model.name != SAMPLED_MODEL:
+            raise ValueError(f"loss_hidden_sampled must be of {SAMPLED_MODEL}, got {self.model.name}")
 
     @property
     def tokens(self) -> int:
@@ -137,15 +144,24 @@ class Inputs:
 
 
 def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
-    """Return the inputs of a case: labels sampled from the model, old log-probs close to its own."""
+    """Return the inputs of a case: labels sampled from the model, old log-probs close to its own.
+
+    Raises:
+        Missing: the case needs a model that cannot be had here.
+    """
     generator = torch.Generator(device=device).manual_seed(seed)
     n, d, v = case.tokens, case.model.hidden, case.model.vocabulary
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device)
 
-    weight = (normal(v, d) / d**0.5).to(case.dtype)
-    hidden = normal(n, d) * LOGIT_SCALE
+    if case.operation == "loss_hidden_sampled":
+        found = samples(SAMPLING_TEMPERATURE, n)
+        # Divided by the temperature here, so that every contender sees the distribution that was sampled.
+        hidden, weight = (found.hidden / found.temperature).to(device), found.weight.to(device, case.dtype)
+    else:
+        weight = (normal(v, d) / d**0.5).to(case.dtype)
+        hidden = normal(n, d) * LOGIT_SCALE
     if case.operation == "loss_hidden_peaked":
         hidden = _peaked(hidden, weight, generator)
     hidden = hidden.to(case.dtype)
@@ -225,11 +241,12 @@ CPU_OPERATIONS = (
     "loss_hidden",
     "loss_hidden_frozen",
     "loss_hidden_half",
-    "loss_hidden_peaked",
+    "loss_hidden_sampled",
     "sft_hidden",
     "logprobs_logits",
     "loss_logits",
 )
+GPU_OPERATIONS = tuple("loss_hidden_peaked" if name == "loss_hidden_sampled" else name for name in CPU_OPERATIONS)
 
 
 def cpu_cases(quick: bool = False) -> list[Case]:
@@ -240,7 +257,7 @@ def cpu_cases(quick: bool = False) -> list[Case]:
 
 def gpu_cases() -> list[Case]:
     """Return the cases of the GPU run in bfloat16, the most telling first: a run that is out of time stops there."""
-    main = [Case(operation, MODELS["Qwen3-8B"], 8, 1024, torch.bfloat16) for operation in CPU_OPERATIONS]
+    main = [Case(operation, MODELS["Qwen3-8B"], 8, 1024, torch.bfloat16) for operation in GPU_OPERATIONS]
     others = [
         Case("loss_hidden", MODELS[name], 8, 1024, torch.bfloat16)
         for name in ("Qwen2.5-0.5B", "Llama-3.2-1B", "Llama-3-8B", "Gemma-3-4B", "Gemma-2-9B")
@@ -254,6 +271,6 @@ def gpu_cases() -> list[Case]:
 
 
 def tiny_cases() -> list[Case]:
-    """Return every operation at a size that a test can afford."""
-    cases = [Case(operation, MODELS["tiny"], 4, 16) for operation in OPERATIONS]
+    """Return every operation at a size that a test can afford, but for the one that needs a model."""
+    cases = [Case(operation, MODELS["tiny"], 4, 16) for operation in OPERATIONS if operation != "loss_hidden_sampled"]
     return [*cases, Case("loss_hidden", MODELS["tiny-softcap"], 4, 16)]

@@ -111,10 +111,10 @@ def file_name(record: dict[str, Any]) -> str:
     return f"{slug}-{record['date'][:10]}.json"
 
 
-def save(record: dict[str, Any], folder: Path) -> Path:
-    """Write a record, replacing an earlier one of the day, and return its path."""
+def save(record: dict[str, Any], folder: Path, prefix: str = "") -> Path:
+    """Write a record, replacing an earlier one of the day and the prefix, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / file_name(record)
+    path = folder / f"{prefix}{file_name(record)}"
     scratch = path.with_suffix(".part")
     scratch.write_text(json.dumps(record, indent=1) + "\n")
     scratch.replace(path)
@@ -130,7 +130,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def newest(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the latest record of each kind ("cpu", "gpu") in a folder."""
+    """Return the latest record of each kind ("cpu", "gpu", "sparse") in a folder."""
     latest: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")):
         record = load(path)

@@ -113,6 +113,8 @@ def terminal(record: dict[str, Any]) -> str:
     parts = [machine_text(record)]
     for result in record["results"]:
         parts += ["", case_title(result), floor_text(result), plain_table(case_rows(result))]
+    for entry in record.get("skipped", []):
+        parts += ["", f"{entry['operation']} ({entry['model']}): skipped: {entry['reason']}"]
     if record["targets"]:
         parts += ["", plain_table(target_rows(record["targets"]))]
     return "\n".join(parts)

@@ -84,11 +84,17 @@ def run_case(
     return {**description, "floor": floor, "contenders": records}
 
 
-def run_cases(cases: Iterable[Case], device: torch.device | str, plan: Plan) -> list[dict[str, Any]]:
-    """Return the records of several cases."""
+def run_cases(
+    cases: Iterable[Case], device: torch.device, plan: Plan, skipped: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return the records of several cases; a case that needs what is not here is added to `skipped`."""
     results = []
     for case in cases:
         say(f"{case.operation} {case.model.name} N={case.tokens} D={case.model.hidden} V={case.model.vocabulary}")
-        results.append(run_case(case, device, plan))
+        try:
+            results.append(run_case(case, device, plan))
+        except Missing as reason:
+            say(f"skipped: {reason}")
+            skipped.append({**case.describe(), "reason": str(reason)})
         release(torch.device(device))
     return results

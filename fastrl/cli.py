@@ -31,13 +31,13 @@ OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 # The loops: the class of the settings, and the function that trains.
 ALGORITHMS = {
     "grpo": ("fastrl.train.config:GRPOConfig", "fastrl.train.grpo:run_grpo"),
+    "ppo": ("fastrl.train.ppo_config:PPOConfig", "fastrl.train.ppo:run_ppo"),
     "sft": ("fastrl.train.sft:SFTConfig", "fastrl.train.sft:run_sft"),
     "rft": ("fastrl.train.rft:RFTConfig", "fastrl.train.rft:run_rft"),
     "online-rft": ("fastrl.train.rft:OnlineRFTConfig", "fastrl.train.rft:run_rft"),
     "reward-model": ("fastrl.train.reward_model:RewardModelConfig", "fastrl.train.reward_model:run_reward_model"),
     "dpo": ("fastrl.train.dpo_config:DPOConfig", "fastrl.train.dpo:run_dpo"),
     "online-dpo": ("fastrl.train.dpo_config:OnlineDPOConfig", "fastrl.train.online_dpo:run_online_dpo"),
-    "ppo": ("fastrl.train.ppo_config:PPOConfig", "fastrl.train.ppo:run_ppo"),
 }
 # What `train` imports before anything else; each comes with the extra.
 TRAIN_NEEDS = ("tyro", "yaml", "rich", "transformers", "accelerate", "safetensors", "reasoning_gym", "matplotlib")

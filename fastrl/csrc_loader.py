@@ -37,7 +37,7 @@ from torch import Tensor
 ISAS = ("baseline", "avx2", "avx512")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-SOURCES = ("token_logprobs.cc", "rows_baseline.cc", "rows_avx2.cc", "rows_avx512.cc")
+SOURCES = ("token_logprobs.cc", "sparse_rows.cc", "rows_baseline.cc", "rows_avx2.cc", "rows_avx512.cc")
 # No -ffast-math: NaN and infinities are inputs. No contraction: where a product is fused into a sum is written down.
 CFLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra")
 OPENMP_FLAGS = () if sys.platform == "darwin" else ("-fopenmp",)
@@ -333,6 +333,100 @@ def token_logprobs_bwd(
         kept = absent if residual is None else _residual(residual, saved[0])
         cpu_module().token_logprobs_bwd(*arguments, *saved, kept, *grads, result.detach(), *_how_to_run())
     return result
+
+
+def sparse_rows(
+    logits: Tensor,  # (N, V) float32 or float64, any strides; a copy is made where the vocabulary stride is not 1
+    labels: Tensor,  # (N,)
+    inv_temperature: float | Tensor,  # scalar or (N,)
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],  # (N,) each
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],  # (N,) each
+    *,
+    tail_mass: float,
+    places: int,
+    threshold: float,
+    candidates: int,
+    min_entries: int,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (counts (N,), indices (N, K), values (N, K), left (N,)) of the gradient that `token_logprobs_bwd` gives.
+
+    The entries of a row are those that matter, ascending by index, the label's among them, and `left` is the sum of the
+    absolute values of the others relative to the row's scale, (|g| + |h| + |l|) |logit_scale| inv_temperature. It is at
+    most `tail_mass`; where that takes more than K entries, or the row is not finite, its count is -1. The count is 0
+    where the label is `ignore_index` or g, h and l are 0. Places beyond the count hold anything.
+
+    Args:
+        logits, labels, inv_temperature, grads, logit_scale, softcap, ignore_index: as for `token_logprobs_bwd`.
+        outputs: (logprobs, entropy, logsumexp, residual) of `token_logprobs_fwd`; a residual of another length counts
+            as none, and most rows are then summed again.
+        tail_mass: in (0, 1).
+        places: K.
+        threshold: entries below this share of tail_mass times the scale are left out at sight.
+        candidates: a row with more entries than this above the threshold has count -1.
+        min_entries: the number of entries beside the label's down to which the smallest are dropped.
+
+    Raises:
+        ValueError, TypeError: shapes, devices, dtypes and options that do not fit.
+        RuntimeError: the kernels cannot be built here.
+    """
+    logits = _logits(logits)
+    if logits.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"logits must be float32 or float64, got {logits.dtype}")
+    n, dtype = logits.shape[0], logits.dtype
+    arguments = _shared(logits, labels, inv_temperature, logit_scale, softcap, ignore_index)
+    absent = torch.empty(0, dtype=dtype)
+    upstream = [
+        absent if grad is None else _rows(name, grad, n).to(dtype).contiguous()
+        for name, grad in zip(("grad_logprobs", "grad_entropy", "grad_logsumexp"), grads, strict=True)
+    ]
+    counts = torch.empty(n, dtype=torch.int32)
+    indices = torch.empty((n, places), dtype=torch.int32)
+    values = torch.empty((n, places), dtype=dtype)
+    left = torch.empty(n, dtype=torch.float64)
+    if n > 0:
+        names = ("logprobs", "entropy", "logsumexp")
+        saved = [_rows(name, x, n).to(dtype).contiguous() for name, x in zip(names, outputs[:3], strict=True)]
+        residual = _residual(outputs[3], saved[0]) if outputs[3].numel() == n else absent
+        rule = (float(tail_mass), float(threshold), int(candidates), int(min_entries))
+        given = (*arguments, *saved, residual, *upstream, *rule)
+        cpu_module().sparse_rows(*given, counts, indices, values, left, *_how_to_run())
+    return counts, indices, values, left
+
+
+def sparse_times_matrix(
+    counts: Tensor,  # (N,) int32
+    indices: Tensor,  # (N, K) int32
+    values: Tensor,  # (N, K)
+    matrix: Tensor,  # (V, D)
+) -> Tensor:  # (N, D)
+    """Return the sums of value * matrix[index] over the entries of each row, 0 where a count is 0 or -1."""
+    out = torch.empty((counts.shape[0], matrix.shape[1]), dtype=values.dtype)
+    if out.numel():
+        matrix = matrix.detach()
+        matrix = matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+        cpu_module().sparse_times_matrix(counts, indices, values, matrix, out, *_how_to_run())
+    return out
+
+
+def sparse_accumulate(
+    counts: Tensor,  # (N,) int32
+    indices: Tensor,  # (N, K) int32
+    values: Tensor,  # (N, K)
+    states: Tensor,  # (N, D)
+    total: Tensor | None,  # (V, D) contiguous, the dtype of the values, added to
+    sums: Tensor | None,  # (V,) contiguous, the dtype of the values, added to
+) -> None:
+    """Add value * states[row] to total[index] and value to sums[index] per entry, in row order within an index."""
+    if counts.shape[0] == 0 or (total is None and sums is None):
+        return
+    absent = torch.empty(0, dtype=values.dtype)
+    vocabulary = next(x.shape[0] for x in (total, sums) if x is not None)
+    given = (absent if total is None else total, absent if sums is None else sums)
+    wide = states.detach().to(values.dtype).contiguous()
+    cpu_module().sparse_accumulate(counts, indices, values, wide, *given, vocabulary, *_how_to_run())
 
 
 def _result_dtype(logits: Tensor) -> torch.dtype:

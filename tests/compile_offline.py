@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastrl_kernels import advantages, policy, policy_logits, row_statistics, segments, token_logprobs
+from fastrl_kernels import advantages, policy, policy_logits, row_statistics, segments, sparse_rows, token_logprobs
 
 TABLE = Path(__file__).parent / "data" / "kernel_resources.json"
 TARGETS = {
@@ -196,6 +196,34 @@ def launch_scale_rows(dtype: torch.dtype, v: int) -> None:
         policy_logits.scale_rows(x, torch.ones(()), out=out)
 
 
+def launch_sparse_lists(v: int, full: bool, *, n: int = 2, temperature: float = 0.7, tail_mass: float = 1e-4) -> None:
+    """Launch the listing of entries, plain or with softcap, entropy and a temperature per row."""
+    logits, labels = torch.empty(n, v), torch.zeros(n, dtype=torch.int64)
+    outputs = (torch.empty(n), torch.empty(n), torch.empty(n), torch.empty(n))
+    upstream = (torch.ones(n), torch.ones(n), torch.ones(n)) if full else (torch.ones(n), None, None)
+    rule = {"places": 256 if full else 128, "candidates": 1024 if full else 512, "min_entries": 16}
+    sparse_rows.list_entries(
+        logits,
+        labels,
+        torch.empty(n) if full else 1.0 / temperature,
+        outputs,
+        upstream,
+        tail_mass=tail_mass,
+        threshold=2.0**-10,
+        softcap=30.0 if full else 0.0,
+        **rule,
+    )
+
+
+def launch_sparse_products(dtype: torch.dtype, *, n: int = 2, d: int = 4096, places: int = 128) -> None:
+    """Launch the products of lists with the head and with the states."""
+    counts = torch.zeros(n, dtype=torch.int32)
+    lists = (counts, torch.zeros(n, places, dtype=torch.int32), torch.empty(n, places))
+    sparse_rows.times_matrix(*lists, torch.empty(8, d, dtype=dtype))
+    sparse_rows.accumulate(*lists, torch.empty(n, d, dtype=dtype), torch.empty(8, d), torch.empty(8))
+    sparse_rows.accumulate(*lists, torch.empty(n, d, dtype=dtype), torch.empty(8, d), None)
+
+
 POLICY_CASES = {
     "policy/clip": lambda _: launch_policy(policy.PolicyAxes("clip", kl="k3"), dual_clip=3.0),
     "policy/clip of a sequence": lambda _: launch_policy(policy.PolicyAxes("clip"), coupled=True),
@@ -208,6 +236,10 @@ SEGMENT_CASES = {
     "segments/sum/fp64": lambda _: launch_segment_sum(torch.float64),
     "segments/scan/fp32": lambda _: launch_reverse_scan(torch.float32),
     "segments/scan/fp64": lambda _: launch_reverse_scan(torch.float64),
+}
+SPARSE_LISTS = {
+    "sparse_rows/list, full/V=151936": lambda _: launch_sparse_lists(151936, True),
+    "sparse_rows/list, plain/V=151936": lambda _: launch_sparse_lists(151936, False),
 }
 # A new kernel is one entry: a name, and a call of its host function for a dtype.
 CASES: dict[str, Callable[[torch.dtype], None]] = {
@@ -224,9 +256,13 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "row_statistics/plain/V=151936": lambda dtype: launch_row_statistics(dtype, 151936, False),
     "advantages/mean/group": lambda dtype: launch_advantages(dtype, "group_mean", "group"),
     "advantages/leave one out/batch": lambda dtype: launch_advantages(dtype, "leave_one_out", "batch"),
+    "sparse_rows/products": launch_sparse_products,
+    **SPARSE_LISTS,
     **POLICY_CASES,
     **SEGMENT_CASES,
 }
+# Log-probs are float32 whatever the logits are, a chunk's logits whatever the head is; segment cases name their dtype.
+FLOAT32_CASES = {*POLICY_CASES, *SEGMENT_CASES, *SPARSE_LISTS}
 
 
 def lengths_and_scalars() -> dict[str, int]:
@@ -277,6 +313,12 @@ def lengths_and_scalars() -> dict[str, int]:
     counts["policy_logits: 50 lengths, temperatures, scales, softcaps and bounds"] = len(
         {x.key(target) for x in launches}
     )
+    with recorded() as launches:
+        for n in range(1, 51):
+            launch_sparse_lists(4096, False, n=n, temperature=0.3 + 0.1 * n, tail_mass=1e-4 / n)
+            launch_sparse_products(torch.bfloat16, n=n, d=576 + 16 * n, places=100 + n)
+    # Listing, gathering, and adding up with and without a bias; the strides of the head divisible by 16.
+    counts["sparse_rows: 50 lengths, widths and list lengths"] = len({x.key(target) for x in launches})
     return counts
 
 
@@ -343,8 +385,7 @@ def compile_case(case: str, dtype: str, target: str) -> dict[str, dict[str, Any]
 def report() -> dict[str, Any]:
     """Compile everything and count compilations."""
     jobs = [(case, dtype, target) for case in CASES for dtype in DTYPES for target in TARGETS]
-    # Log-probs are float32 whatever the logits are, and the segment cases name their own dtype.
-    jobs = [job for job in jobs if job[0] not in POLICY_CASES | SEGMENT_CASES or job[1] == "fp32"]
+    jobs = [job for job in jobs if job[0] not in FLOAT32_CASES or job[1] == "fp32"]
     with ProcessPoolExecutor(2) as pool:
         results = list(pool.map(compile_case, *zip(*jobs, strict=True), chunksize=8))
     resources = {name: value for result in results for name, value in sorted(result.items())}

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import gpu, measure, oracle, plots, record, report, targets
+from bench import gpu, measure, oracle, plots, record, report, samples, sparse, targets
 from bench.baselines import EAGER, Contender, Missing, Outputs, contenders, fastrl_contender
 from bench.cases import MODELS, OPERATIONS, Case, make_inputs, tiny_cases
-from bench.suite import run_case
+from bench.suite import run_case, run_cases
 
 CPU = torch.device("cpu")
 ONE_ROUND = measure.Plan(repeats=2, warmups=0)
@@ -312,6 +312,50 @@ def test_contenders_offer_known_operations_under_names_of_their_own() -> None:
 def test_peaked_rows_have_the_entropy_of_a_sharp_policy() -> None:
     inputs = make_inputs(Case("loss_hidden_peaked", MODELS["SmolLM2-135M"], 1, 48))
     assert 0.2 < inputs.mean_entropy < 0.7
+
+
+def test_a_case_without_its_model_is_skipped_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(temperature: float, tokens: int) -> samples.Samples:
+        raise Missing(f"no model for {tokens} tokens at {temperature}")
+
+    monkeypatch.setattr("bench.cases.samples", absent)
+    monkeypatch.setattr("bench.suite.contenders", lambda: OURS)
+    made = invented_record()
+    made["skipped"] = []
+    sampled = Case("loss_hidden_sampled", MODELS["SmolLM2-135M"], 1, 8)
+    assert run_cases([sampled], CPU, ONE_ROUND, made["skipped"]) == []
+    assert "loss_hidden_sampled (SmolLM2-135M): skipped: no model for 8 tokens at 0.5" in report.terminal(made)
+    with pytest.raises(ValueError, match="must be of SmolLM2-135M, got tiny"):
+        tiny("loss_hidden_sampled")
+
+
+def test_a_model_that_cannot_be_had_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("FASTRL_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("FASTRL_SMOLLM2_WHEEL", str(tmp_path / "absent.whl"))
+    with pytest.raises(Missing, match="the samples need the model 'smollm2'"):
+        samples.samples(0.5, 8)
+
+
+def test_cost_and_error_of_lists_are_measured(tmp_path: Path, seed: int) -> None:
+    """Peaked rows of a small head: lists save rows, and the error of each setting is about what it may leave out."""
+    n, d, v = 32, 16, 3000
+    weight = torch.randn(v, d)
+    labels = torch.randint(0, v, (n,))
+    given = samples.Samples(0.5 * torch.randn(n, d) + weight[labels], labels, weight, 0.5)
+    records = sparse.measure_samples(given, [(1e-3, 32), (1e-3, 93), (1e-2, 93)], ONE_ROUND)
+    assert [(r["tail_mass"], r["places"]) for r in records] == [(0.0, None), (1e-3, 32), (1e-3, 93), (1e-2, 93)]
+    assert records[0]["error_hidden"] == records[0]["error_weight"] == records[0]["sparse_rows"] == 0.0
+    assert 0 < records[1]["sparse_rows"] <= records[2]["sparse_rows"] <= records[3]["sparse_rows"] <= 1
+    assert all(0 < r["left_max"] <= r["tail_mass"] for r in records[1:])
+    assert all(0 < r["error_hidden"] < 20 * r["tail_mass"] for r in records[1:])
+    assert len(sparse.table(records)) == 5
+    pytest.importorskip("matplotlib")
+    assert sparse.plot(records, tmp_path / "sparse.png").read_bytes().startswith(b"\x89PNG")
+    made = record.new_record("sparse", CPU, {})
+    path = record.save({**made, "sparse": records}, tmp_path, prefix="sparse-")
+    assert path.name.startswith("sparse-cpu-")
+    assert record.newest(tmp_path)["sparse"]["sparse"] == records
 
 
 def test_an_unknown_operation_is_refused() -> None:

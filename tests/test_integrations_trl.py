@@ -103,6 +103,34 @@ def test_function_is_as_accurate_as_pytorch(
     assert torch.equal(found[4], theirs[4])
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounded_logits_are_those_of_trl(dtype: torch.dtype, bias: bool) -> None:
+    """`round_logits=True` reads the logits that TRL reads: log-probs differ by float32 rounding, not by bf16's."""
+    h = head(dtype, bias=bias)
+    call = (h.hidden, h.weight, h.bias, h.labels, 0.7, 16, 4.0, 0.5, ALL)
+    theirs = ORIGINAL.apply(*call)
+    found = []
+    for rounds in (True, False):
+        with fast.patched(round_logits=rounds):
+            found.append(utils._ChunkedLogProbFunction.apply(*call))
+    gradients = [torch.autograd.grad(objective(x[0], x[1]), h.weight)[0] for x in (theirs, *found)]
+    far = [float((x[0] - theirs[0]).detach().abs().max()) for x in found]
+    assert far[0] <= 8.0 * torch.finfo(torch.float32).eps * float(theirs[0].detach().abs().max()) < far[1]
+    assert float((gradients[1] - gradients[0]).abs().max()) <= torch.finfo(dtype).eps * float(gradients[0].abs().max())
+
+
+def test_two_roundings_at_once_are_refused() -> None:
+    with fast.patched(round_logits=True):
+        with fast.patched():
+            pass
+        with pytest.raises(ValueError, match="round_logits=False, but fastrl is on with True"):
+            fast.enable(round_logits=False)
+    with pytest.raises(TypeError, match="round_logits must be"), fast.patched(round_logits=1):  # type: ignore[arg-type]
+        pass
+    assert all(bound())
+
+
 @pytest.mark.parametrize("outputs", [("log_probs",), ("log_probs", "entropy", "is_top1"), ("log_probs", "mean_logits")])
 def test_only_what_is_asked_for_is_returned(outputs: tuple[str, ...]) -> None:
     h = head(torch.float32, bias=False)

@@ -38,6 +38,7 @@ SEQUENCE = {"importance_sampling_level": "sequence"}
 
 DIVERGENCES = ["forward_kl", "js_divergence", "alpha_divergence"]
 ADAPTIVE = {"use_adaptive_entropy": True, "entropy_coef": 0.05, "entropy_target": 9.0}
+TRUNCATED = {"mask_truncated_completions": True, "max_completion_length": 12}
 
 SETTINGS: list[tuple[str, str, dict[str, Any]]] = [
     ("sft-nll", "sft", {}),
@@ -55,12 +56,12 @@ SETTINGS: list[tuple[str, str, dict[str, Any]]] = [
     ("grpo-kl", "grpo", {"beta": 0.3}),
     ("grpo-kl-plain", "grpo", {"beta": 0.3, "use_bias_correction_kl": False, "loss_type": "dr_grpo"}),
     ("grpo-kl-sequence", "grpo", {"beta": 0.3, "loss_type": "grpo", **SEQUENCE}),
-    ("grpo-delta", "grpo", {"delta": 1.02, "epsilon_high": 0.015}),
+    ("grpo-delta", "grpo", {"delta": 1.016, "epsilon_high": 0.015, "learning_rate": 0.5}),
     ("grpo-entropy", "grpo", {"entropy_coef": 0.1}),
     ("grpo-entropy-adaptive", "grpo", {**ADAPTIVE, "loss_type": "sapo"}),
     ("grpo-top-entropy", "grpo", {"top_entropy_quantile": 0.5, "entropy_coef": 0.1}),
     ("grpo-off-policy", "grpo", {"off_policy_mask_threshold": 0.0, "loss_type": "grpo"}),
-    ("grpo-truncated", "grpo", {"mask_truncated_completions": True, "max_completion_length": 12, "loss_type": "grpo"}),
+    ("grpo-truncated", "grpo", {**TRUNCATED, "loss_type": "grpo", "entropy_coef": 0.1}),
     ("rloo", "rloo", {"beta": 0.0}),
     ("rloo-kl", "rloo", {"beta": 0.2}),
 ]
@@ -183,6 +184,25 @@ def with_tools(trainer: Any, output: dict[str, Any]) -> None:
     output["advantages"] = output["advantages"][:, None] * signs
 
 
+def test_tokens_of_a_tool_keep_their_log_probs() -> None:
+    """TRL multiplies what it computes of them by zero: it must be finite, whatever the old log-prob was."""
+    from fastrl.integrations.trl._logprobs import request_of
+    from fastrl.integrations.trl._prediction import PolicyPrediction
+    from fastrl.ops import linear_token_logprobs
+
+    generator = torch.Generator().manual_seed(2)
+    hidden, weight = torch.randn(6, 8, generator=generator), torch.randn(11, 8, generator=generator)
+    weight.requires_grad_()
+    labels = torch.arange(6)
+    inputs = {"mask": torch.tensor([1, 0, 1, 1, 0, 1]), "cu_seqlens": torch.tensor([0, 6]), "advantages": torch.ones(1)}
+    request = request_of(hidden, 0.9, None, 1.0, ("log_probs", "entropy"), False)
+    loss = fast.policy_loss_from_config(bare_config("grpo"))
+    fused = PolicyPrediction(loss, inputs).fused(hidden, weight, None, labels, request, [])
+    exact = linear_token_logprobs(hidden, weight, labels, temperature=0.9)
+    assert torch.equal(fused.logprobs, exact.logprobs)
+    assert torch.equal(fused.entropy, exact.entropy)
+
+
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "vespo"])
 def test_tool_mask_and_token_advantages(loss_type: str, folder: Path, tmp_path: Path) -> None:
     options = {"loss_type": loss_type, "entropy_coef": 0.05, "beta": 0.1}
@@ -252,6 +272,15 @@ def test_autocast(folder: Path, tmp_path: Path) -> None:
             assert ours.losses == pytest.approx(theirs.losses, rel=torch.finfo(torch.bfloat16).eps)
 
 
+def test_rounded_logits_take_the_log_probs_first(folder: Path, tmp_path: Path) -> None:
+    with fast.patched(round_logits=True):
+        ours = train("sft", folder, tmp_path, {"bf16": True}, mode="fast")
+    assert "round_logits=True" in ours.path
+    theirs = train("sft", folder, tmp_path, {"bf16": True})
+    assert ours.losses == pytest.approx(theirs.losses, rel=torch.finfo(torch.bfloat16).eps)
+    assert ours.losses[0] == pytest.approx(theirs.losses[0], rel=1e-5)  # before any weight has moved
+
+
 def test_evaluation(folder: Path, tmp_path: Path) -> None:
     """The loss of an evaluation is TRL's, and predicts no gradient."""
     losses = []
@@ -298,6 +327,17 @@ def test_options_without_a_counterpart_are_named(kind: str, options: dict[str, A
     with pytest.raises(ValueError, match=message) as error:
         translate(config)
     assert type(config).__name__ in str(error.value)
+
+
+def test_options_that_short_runs_do_not_reach() -> None:
+    loss = fast.policy_loss_from_config(bare_config("grpo", delta=1.5, epsilon_high=0.3))
+    assert (loss.clip_low, loss.clip_high, loss.max_ratio) == (0.2, 0.3, 1.5)
+    loss = fast.policy_loss_from_config(bare_config("grpo", loss_type="vespo", vespo_k_neg=4.0, vespo_lambda_pos=0.0))
+    assert (loss.k_pos, loss.k_neg, loss.lambda_pos, loss.lambda_neg) == (2.0, 4.0, 1e-4, 2.0)
+    loss = fast.policy_loss_from_config(bare_config("grpo", loss_type="sapo", sapo_temperature_neg=1.5))
+    assert (loss.tau_pos, loss.tau_neg) == (1.0, 1.5)
+    loss = fast.policy_loss_from_config(bare_config("rloo", epsilon=0.1, epsilon_high=0.4))
+    assert (loss.ratio_level, loss.clip_low, loss.clip_high) == ("sequence_sum", 0.1, 0.4)
 
 
 def test_other_configurations_are_refused() -> None:

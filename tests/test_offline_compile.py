@@ -74,6 +74,8 @@ def test_compilations_do_not_grow_with_lengths_or_scalars(report: dict[str, Any]
         "segments: 50 lengths": 3,
         # Plain and with everything.
         "policy_logits: 50 lengths, temperatures, scales, softcaps and bounds": 2,
+        # Listing, gathering, adding up with and without a bias.
+        "sparse_rows: 50 lengths, widths and list lengths": 4,
     }
     assert {name: report["compilations"][name] for name in wanted} == wanted
 

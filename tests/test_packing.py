@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from oracle import assert_as_accurate
 from tiny_model import tiny_model, tiny_tokenizer
 from torch import Tensor, nn
+from transformers import MambaConfig, MambaForCausalLM
 
 from fastrl.train import packing
 from fastrl.train.examples import Example
@@ -129,6 +130,21 @@ def test_the_proof_refuses_a_model_that_mixes_sequences(monkeypatch: pytest.Monk
     monkeypatch.setattr(type(model), "base_model", property(lambda _: mixing))
     with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot be trained on packed sequences .* changed by"):
         prove_packing(model, head, EXAMPLES)
+
+
+def test_the_proof_is_made_under_autocast_too() -> None:
+    model = tiny_model(TOKENIZER)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert prove_packing(model, head_of(model), EXAMPLES) < 1e-4
+
+
+def test_the_proof_refuses_a_family_with_a_recurrent_state() -> None:
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=len(TOKENIZER), hidden_size=32, num_hidden_layers=2, state_size=4)
+    model = MambaForCausalLM(config).eval()
+    with pytest.raises(ValueError, match=r"MambaForCausalLM cannot be trained .*set packing to false"):
+        prove_packing(model, head_of(model), EXAMPLES)
+    assert prove_packing(model, head_of(model), EXAMPLES, packed=False) < 1e-4
 
 
 def test_the_proof_refuses_positions_that_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:

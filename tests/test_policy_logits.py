@@ -49,7 +49,6 @@ def batch(vocabulary: int = 37, rows: int = 3, time: int = 5, seed: int = 0) -> 
         "old_logprobs": own + 0.4 * draw(rows, time),
         "ref_logprobs": own + 0.4 * draw(rows, time),
         "rollout_logprobs": own + 0.3 * draw(rows, time),
-        "scores": draw(rows),
         "group_ids": torch.arange(rows) // 2,
     }
     return logits, labels, given
@@ -83,6 +82,8 @@ def judge(
     name: str, spec: PolicyLoss, logits: Tensor, labels: Tensor, given: dict[str, Any], backend: str, factor: float,
     **options: Any,
 ) -> None:  # fmt: skip
+    if spec.surrogate == "topr":
+        given = {**given, "scores": given["advantages"].roll(1)}
     got = evaluate(spec, logits, labels, given, factor, backend=backend, **options)
     exact = plain(spec, logits, labels, given, torch.float64, factor, **options)
     eager = plain(spec, logits, labels, given, torch.float32, factor, **options)

@@ -467,7 +467,7 @@ def test_from_hidden_refuses_what_it_does_not_know() -> None:
     with pytest.raises(TypeError, match="mask= is needed"):
         loss.from_hidden(hidden, weight, labels, advantages=torch.ones(2))
     with pytest.raises(ValueError, match="tail_mass"):
-        loss.from_hidden(hidden, weight, labels, advantages=torch.ones(2), mask=mask, tail_mass=0.1)
+        loss.from_hidden(hidden, weight, labels, advantages=torch.ones(2), mask=mask, tail_mass=1.5)
 
 
 def test_from_hidden_path_is_reported() -> None:

@@ -377,6 +377,8 @@ def test_explain_names_a_backend_for_every_operation() -> None:
         "row_statistics",
         "policy_loss",
         "group_advantages",
+        "segment_sum",
+        "reverse_scan",
     }
     assert fastrl.explain("cpu", backend="torch")["token_logprobs"].startswith("torch: asked for by name")
     assert fastrl.explain("cuda", backend="cpu")["token_logprobs"].startswith("refused: backend 'cpu' needs")

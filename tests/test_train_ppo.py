@@ -17,7 +17,7 @@ from test_train_grpo import EXAMPLES, SUMS, TOKENIZER, PlainRun, metrics_of
 from tiny_model import save_tiny_model, tiny_model
 from torch import Tensor
 
-from fastrl.train import ppo
+from fastrl.train import ppo, trust_region
 from fastrl.train import run as run_module
 from fastrl.train.batches import micro_batches
 from fastrl.train.critic import Critic
@@ -26,7 +26,7 @@ from fastrl.train.ppo import Learner, PPOBatch, assess, backward, before_update,
 from fastrl.train.ppo_config import PPOConfig
 from fastrl.train.rollout import Rollout, encode_prompts, generate
 from fastrl.train.run import MetricSums
-from fastrl.train.trust_region import StepLength, measure, trust_region_step
+from fastrl.train.trust_region import Measured, StepLength, measure, trust_region_step
 
 GOLDEN = Path(__file__).parent / "data" / "ppo_losses.json"
 
@@ -306,6 +306,17 @@ def test_a_trust_region_step_is_the_longest_of_the_search_that_is_allowed(tmp_pa
             after.add_(after - before)
     twice = measure(learner.model, learner.head, learner.loss_function, batch, micro_batches(config), 1.0)
     assert twice.kl > 0.01 or twice.loss >= metrics["loss"]
+
+
+def test_a_trust_region_step_must_improve_the_surrogate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(tmp_path, tmp_path, update="trust_region", target_kl=0.01)
+    batch = random_batch(some_rollout(tiny_model(TOKENIZER), config))
+    found = iter([Measured(1e9, 0.0), Measured(-1e9, 0.02), Measured(-1e9, 0.01)])
+    monkeypatch.setattr(trust_region, "measure", lambda *_: next(found))
+    _, metrics, length = trust_region_case(config, batch, 1.0)
+    assert metrics["trust_region/accepted"] == 1.0
+    assert metrics["trust_region/halvings"] == 2.0
+    assert length.last == 0.25
 
 
 def test_a_trust_region_that_allows_no_step_keeps_the_policy_to_the_bit(tmp_path: Path) -> None:

@@ -191,7 +191,6 @@ def test_held_out_records_of_their_own_and_a_task_beside_the_data(folder: Path, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": None}, "sft needs data, a task to make examples of, or both; got neither"),
         ({"max_tokens": 202}, "must hold the longest example, max_tokens - 1 = 201, got 200"),
         ({"eval_share": 1.0}, "eval_share must be at least 0 and less than 1"),
         ({"answer_template": "answer"}, "must contain '{answer}'"),
@@ -209,6 +208,7 @@ def test_impossible_settings_are_refused(tmp_path: Path, changes: dict[str, Any]
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"task": None}, "sft needs data, a task to make examples of, or both; got neither"),
         ({"loss": "grpo"}, "for given tokens choose sft, rft or dft"),
         ({"loss_options": {"aggregate": "prompt_mean"}}, "'prompt_mean' is not for packed examples"),
         ({"loss_options": {"aggregate": "constant"}}, "'constant' is not for packed examples"),

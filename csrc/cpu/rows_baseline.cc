@@ -2,9 +2,11 @@
 #define FASTRL_ISA baseline
 #define FASTRL_VECTOR_BYTES 16
 #include "row_impl.h"
+#include "sparse_impl.h"
 
 namespace fastrl {
 namespace baseline {
 const RowKernels& row_kernels() { return table(); }
+const SparseKernels& sparse_kernels() { return sparse_table(); }
 }  // namespace baseline
 }  // namespace fastrl

@@ -22,10 +22,15 @@ from fastrl.losses.policy_hidden import Batch, fused_from_hidden, with_path
 from fastrl.losses.policy_metrics import policy_metrics
 from fastrl.losses.policy_presets import PRESETS, preset_fields
 from fastrl.ops.dispatch import outside_graphs
-from fastrl.ops.linear_token_logprobs import check_head, inverse_temperature, linear_token_logprobs, make_head
+from fastrl.ops.linear_token_logprobs import (
+    check_head,
+    check_restrictions,
+    inverse_temperature,
+    linear_token_logprobs,
+    make_head,
+)
 from fastrl.ops.policy import fused_policy_terms
 from fastrl.ops.policy_logits import policy_logits
-from fastrl.ops.sampling_rows import check_allowed, check_rounding
 from fastrl.ops.segments import segment_sum
 from fastrl.ops.token_logprobs import checked_rows, token_logprobs
 
@@ -519,6 +524,9 @@ class PolicyLoss:
         The gradient is formed in the forward: 3 GEMM units (2 with a frozen head), chunk by chunk, or for a loss that
         couples the tokens of a sequence in blocks of whole sequences; a sequence longer than 4 chunks has its logits
         formed twice (4 units). `metrics["path/gemm_units"]` says what ran, as the mean over live tokens.
+        With `tail_mass` > 0 only rows whose gradient has no short list within that bound take the two GEMMs of the
+        gradient (see `linear_token_logprobs`); `sparse/rows` and `sparse/left_max` then say how many did not, and the
+        largest mass left out.
         `LossOutput.logprobs` and `.entropy` are detached. The gradient is with respect to `hidden`, `weight` and
         `bias`, for any upstream factor; a second backward (`retain_graph=True`) forms it anew, to the same bits.
         Autocast changes nothing: states and head keep their dtypes and meet in the wider one. Tokens outside the mask
@@ -561,7 +569,7 @@ class PolicyLoss:
         layout = Layout.of(masked.shape, masked.device, inputs.pop("cu_seqlens", None), "labels")
         batch = self._batch(layout, _wide(hidden.dtype), **_named_inputs(inputs))
         inverse = inverse_temperature(temperature, masked, hidden)
-        sets, rounding = check_allowed(allowed, masked, weight.shape[0]), check_rounding(logits_rounding)
+        sets, rounding = check_restrictions(allowed, logits_rounding, masked, weight.shape[0], head)
         return fused_from_hidden(self, layout, batch, hidden, weight, bias, masked, inverse, head, sets, rounding)
 
     def _batch(self, layout: Layout, dtype: torch.dtype, **inputs: Any) -> Batch:

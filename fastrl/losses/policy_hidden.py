@@ -22,6 +22,7 @@ from fastrl.ops.linear_token_logprobs import Head, fused_gradient
 from fastrl.ops.policy import fused_policy_terms
 from fastrl.ops.sampling_rows import check_labels_are_allowed
 from fastrl.ops.segments import segment_sum
+from fastrl.ops.sparse_rows import Tally
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class _Plan:
     allowed: Tensor | None
     rounding: str
     live: Tensor | None = None
+    tally: Tally | None = None
+    """How many rows took the short way, filled in the forward."""
 
     def coefficients(
         self, logprobs: Tensor, entropy: Tensor, block: slice, index: Tensor
@@ -117,6 +120,7 @@ class FusedFromHidden(torch.autograd.Function):
             plan.live,
             plan.allowed,
             plan.rounding,
+            plan.tally,
         )
         loss = plan.loss(logprobs, entropy)
         if any(plan.needs):
@@ -198,7 +202,8 @@ def fused_from_hidden(
     if spec.couples_sequences:
         units = segment_sum(batch.mask.to(inverse.dtype), layout.lengths).long().tolist()
     columns = spec.columns(layout, batch, None)
-    plan = _Plan(spec, head, needs, layout, batch.mask, columns, units, allowed, rounding)
+    tally = Tally(hidden.device)
+    plan = _Plan(spec, head, needs, layout, batch.mask, columns, units, allowed, rounding, tally=tally)
     flat = hidden.reshape(-1, hidden.shape[-1])
     loss, logprobs, entropy, recomputed = FusedFromHidden.apply(flat, weight, bias, labels.reshape(-1), inverse, plan)
     if allowed is not None:
@@ -208,10 +213,24 @@ def fused_from_hidden(
         metrics = policy_metrics(spec, batch, logprobs, entropy, columns, terms)
     output = LossOutput(loss, metrics, layout.restore(logprobs), layout.restore(entropy))
     live = max(1, sum(units) if units is not None else 1)
-    return with_path(output, 1.0 + needs[0] + needs[1] + recomputed / live)
+    dense = _dense_share(head, batch.mask, tally)
+    output = with_path(output, 1.0 + (needs[0] + needs[1]) * dense + recomputed / live)
+    return output if head.tail_mass == 0.0 or not any(needs) else _with_tally(output, tally)
 
 
-def with_path(output: LossOutput, units: float) -> LossOutput:
+def _dense_share(head: Head, mask: Tensor, tally: Tally) -> Tensor | float:
+    """Return the share of live tokens that went through the GEMMs of the gradients."""
+    return 1.0 if head.tail_mass == 0.0 else tally.dense / mask.sum().clamp(min=1)
+
+
+def _with_tally(output: LossOutput, tally: Tally) -> LossOutput:
+    """Return the output with the share of sparse rows, and the largest mass that one left out, among the metrics."""
+    one = torch.ones_like(tally.left)
+    rows = (tally.sparse.to(one.dtype), (tally.sparse + tally.dense).to(one.dtype))
+    return output._replace(metrics={**output.metrics, "sparse/rows": rows, "sparse/left_max": (tally.left, one)})
+
+
+def with_path(output: LossOutput, units: float | Tensor) -> LossOutput:
     """Return the output with the GEMM units that its path takes among the metrics."""
     one = torch.ones((), device=output.loss.device)
     return output._replace(metrics={**output.metrics, "path/gemm_units": (one * units, one)})

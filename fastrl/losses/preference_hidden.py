@@ -41,6 +41,7 @@ class _Plan:
     live: Tensor  # (L,) flat places of the live tokens, pair by pair
     allowed: None = None
     rounding: str = ""
+    tally: None = None
 
     def coefficients(self, logprobs: Tensor, entropy: Tensor, block: slice, index: Tensor) -> tuple[Tensor, None]:
         """Return (dL/dlogprobs (M,), None) of the live tokens of whole pairs."""

@@ -193,7 +193,8 @@ def explain(device: str | torch.device = "cpu", backend: str = "auto") -> dict[s
         "row_statistics": _told(choose_row_statistics, backend, device),
         "policy_loss": f"{pointwise}: token arithmetic beside the {chosen} row kernels",
         "group_advantages": f"{pointwise}: one number per completion",
-        "segment_sum, reverse_scan": f"{pointwise}: sums and recurrences over sequences",
+        "segment_sum": f"{pointwise}: sums over sequences",
+        "reverse_scan": f"{pointwise}: recurrences over sequences, of GAE and returns",
     }
 
 

@@ -19,6 +19,7 @@ Paths, in GEMM units of 2 N V D flop:
     training, frozen head, function of the entropies too     3 with `keep_units=False`, else 4
     training, loss separable over tokens (`fused_gradient`)  3, or 2 with a frozen head
     training, loss that couples tokens of a sequence or pair the same where whole sequences fit `BLOCK_CHUNKS` chunks
+    any of the training paths, `tail_mass` > 0               dX and dW (not the forward) of the dense rows only
 
 Legend: N tokens, D hidden, V vocabulary, C rows of a chunk.
 """
@@ -33,7 +34,7 @@ import torch
 from torch import Tensor
 
 from fastrl import checks
-from fastrl.ops import buffers, dispatch
+from fastrl.ops import buffers, dispatch, sparse_rows
 from fastrl.ops.compaction import Kept, kept_first
 from fastrl.ops.sampling_rows import (
     check_allowed,
@@ -73,6 +74,7 @@ class Head:
     ignore_index: int
     chunk_tokens: int
     backend: str
+    tail_mass: float = 0.0
     observe: Callable[[Tensor, Tensor], None] | None = None
     """Called in the forward with (indices of rows, their logits), for what else is wanted of the logits while they are
     there; it must leave them as they are."""
@@ -113,7 +115,12 @@ def linear_token_logprobs(
         softcap: bound c of c tanh(x / c), or None.
         ignore_index: label of rows to leave out; they never reach the head.
         chunk_tokens: rows of a chunk; 256 on a CPU and 2048 elsewhere unless given. Bits depend on it, values do not.
-        tail_mass: 0.0, the exact gradient, is the only value offered.
+        tail_mass: 0.0 for the exact gradient; else, below 1, the largest share of a row's gradient that may be left
+            out to save its two GEMM passes. The outputs are exact either way. A row of the logits' gradient whose
+            entries outside a short list add up to at most `tail_mass` (|g| + |h| + |l|) |logit_scale| / T in absolute
+            value, for the upstream gradients g, h, l of the three outputs, is taken as that list; the others are
+            exact. For the log-prob alone this is the probability outside the list, and the error of a row of dX is at
+            most tail_mass |g| |logit_scale| / T max_v |W_v|. With `tp_group`, `allowed` or `logits_rounding`, 0.0 only.
         tp_group: process group over which the rows of the head are spread: `weight` (V_r, D) and `bias` are then this
             rank's shard, of any size, or a DTensor sharded on dimension 0; `labels` are global ids, and every rank of
             the group makes the call, and its backward, with the same hidden states. See `fastrl.ops.vocab_parallel`.
@@ -128,8 +135,9 @@ def linear_token_logprobs(
         `TokenLogprobs` of float32 tensors (float64 for float64 inputs) of the shape of `labels`, all differentiable
         once with respect to `hidden`, `weight` and `bias`, also inside `torch.compile(fullgraph=True)` and activation
         checkpoints. Extra memory: one chunk of float32 logits, C V 4 bytes (the `torch` rows take ten tiles of 32 rows
-        beside it); the gradients, of which a trainable head's is V D 4 bytes until it is cast; for a frozen head the
-        unit gradients, N D 4 bytes; and the live rows of one chunk.
+        beside it); where `tail_mass` > 0, another chunk for dense rows and the lists, C K 8 bytes; the gradients, of
+        which a trainable head's is V D 4 bytes until it is cast; for a frozen head the unit gradients, N D 4 bytes; and
+        the live rows of one chunk.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `token_logprobs`, and for heads that hold no values or are sharded.
@@ -167,7 +175,7 @@ def linear_token_logprobs(
         backend=backend,
     )
     inverse = inverse_temperature(temperature, labels, hidden)
-    rounding, sets = check_rounding(logits_rounding), check_allowed(allowed, labels, weight.shape[0])
+    sets, rounding = check_restrictions(allowed, logits_rounding, labels, weight.shape[0], head)
     training = torch.is_grad_enabled()
     trains_head = training and (weight.requires_grad or (bias is not None and bias.requires_grad))
     unit = keep_units and training and hidden.requires_grad and not trains_head
@@ -183,6 +191,7 @@ def linear_token_logprobs(
         head.ignore_index,
         head.chunk_tokens,
         head.backend,
+        head.tail_mass,
         unit,
         sets,
         rounding,
@@ -232,8 +241,7 @@ def make_head(
     backend: str,
 ) -> Head:
     """Return the validated `Head`."""
-    if tail_mass != 0.0:
-        raise ValueError(f"tail_mass must be 0.0 (the exact gradient), got {tail_mass!r}")
+    tail_mass = sparse_rows.check_tail_mass(tail_mass)
     if tp_group is not None:
         raise ValueError("tp_group is not supported here: gather the head first, or take the log-probs with tp_group")
     scale, cap = head_scalars(logit_scale, softcap)
@@ -241,7 +249,19 @@ def make_head(
         chunk_tokens = CPU_CHUNK_TOKENS if hidden.device.type == "cpu" else GPU_CHUNK_TOKENS
     elif isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be an int >= 1 or None, got {chunk_tokens!r}")
-    return Head(scale, cap, ignore_index, chunk_tokens, dispatch.choose(backend, hidden.device).backend)
+    return Head(scale, cap, ignore_index, chunk_tokens, dispatch.choose(backend, hidden.device).backend, tail_mass)
+
+
+def check_restrictions(
+    allowed: Tensor | None, logits_rounding: str | None, labels: Tensor, vocabulary: int, head: Head
+) -> tuple[Tensor | None, str]:
+    """Return `allowed` and `logits_rounding` as the kernels take them, or raise."""
+    if head.tail_mass > 0.0 and not (allowed is None and logits_rounding is None):
+        raise ValueError(
+            "tail_mass > 0 is not supported together with allowed= or logits_rounding=: expected tail_mass=0.0, "
+            f"got {head.tail_mass}"
+        )
+    return check_allowed(allowed, labels, vocabulary), check_rounding(logits_rounding)
 
 
 def inverse_temperature(temperature: Any, labels: Tensor, hidden: Tensor) -> Tensor:
@@ -440,36 +460,83 @@ class Chunks:
 
 
 class Gradients:
-    """The gradients of hidden states, head and bias, gathered chunk by chunk; only those that are asked for."""
+    """The gradients of hidden states, head and bias, gathered chunk by chunk; only those that are asked for.
 
-    def __init__(self, chunks: Chunks, needs: tuple[bool, bool, bool]) -> None:
+    With `per_live_row` the gradient of the hidden states is (L, D), of the live rows, and not rounded to their dtype.
+    """
+
+    def __init__(self, chunks: Chunks, needs: tuple[bool, bool, bool], per_live_row: bool = False) -> None:
         self.chunks = chunks
         self.wanted = any(needs)
         wide = _wide(chunks.hidden.dtype)
-        self.hidden = torch.zeros_like(chunks.hidden, memory_format=torch.contiguous_format) if needs[0] else None
+        self.hidden = None
+        if needs[0] and per_live_row:
+            self.hidden = chunks.hidden.new_empty((chunks.live.numel(), chunks.hidden.shape[1]), dtype=wide)
+        elif needs[0]:
+            self.hidden = torch.zeros_like(chunks.hidden, memory_format=torch.contiguous_format)
         self.weight = buffers.zeros(chunks.weight.shape, wide, chunks.weight.device) if needs[1] else None
         self.bias = torch.zeros(chunks.weight.shape[0], dtype=wide, device=chunks.weight.device) if needs[2] else None
+        self.per_live_row = per_live_row
+        self.sparse = None
+        if chunks.head.tail_mass > 0.0:
+            rule = sparse_rows.rule_for(chunks.head.tail_mass, chunks.weight.shape[0], chunks.weight.device)
+            self.sparse = sparse_rows.Collector(
+                rule, chunks.head.backend, chunks.head.chunk_tokens, chunks.weight, chunks.scalars()
+            )
+
+    def take(
+        self,
+        rows: slice,
+        states: Tensor,  # (C, D)
+        logits: Tensor,  # (C, V), overwritten
+        outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+        grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+        contributes: Kept | None = None,
+    ) -> None:
+        """Add one chunk from its logits, what `forward_rows` returned of them, and the gradients of that."""
+        if self.sparse is None:
+            self.add(rows, states, self.chunks.backward_rows(rows, logits, outputs, grads), contributes)
+            return
+        index = self.chunks.live[rows]
+        problem = sparse_rows.Problem(self.chunks.labels[index], self.chunks.inverse[index], outputs, grads)
+        self.sparse.take(self, self._places(rows), states, logits, problem)
 
     def add(self, rows: slice, states: Tensor, dlogits: Tensor, contributes: Kept | None = None) -> None:
         """Add one chunk, dlogits (C, V), which is overwritten; all but the rows of `contributes` have no gradient."""
-        index = self.chunks.live[rows]
+        index = self._places(rows)
         if contributes is not None:
             kept = contributes.indices()
             # Moving costs a read and a write of the rows that stay; below this share the GEMMs saved pay for it.
             if kept.numel() <= 0.8 * dlogits.shape[0]:
                 index, states, dlogits = index[kept], states[kept], _moved_up(dlogits, kept)
-        if index.numel() == 0:
+        self.add_rows(index, states, dlogits)
+
+    def _places(self, rows: slice) -> Tensor:
+        """Return where live rows stand in the gradient of the hidden states."""
+        if not self.per_live_row:
+            return self.chunks.live[rows]
+        return torch.arange(rows.start, rows.stop, device=self.chunks.live.device)
+
+    def add_rows(self, places: Tensor, states: Tensor, dlogits: Tensor) -> None:
+        """Add rows dlogits (C, V), which may be followed by rows of zeros, at their places in `hidden`."""
+        if places.numel() == 0:
             return
         operand = _for_products(dlogits, self.chunks.weight)
         if self.hidden is not None:
-            self.hidden[index] = _times_weight(operand, self.chunks.weight).to(self.hidden.dtype)
+            product = _times_weight(operand, self.chunks.weight)
+            self.hidden[places] = product[: places.numel()].to(self.hidden.dtype)
         if self.weight is not None:
             _add_weight_gradient(self.weight, operand, states)
         if self.bias is not None:
             self.bias += dlogits.sum(0)
 
+    def flush(self) -> None:
+        """Add what is held back for a later chunk."""
+        if self.sparse is not None:
+            self.sparse.flush(self)
+
     def cast(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return (dhidden, dweight, dbias) in the dtypes of their inputs."""
+        """Return (dhidden, dweight, dbias) in the dtypes of their inputs, after the last `flush`."""
         weight = None if self.weight is None else self.weight.to(self.chunks.weight.dtype)
         bias = None if self.bias is None or self.chunks.bias is None else self.bias.to(self.chunks.bias.dtype)
         return self.hidden, weight, bias
@@ -522,6 +589,7 @@ def fused_gradient(
     live: Tensor | None = None,  # (L,)
     allowed: Tensor | None = None,
     rounding: str = "",
+    tally: sparse_rows.Tally | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None], int]:
     """Return (logprobs (N,), entropy (N,), gradients, recomputed) of a loss, its gradient formed in the forward.
 
@@ -533,6 +601,7 @@ def fused_gradient(
         units: live rows of each sequence, where the loss couples the tokens of a sequence; None: every token alone.
         live: the rows whose label is not ignored, in the order in which to take them; None: as they stand.
         allowed, rounding: as `check_allowed` and `check_rounding` return them.
+        tally: receives how many rows were sparse and dense, and the largest mass left out, where `tail_mass` > 0.
 
     Returns:
         The last is the number of rows whose logits were formed a second time, because their sequence is longer than
@@ -541,9 +610,12 @@ def fused_gradient(
     restricted = {"live": live, "allowed": allowed, "rounding": rounding}
     chunks = Chunks.of(hidden, weight, bias, labels, inverse, head, **restricted, ahead=units is None)
     gradients = Gradients(chunks, needs)
+    if tally is not None and gradients.sparse is not None:
+        gradients.sparse.tally = tally
     found = chunks.outputs()
     with dispatch.own_precision(hidden.device):
         recomputed = _form(chunks, gradients, found, coefficients, units)
+        gradients.flush()
     # Only here, where the logits are gone: a head's gradient of half precision is made beside the one it was summed in.
     return chunks.scattered(found[0]), chunks.scattered(found[1]), gradients.cast(), recomputed
 
@@ -581,7 +653,7 @@ def _form(
             # Before the row kernel: an asynchronous device runs it while the host learns how many rows contribute.
             contributes = Kept(grads[0] != 0 if grads[1] is None else (grads[0] != 0) | (grads[1] != 0))
             outputs = (found[0][rows], found[1][rows], found[2][rows], found[3][rows])
-            gradients.add(rows, states, chunks.backward_rows(rows, logits, outputs, grads), contributes)
+            gradients.take(rows, states, logits, outputs, grads, contributes)
     return recomputed
 
 
@@ -604,21 +676,23 @@ def _linear_token_logprobs(
     ignore_index: int,
     chunk_tokens: int,
     backend: str,
+    tail_mass: float,
     unit: bool,
     allowed: Tensor | None = None,
     rounding: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    head = Head(logit_scale, softcap, ignore_index, chunk_tokens, backend)
+    head = Head(logit_scale, softcap, ignore_index, chunk_tokens, backend, tail_mass)
     chunks = Chunks.of(hidden, weight, bias, labels, inverse, head, allowed=allowed, rounding=rounding)
     found = chunks.outputs()
-    units = found[0].new_empty((chunks.live.numel() if unit else 0, hidden.shape[1]))
+    gradients = Gradients(chunks, (unit, False, False), per_live_row=True)
     with dispatch.own_precision(hidden.device):
-        for rows, _, logits in chunks:
+        for rows, states, logits in chunks:
             results = chunks.forward_rows(rows, logits)
             _keep(found, rows, results)
             if unit:
-                ones = torch.ones_like(results[0])
-                units[rows] = _times_weight(chunks.backward_rows(rows, logits, results, (ones, None, None)), weight)
+                gradients.take(rows, states, logits, results, (torch.ones_like(results[0]), None, None))
+        gradients.flush()
+    units = found[0].new_empty((0, hidden.shape[1])) if gradients.hidden is None else gradients.hidden
     logprobs, entropy, logsumexp = (chunks.scattered(x) for x in found[:3])
     return logprobs, entropy, logsumexp, chunks.scattered(found[3]) if found[3].numel() else found[3].clone(), units
 
@@ -635,6 +709,7 @@ def _(
     ignore_index: int,
     chunk_tokens: int,
     backend: str,
+    tail_mass: float,
     unit: bool,
     allowed: Tensor | None = None,
     rounding: str = "",
@@ -665,11 +740,12 @@ def _linear_token_logprobs_backward(
     ignore_index: int,
     chunk_tokens: int,
     backend: str,
+    tail_mass: float,
     needs: list[bool],
     allowed: Tensor | None = None,
     rounding: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head = Head(logit_scale, softcap, ignore_index, chunk_tokens, backend)
+    head = Head(logit_scale, softcap, ignore_index, chunk_tokens, backend, tail_mass)
     upstream = [g for g in (grad_logprobs, grad_entropy, grad_logsumexp) if g is not None]
     nonzero = torch.stack([g != 0 for g in upstream]).any(0)
     restricted = {"allowed": allowed, "rounding": rounding}
@@ -678,6 +754,7 @@ def _linear_token_logprobs_backward(
     outputs = (logprobs, entropy, logsumexp, residual if residual.numel() else logprobs)
     with dispatch.own_precision(hidden.device):
         _add_chunks(chunks, gradients, outputs, (grad_logprobs, grad_entropy, grad_logsumexp))
+        gradients.flush()
     empty = hidden.new_empty(0)
     dhidden, dweight, dbias = gradients.cast()
     return (
@@ -698,7 +775,7 @@ def _add_chunks(
         index = chunks.live[rows]
         first, second, third = (None if g is None else g[index] for g in grads)
         of_rows = (outputs[0][index], outputs[1][index], outputs[2][index], outputs[3][index])
-        gradients.add(rows, states, chunks.backward_rows(rows, logits, of_rows, (first, second, third)))
+        gradients.take(rows, states, logits, of_rows, (first, second, third))
 
 
 @_linear_token_logprobs_backward.register_fake
@@ -720,6 +797,7 @@ def _(
     ignore_index: int,
     chunk_tokens: int,
     backend: str,
+    tail_mass: float,
     needs: list[bool],
     allowed: Tensor | None = None,
     rounding: str = "",
@@ -742,7 +820,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     once_differentiable()
     grad_logprobs, grad_entropy, grad_logsumexp = grads[:3]
-    none = (None,) * 8
+    none = (None,) * 9
     needs = [bool(ctx.needs_input_grad[i]) for i in (0, 1, 3)]
     if not any(needs) or all(g is None for g in grads):
         return (None, None, None, None, None, *none)

@@ -52,6 +52,8 @@ PANELS = (
     Panel("Entropy", re.compile(r"entropy(?:/(?P<label>mean)|_mean)?")),
     Panel("Clipped tokens", re.compile(r"clip(?:ped|_ratio|_fraction|frac)?(?:[/_](?P<label>.+))?"), percent=True),
     Panel("Gradient norm", re.compile(r"grad(?:ient)?_norm")),
+    Panel("Critic", re.compile(r"value/(?P<label>loss|explained_variance)")),
+    Panel("Values and returns", re.compile(r"value/(?P<label>values|returns)")),
     Panel("Completion length (tokens)", re.compile(r"completions?[/_](?:mean_)?length(?:s)?(?:[/_](?P<label>.+))?")),
     Panel(
         "Shares",

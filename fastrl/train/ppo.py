@@ -162,7 +162,12 @@ def run_ppo(config: PPOConfig) -> RunResult:
             totals.add({"value/explained_variance": (explained(batch), torch.ones(()))})
             if ref is not None:
                 kl = kl_estimate(old, ref, config.kl_estimator, mask=rollout.completion_mask).sum()
-                totals.add({"kl": (kl, rollout.completion_mask.sum()), "kl_per_completion": (kl, kl * 0 + len(old))})
+                totals.add(
+                    {
+                        "kl": (kl, rollout.completion_mask.sum()),
+                        "kl_per_completion": (kl, torch.tensor(float(len(old)))),
+                    }
+                )
             metrics = {
                 **totals.means(),
                 **batch_metrics(rollout, scored),

@@ -245,7 +245,13 @@ def verify_logprobs(model: Any, head: Head, rollout: Rollout, temperature: float
 
     The model's own logits come from each sequence on its own, without padding, cache or shared prompt. So one number
     covers what a model family may do differently: the head's bias, scale and softcap, positions, masks, the cache.
+    Autocast is switched off for it: the model's own head would round its logits to 16 bits.
     """
+    with torch.autocast(head.weight.device.type, enabled=False):
+        return _verify_logprobs(model, head, rollout, temperature)
+
+
+def _verify_logprobs(model: Any, head: Head, rollout: Rollout, temperature: float) -> float:
     ours = token_logprobs_of(model, head, rollout, temperature).logprobs
     inner = causal_lm(model)
     worst = 0.0

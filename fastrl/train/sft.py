@@ -87,8 +87,6 @@ class SFTConfig(TaskEvaluationConfig):
         for name in ("max_tokens", "micro_batch_tokens"):
             check_int(name, getattr(self, name), at_least=2)
         check_choice("overlong", self.overlong, ("drop", "cut"))
-        if self.data is None and self.task is None:
-            raise ValueError("sft needs data, a task to make examples of, or both; got neither")
         if self.packing and self.micro_batch_tokens < self.max_tokens - 1:
             raise ValueError(
                 f"micro_batch_tokens must hold the longest example, max_tokens - 1 = {self.max_tokens - 1}, "
@@ -113,6 +111,8 @@ def run_sft(config: SFTConfig) -> RunResult:
     Raises ValueError for settings that do not fit together, data that cannot be read, and a model whose sequences
     cannot be packed.
     """
+    if config.data is None and config.task is None:
+        raise ValueError("sft needs data, a task to make examples of, or both; got neither")
     loss = supervised_loss(config.loss, config.loss_options)
     task = None
     if config.task is not None:

@@ -153,7 +153,7 @@ def _token_logprobs_fwd_kernel(
 
 
 @triton.jit
-def _upstream(grad_ptr, row, stride, ACC: tl.constexpr):
+def upstream(grad_ptr, row, stride, ACC: tl.constexpr):
     """Return the row's upstream gradient, 0 where there is none."""
     if grad_ptr is not None:
         return tl.load(grad_ptr + row * stride).to(ACC)
@@ -162,7 +162,7 @@ def _upstream(grad_ptr, row, stride, ACC: tl.constexpr):
 
 
 @triton.jit
-def _grad_block(
+def grad_block(
     x,
     is_label,
     grad_label,
@@ -253,7 +253,7 @@ def write_gradient(
     for start in range(0, whole, BLOCK_V):
         x = tl.load(block_ptr + offsets, eviction_policy=EVICTION).to(ACC)
         is_label = start + offs_v == label
-        dx = _grad_block(
+        dx = grad_block(
             x, is_label, grad_label, slope, frame, bias, k, constant, per_exponent, HAS_ENTROPY, HAS_SOFTCAP
         )
         tl.store(out_block_ptr + out_offsets, dx.to(out_block_ptr.dtype.element_ty), eviction_policy=EVICTION)
@@ -263,7 +263,7 @@ def write_gradient(
         mask_v = whole + offs_v < V
         x = tl.load(block_ptr + offsets, mask=mask_v, other=0.0).to(ACC)
         is_label = whole + offs_v == label
-        dx = _grad_block(
+        dx = grad_block(
             x, is_label, grad_label, slope, frame, bias, k, constant, per_exponent, HAS_ENTROPY, HAS_SOFTCAP
         )
         tl.store(out_block_ptr + out_offsets, dx.to(out_block_ptr.dtype.element_ty), mask=mask_v)
@@ -328,9 +328,9 @@ def _token_logprobs_bwd_kernel(
         # In place, a fast warp would overwrite the label's entry before a slow one has read it.
         tl.debug_barrier()
 
-    g = _upstream(grad_logprobs_ptr, row, stride_grad_logprobs, ACC)
-    h = _upstream(grad_entropy_ptr, row, stride_grad_entropy, ACC)
-    l = _upstream(grad_logsumexp_ptr, row, stride_grad_logsumexp, ACC)
+    g = upstream(grad_logprobs_ptr, row, stride_grad_logprobs, ACC)
+    h = upstream(grad_entropy_ptr, row, stride_grad_entropy, ACC)
+    l = upstream(grad_logsumexp_ptr, row, stride_grad_logsumexp, ACC)
     entropy = tl.zeros((), ACC)
     if HAS_ENTROPY:
         entropy = tl.load(entropy_ptr + row)

@@ -45,6 +45,8 @@ class Request:
     logit_scale: float
     outputs: tuple[str, ...]
     compute_dtype: torch.dtype
+    rounded: bool = False
+    """Whether logits are rounded to `compute_dtype`, as TRL's own tiles are."""
     ignored: int = IGNORED
 
     def head(self, hidden: Tensor) -> Head:
@@ -58,6 +60,14 @@ class Request:
         """Return the tensors in the dtype in which TRL multiplies them."""
         dtype = self.compute_dtype
         return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def formed(self, logits: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the logits of a chunk as they are to be read, in their own buffer; TRL rounds twice with a bias."""
+        if self.rounded:
+            logits.copy_(logits.to(self.compute_dtype))
+            if bias is not None:
+                logits.add_(bias.to(self.compute_dtype)).copy_(logits.to(self.compute_dtype))
+        return logits
 
     def columns(self, n: int, wanted: Sequence[str], like: Tensor) -> dict[str, Tensor]:
         """Return room for the statistics of n rows."""
@@ -78,14 +88,20 @@ class Request:
             out[rows] = values[name]
 
     def chunks(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Chunks:
-        """Return the rows, cut into chunks."""
+        """Return the rows, cut into chunks; where logits are rounded, `formed` adds the bias."""
         hidden, weight, targets, bias = check_head(*self.cast(hidden, weight, bias)[:2], targets, bias, IGNORED)
         inverse = inverse_temperature(self.temperature, targets, hidden)
+        bias = None if self.rounded else bias
         return Chunks.of(hidden, weight, bias, targets, inverse, self.head(hidden))
 
 
 def request_of(
-    hidden: Tensor, temperature: float, softcap: float | None, logit_scale: float, outputs: tuple[str, ...]
+    hidden: Tensor,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    outputs: tuple[str, ...],
+    round_logits: bool,
 ) -> Request:
     """Return the request of a call; the projection runs in autocast's dtype, or in that of the hidden states."""
     unknown = sorted(set(outputs) - {"log_probs", *ALL_OUTPUTS})
@@ -93,7 +109,8 @@ def request_of(
         raise ValueError(f"outputs must be among log_probs, {', '.join(ALL_OUTPUTS)}; got {', '.join(unknown)}")
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    return Request(temperature, softcap, logit_scale, tuple(outputs), dtype)
+    rounded = round_logits and dtype in (torch.bfloat16, torch.float16)
+    return Request(temperature, softcap, logit_scale, tuple(outputs), dtype, rounded)
 
 
 def forward_pass(
@@ -112,7 +129,7 @@ def forward_pass(
     columns = request.columns(targets.numel(), wanted, found[0])
     units = Gradients(chunks, (unit, False, False))
     for rows, states, logits in chunks:
-        results = chunks.forward_rows(rows, logits)
+        results = chunks.forward_rows(rows, request.formed(logits, bias))
         for out, value in zip(found, results, strict=True):
             if out.numel():
                 out[rows] = value
@@ -169,6 +186,7 @@ class _Function(torch.autograd.Function):
             chunks = ctx.request.chunks(hidden, weight, bias, targets)
             gradients = Gradients(chunks, needs)
             for rows, states, logits in chunks:
+                ctx.request.formed(logits, bias)
                 outputs = tuple(x[rows] if x.numel() else x for x in found)
                 row_grads = (None if g is None else g[rows], None if h is None else h[rows], None)
                 gradients.add(rows, states, chunks.backward_rows(rows, logits, outputs, row_grads))
@@ -181,6 +199,8 @@ class FusedLogProbFunction:
 
     original: Any = None
     """TRL's own class, which the proof asks."""
+    round_logits: bool = False
+    """Whether half-precision logits are rounded as TRL rounds them."""
 
     @classmethod
     def apply(
@@ -201,15 +221,17 @@ class FusedLogProbFunction:
         inputs. `chunk_size`, TRL's tile of the vocabulary, is not used: fastrl cuts the tokens.
         """
         del chunk_size
-        request = request_of(hidden, temperature, final_logit_softcapping, logit_scale, outputs)
+        request = request_of(hidden, temperature, final_logit_softcapping, logit_scale, outputs, cls.round_logits)
         key = (request, hidden.device.type, hidden.dtype, weight.dtype, tuple(weight.shape), bias is None)
         proofs.once(key, lambda: cls._proves(hidden, weight, bias, targets, request))
         training = torch.is_grad_enabled()
         trained = training and (weight.requires_grad or (bias is not None and bias.requires_grad))
         prediction = pending()
-        if prediction is not None and (trained or prediction.needs_head_pass):
+        if prediction is not None and request.rounded:
+            prediction.path = "log-probs first, 4 GEMM units (2 with a frozen head): round_logits=True"
+        elif prediction is not None and (trained or prediction.needs_head_pass):
             return _predicted(prediction, hidden, weight, bias, targets, request)
-        if prediction is not None:
+        elif prediction is not None:
             prediction.path = "frozen head, gradients of the log-probs kept: 2 GEMM units"
         return _Function.apply(
             hidden, weight, bias, targets, request, training and not trained and hidden.requires_grad

@@ -26,8 +26,9 @@ from fastrl.losses.policy import PolicyLoss
 from fastrl.losses.preference import PreferenceLoss
 from fastrl.ops.linear_token_logprobs import Coefficients, check_head, fused_gradient, inverse_temperature
 
-# Roundings that two orders of the same token arithmetic may differ by, of the largest coefficient of the batch.
-COEFFICIENT_ROUNDINGS = 64
+# Roundings, of the largest coefficient of the batch, that two ways to compute the coefficients may differ by. The terms
+# that one sums can be far larger than it is: those of discopop, divided by its temperature, took 190.
+COEFFICIENT_ROUNDINGS = 1024
 # Roundings of a log-prob: a coefficient may be any of those between the log-probs that much lower and higher, which is
 # what decides a token whose ratio lies on the edge of the clip.
 LOGPROB_ROUNDINGS = 8

@@ -19,20 +19,26 @@ _permanent = False
 
 
 @contextmanager
-def patched() -> Iterator[None]:
+def patched(*, round_logits: bool | None = None) -> Iterator[None]:
     """Run TRL on fastrl's log-probs inside this context: `with patched(): trainer.train()`.
 
     SFT, DPO, KTO, GRPO, RLOO and AsyncGRPO take the log-probs (and entropies, and the statistics that they log) of
     every model whose head TRL has fused from fastrl: the values are those of TRL, to rounding, and so is everything
     else. Contexts nest; the outermost one puts TRL's own objects back. The patch is process-wide.
 
+    Args:
+        round_logits: with half-precision hidden states or autocast TRL rounds its logits to that precision, which moves
+            a log-prob by some 3e-2; fastrl keeps them in float32 (False, the default). True rounds as TRL does. None
+            takes what an outer context or `enable` has chosen.
+
     Raises:
+        ValueError: another `round_logits` than the one that is on.
         ImportError: TRL is not installed.
         RuntimeError: this TRL's signatures are not those that the adapter fits.
     """
     global _contexts
     with _lock:
-        _install()
+        _install(round_logits)
         _contexts += 1
     try:
         yield
@@ -42,11 +48,11 @@ def patched() -> Iterator[None]:
             _restore_when_unused()
 
 
-def enable() -> None:
+def enable(*, round_logits: bool | None = None) -> None:
     """Run TRL on fastrl's log-probs from here on, as inside `patched()`; a second call changes nothing."""
     global _permanent
     with _lock:
-        _install()
+        _install(round_logits)
         _permanent = True
 
 
@@ -69,13 +75,18 @@ def _always(device: Any) -> bool:
     return True
 
 
-def _install() -> None:
+def _install(round_logits: bool | None) -> None:
     """Replace every binding of TRL's function in the modules of TRL that are loaded."""
+    if not isinstance(round_logits, (bool, type(None))):
+        raise TypeError(f"round_logits must be True, False or None, got {round_logits!r}")
     if _bindings:
+        if round_logits not in (None, FusedLogProbFunction.round_logits):
+            raise ValueError(f"round_logits={round_logits}, but fastrl is on with {FusedLogProbFunction.round_logits}")
         return
     utils = _seams.utils()
     original = getattr(utils, _seams.FUNCTION)
     FusedLogProbFunction.original = original
+    FusedLogProbFunction.round_logits = bool(round_logits)
     found = [(utils, _seams.COMPACT, getattr(utils, _seams.COMPACT), _always)]
     for name, module in sorted(sys.modules.items()):
         if module is not None and name.partition(".")[0] == "trl":
