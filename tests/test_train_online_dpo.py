@@ -174,7 +174,7 @@ def test_a_pairs_file_can_hold_the_answers(folder: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("name", "config"),
-    [("pairs", PairsConfig), ("reward_model", RewardModelConfig), ("dpo", DPOConfig)],
+    [("pairs", PairsConfig), ("reward_model", RewardModelConfig), ("dpo", DPOConfig), ("online_dpo", OnlineDPOConfig)],
 )
 def test_the_examples_are_configurations(name: str, config: Any) -> None:
     assert load_config(config, EXAMPLES / f"{name}.yaml").model == "smollm2"
