@@ -1,7 +1,7 @@
 """The `fastrl` command.
 
     fastrl train ALGORITHM [--config FILE.yaml] [--FIELD VALUE ...]
-    fastrl pairs [--config FILE.yaml] [--FIELD VALUE ...]
+    fastrl pairs|constitutional-pairs [--config FILE.yaml] [--FIELD VALUE ...]
     fastrl report RUN_DIR
     fastrl doctor [--json]
     fastrl verify [--device cpu|cuda|...] [--backend NAME|all] [--seed N] [--quick] [--json]
@@ -39,6 +39,14 @@ ALGORITHMS = {
     "dpo": ("fastrl.train.dpo_config:DPOConfig", "fastrl.train.dpo:run_dpo"),
     "online-dpo": ("fastrl.train.dpo_config:OnlineDPOConfig", "fastrl.train.online_dpo:run_online_dpo"),
 }
+# What makes data for them: the class of the settings, and the function that writes a file and returns its path.
+MAKERS = {
+    "pairs": ("fastrl.train.pairs:PairsConfig", "fastrl.train.pairs:make_pairs"),
+    "constitutional-pairs": (
+        "fastrl.train.constitutional:ConstitutionalConfig",
+        "fastrl.train.constitutional:make_constitutional_pairs",
+    ),
+}
 # What `train` imports before anything else; each comes with the extra.
 TRAIN_NEEDS = ("tyro", "yaml", "rich", "transformers", "accelerate", "safetensors", "reasoning_gym", "matplotlib")
 
@@ -69,8 +77,8 @@ def _dispatch(arguments: list[str]) -> int:
     # The options of a loop are the fields of a dataclass: they are read by tyro, which is not always installed.
     if arguments[:1] == ["train"] and arguments[1:2] and arguments[1] in ALGORITHMS:
         return _train(arguments[1], arguments[2:])
-    if arguments[:1] == ["pairs"]:
-        return _pairs(arguments[1:])
+    if arguments[:1] and arguments[0] in MAKERS:
+        return _make(arguments[0], arguments[1:])
     # So does the benchmark with its own: it is a program of the checkout.
     if arguments[:1] == ["bench"]:
         return _bench(arguments[1:])
@@ -97,8 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="train a model (`fastrl train grpo --help` lists the settings)")
     train.add_argument("algorithm", choices=list(ALGORITHMS), help="the training loop")
+    commands.add_parser("pairs", help="sample preferences from a model (`fastrl pairs --help` lists the settings)")
     commands.add_parser(
-        "pairs", help="sample a preference file from a model (`fastrl pairs --help` lists the settings)"
+        "constitutional-pairs", help="let a model criticise and revise its answers; preferences of both"
     )
     report = commands.add_parser("report", help="write report.html and curves.png of a run")
     report.add_argument("run_dir", help="the directory of the run")
@@ -177,8 +186,8 @@ def _report(run_dir: str) -> int:
     return OK
 
 
-def _pairs(arguments: list[str]) -> int:
-    print(_configured("fastrl.train.pairs:PairsConfig", "fastrl.train.pairs:make_pairs", arguments, "fastrl pairs"))
+def _make(command: str, arguments: list[str]) -> int:
+    print(_configured(*MAKERS[command], arguments, f"fastrl {command}"))
     return OK
 
 

@@ -15,17 +15,14 @@ from loop_checks import assert_golden_curve, assert_resumes_to_the_bit, metrics_
 from tiny_model import save_tiny_model, tiny_model, tiny_tokenizer
 
 from fastrl import PreferenceLoss
-from fastrl.train.config_file import load_config
-from fastrl.train.dpo_config import DPOConfig, OnlineDPOConfig
+from fastrl.train.dpo_config import OnlineDPOConfig
 from fastrl.train.model import head_of
 from fastrl.train.online_dpo import backward_pairs, run_online_dpo
 from fastrl.train.pairs import PairsConfig, best_and_worst, make_pairs
-from fastrl.train.reward_model import RewardModelConfig
 from fastrl.train.rollout import generate
 from fastrl.train.run import MetricSums
 
 TOKENIZER = tiny_tokenizer()
-EXAMPLES = Path(__file__).parents[1] / "examples"
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 
 
@@ -170,11 +167,3 @@ def test_a_pairs_file_can_hold_the_answers(folder: Path, tmp_path: Path) -> None
             model=str(folder), prompt_template="{prompt}", task_parameters=SUMS, problems=2, group_size=2,
             max_new_tokens=2, rewards={"exact": 0.0}, output=str(tmp_path / "none.jsonl"),
         ))  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("name", "config"),
-    [("pairs", PairsConfig), ("reward_model", RewardModelConfig), ("dpo", DPOConfig), ("online_dpo", OnlineDPOConfig)],
-)
-def test_the_examples_are_configurations(name: str, config: Any) -> None:
-    assert load_config(config, EXAMPLES / f"{name}.yaml").model == "smollm2"

@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairsConfig:
-    """Settings of `make_pairs`."""
+class SamplingConfig:
+    """Settings of what makes data from a model's completions of a task's problems."""
 
     model: str = "smollm2"
     """A folder with a saved model, a name on the Hugging Face hub, or `smollm2`."""
@@ -56,19 +56,36 @@ class PairsConfig:
     """Problems of the training stream that are asked."""
     first_problem: int = 0
     """The first of them; other files take other ones."""
-    rewards: dict[str, float] = field(default_factory=lambda: {"exact": 1.0})
-    """Reward functions by name, with their weights; they rank the completions."""
 
-    group_size: int = 8
-    """Completions of each problem."""
     max_new_tokens: int = 128
     """Longest completion."""
     temperature: float = 1.0
     """Divides the logits."""
     sample_batch_size: int = 64
-    """Completions that are sampled together, a multiple of `group_size`."""
+    """Completions that are sampled together."""
     keep_truncated: bool = True
     """Pair completions that did not end by themselves too; the file, which is text, then gives them an end."""
+    seed: int = 0
+    """Seed of the problems and the sampling."""
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` for values that cannot be."""
+        for name in ("problems", "max_new_tokens", "sample_batch_size"):
+            check_int(name, getattr(self, name), at_least=1)
+        for name in ("first_problem", "seed"):
+            check_int(name, getattr(self, name), at_least=0)
+        check_positive("temperature", self.temperature)
+        check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig(SamplingConfig):
+    """Settings of `make_pairs`."""
+
+    rewards: dict[str, float] = field(default_factory=lambda: {"exact": 1.0})
+    """Reward functions by name, with their weights; they rank the completions."""
+    group_size: int = 8
+    """Completions of each problem, a divisor of `sample_batch_size`."""
     chosen: Literal["sampled", "answer"] = "sampled"
     """The better completion: the best sampled one, or the problem's answer."""
     answer_template: str = "{answer}"
@@ -76,17 +93,11 @@ class PairsConfig:
 
     output: str = "pairs.jsonl"
     """The file that is written; one that is there is replaced."""
-    seed: int = 0
-    """Seed of the problems and the sampling."""
 
     def __post_init__(self) -> None:
         """Raise `ValueError` for values that cannot be."""
-        for name in ("problems", "group_size", "max_new_tokens", "sample_batch_size"):
-            check_int(name, getattr(self, name), at_least=1)
-        for name in ("first_problem", "seed"):
-            check_int(name, getattr(self, name), at_least=0)
-        check_positive("temperature", self.temperature)
-        check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        super().__post_init__()
+        check_int("group_size", self.group_size, at_least=1)
         check_choice("chosen", self.chosen, ("sampled", "answer"))
         if self.sample_batch_size % self.group_size:
             raise ValueError(
