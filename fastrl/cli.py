@@ -1,6 +1,7 @@
 """The `fastrl` command.
 
     fastrl train ALGORITHM [--config FILE.yaml] [--FIELD VALUE ...]
+    fastrl pairs|constitutional-pairs [--config FILE.yaml] [--FIELD VALUE ...]
     fastrl report RUN_DIR
     fastrl doctor [--json]
     fastrl verify [--device cpu|cuda|...] [--backend NAME|all] [--seed N] [--quick] [--json]
@@ -34,6 +35,17 @@ ALGORITHMS = {
     "sft": ("fastrl.train.sft:SFTConfig", "fastrl.train.sft:run_sft"),
     "rft": ("fastrl.train.rft:RFTConfig", "fastrl.train.rft:run_rft"),
     "online-rft": ("fastrl.train.rft:OnlineRFTConfig", "fastrl.train.rft:run_rft"),
+    "reward-model": ("fastrl.train.reward_model:RewardModelConfig", "fastrl.train.reward_model:run_reward_model"),
+    "dpo": ("fastrl.train.dpo_config:DPOConfig", "fastrl.train.dpo:run_dpo"),
+    "online-dpo": ("fastrl.train.dpo_config:OnlineDPOConfig", "fastrl.train.online_dpo:run_online_dpo"),
+}
+# What makes data for them: the class of the settings, and the function that writes a file and returns its path.
+MAKERS = {
+    "pairs": ("fastrl.train.pairs:PairsConfig", "fastrl.train.pairs:make_pairs"),
+    "constitutional-pairs": (
+        "fastrl.train.constitutional:ConstitutionalConfig",
+        "fastrl.train.constitutional:make_constitutional_pairs",
+    ),
 }
 # What `train` imports before anything else; each comes with the extra.
 TRAIN_NEEDS = ("tyro", "yaml", "rich", "transformers", "accelerate", "safetensors", "reasoning_gym", "matplotlib")
@@ -65,6 +77,8 @@ def _dispatch(arguments: list[str]) -> int:
     # The options of a loop are the fields of a dataclass: they are read by tyro, which is not always installed.
     if arguments[:1] == ["train"] and arguments[1:2] and arguments[1] in ALGORITHMS:
         return _train(arguments[1], arguments[2:])
+    if arguments[:1] and arguments[0] in MAKERS:
+        return _make(arguments[0], arguments[1:])
     # So does the benchmark with its own: it is a program of the checkout.
     if arguments[:1] == ["bench"]:
         return _bench(arguments[1:])
@@ -91,6 +105,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="train a model (`fastrl train grpo --help` lists the settings)")
     train.add_argument("algorithm", choices=list(ALGORITHMS), help="the training loop")
+    commands.add_parser("pairs", help="sample preferences from a model (`fastrl pairs --help` lists the settings)")
+    commands.add_parser(
+        "constitutional-pairs", help="let a model criticise and revise its answers; preferences of both"
+    )
     report = commands.add_parser("report", help="write report.html and curves.png of a run")
     report.add_argument("run_dir", help="the directory of the run")
     doctor = commands.add_parser("doctor", help="show versions, devices, compilers and backends")
@@ -168,25 +186,35 @@ def _report(run_dir: str) -> int:
     return OK
 
 
+def _make(command: str, arguments: list[str]) -> int:
+    print(_configured(*MAKERS[command], arguments, f"fastrl {command}"))
+    return OK
+
+
 def _train(algorithm: str, arguments: list[str]) -> int:
+    from fastrl.train.report import write_report
+
+    config_class, train = ALGORITHMS[algorithm]
+    result = _configured(config_class, train, arguments, f"fastrl train {algorithm}")
+    print(f"report: {write_report(result.run_dir)}", file=sys.stderr)
+    return OK
+
+
+def _configured(config_class: str, function: str, arguments: list[str], program: str) -> Any:
+    """Return what the function makes of the settings in the arguments."""
     missing = [name for name in TRAIN_NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f'training needs {", ".join(missing)}: pip install "fastrl[train]"')
     from fastrl.train.config_file import parse_config
 
-    config_class, train = ALGORITHMS[algorithm]
     try:
-        config = parse_config(_named(config_class), arguments, f"fastrl train {algorithm}")
+        config = parse_config(_named(config_class), arguments, program)
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(str(error)) from error
     # A reward may be a function of the user's own, module:function, in the current directory.
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
-    from fastrl.train.report import write_report
-
-    result = _named(train)(config)
-    print(f"report: {write_report(result.run_dir)}", file=sys.stderr)
-    return OK
+    return _named(function)(config)
 
 
 def _named(path: str) -> Any:

@@ -155,9 +155,9 @@ def test_help_explains_every_field(capsys):
     "example", sorted((Path(__file__).parent.parent / "examples").glob("*.yaml")), ids=lambda p: p.name
 )
 def test_the_examples_are_valid(example):
-    command = re.search(rf"fastrl train (\S+) --config examples/{example.name}", example.read_text())
+    command = re.search(rf"fastrl (?:train )?(\S+) --config examples/{example.name}", example.read_text())
     assert command, "the header says how to run it"
-    load_config(cli._named(cli.ALGORITHMS[command[1]][0]), example)
+    load_config(cli._named({**cli.ALGORITHMS, **cli.MAKERS}[command[1]][0]), example)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@
 | preference | `prompt`, `chosen`, `rejected`; or `chosen`, `rejected` as whole conversations | `preference_examples` |
 | unpaired | `prompt`, `completion`, `label` (true or false) | `unpaired_examples` |
 
+A preference record may have a number `margin`: how much better the chosen completion is, for reward models.
+
 A prompt or a completion is a text, or a list of messages `{"role", "content"}`. A prompt is tokenised on its own, as it
 is when a completion is sampled, and the completion after it, up to and with the stop token that ends the turn: the
 tokens that are trained are those that the model will have to write.
@@ -17,7 +19,9 @@ tokens that are trained are those that the model will have to write.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
@@ -58,6 +62,8 @@ class PreferenceExample:
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+    margin: float = 0.0
+    """How much better the chosen one is, where the record says it in a field `margin`."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +230,10 @@ def preference_examples(
     def make(record: Mapping[str, Any]) -> PreferenceExample:
         prompt, chosen, rejected = _pair(record)
         return PreferenceExample(
-            encoder.prompt(prompt), encoder.completion(prompt, chosen), encoder.completion(prompt, rejected)
+            encoder.prompt(prompt),
+            encoder.completion(prompt, chosen),
+            encoder.completion(prompt, rejected),
+            _margin(record),
         )
 
     def length(pair: PreferenceExample) -> int:
@@ -232,7 +241,9 @@ def preference_examples(
 
     def cut(pair: PreferenceExample, limit: int) -> PreferenceExample | None:
         left = limit - len(pair.prompt)
-        return PreferenceExample(pair.prompt, pair.chosen[:left], pair.rejected[:left]) if left > 0 else None
+        if left <= 0:
+            return None
+        return dataclasses.replace(pair, chosen=pair.chosen[:left], rejected=pair.rejected[:left])
 
     return _encode(records, make, length, cut, max_tokens, overlong)
 
@@ -330,6 +341,13 @@ def _pair(record: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     if same == 0:
         raise ValueError("chosen and rejected must begin with the same messages where there is no field prompt")
     return chosen[:same], chosen[same:], rejected[same:]
+
+
+def _margin(record: Mapping[str, Any]) -> float:
+    margin = record.get("margin", 0.0)
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise ValueError(f"the field margin must be a finite number, got {margin!r:.80}")
+    return float(margin)
 
 
 def _only_turn(completion: Sequence[Message]) -> str:

@@ -47,19 +47,24 @@ class SequenceClassifier:
             )
         sequences = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
         scores = [
-            self._batch(sequences[start : start + self._batch_size])
+            sequence_scores(self.model, sequences[start : start + self._batch_size])
             for start in range(0, len(sequences), self._batch_size)
         ]
         return torch.cat(scores) if scores else torch.zeros(0)
 
-    def _batch(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        device = next(self.model.parameters()).device
-        width = max(len(ids) for ids in sequences)
-        pad = self.model.config.pad_token_id or 0
-        ids = torch.tensor([[*sequence, *[pad] * (width - len(sequence))] for sequence in sequences], device=device)
-        lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
-        mask = torch.arange(width, device=device) < lengths[:, None]
-        return self.model(input_ids=ids, attention_mask=mask.long()).logits[:, 0].float()
+
+def sequence_scores(model: Any, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """Return the scores (B,), differentiable, that a sequence classifier with one label gives token sequences.
+
+    transformers reads the score at the last token that is not the padding token of the model's config.
+    """
+    device = next(model.parameters()).device
+    width = max(len(ids) for ids in sequences)
+    pad = model.config.pad_token_id or 0
+    ids = torch.tensor([[*sequence, *[pad] * (width - len(sequence))] for sequence in sequences], device=device)
+    lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
+    mask = torch.arange(width, device=device) < lengths[:, None]
+    return model(input_ids=ids, attention_mask=mask.long()).logits[:, 0].float()
 
 
 def load_reward_model(

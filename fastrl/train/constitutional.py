@@ -1,0 +1,173 @@
+"""Preference pairs without judges: the model answers, criticises its answer by a principle, and revises it.
+
+    problem -> answer                                     sampled
+    problem, answer, principle -> critique                the model's own
+    problem, answer, critique -> revision                 the model's own
+    pair: the revision is chosen, the answer rejected     unless their texts are equal, or one was cut off
+
+The supervised half of constitutional AI (Bai et al. 2022, arXiv 2212.08073, section 3.1), written as the pairs that
+`fastrl train dpo` and `reward-model` read. The prompt of a pair is the bare problem: what the critique taught must show
+without one. Principles are drawn at random, one for each problem.
+
+With `rewards` the pairs are judged as well, and only those are kept whose revision earns more: a small model
+may revise for the worse as readily as for the better, and nothing but a check can tell.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastrl.train.config import check_int
+from fastrl.train.model import load_model, stop_token_ids
+from fastrl.train.pairs import SamplingConfig, write_pairs
+from fastrl.train.rewards import build_rewards
+from fastrl.train.rollout import decode, encode_prompts, generate
+from fastrl.train.tasks import Problem, load_task
+
+logger = logging.getLogger(__name__)
+
+PRINCIPLES = (
+    "The answer must be correct.",
+    "The answer must be short, without anything that was not asked for.",
+)
+CRITIQUE = "Question: {prompt}\nAnswer: {answer}\nPrinciple: {principle}\nCriticise the answer by the principle."
+REVISION = (
+    "Question: {prompt}\nAnswer: {answer}\nCritique: {critique}\n"
+    "Rewrite the answer so that the critique no longer holds. Write the new answer only."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstitutionalConfig(SamplingConfig):
+    """Settings of `make_constitutional_pairs`."""
+
+    principles: tuple[str, ...] = PRINCIPLES
+    """What answers are criticised by."""
+    critique_template: str = CRITIQUE
+    """The request for a critique: a text with `{prompt}`, `{answer}` and `{principle}`."""
+    revision_template: str = REVISION
+    """The request for a revision: a text with `{prompt}`, `{answer}` and `{critique}`; `{principle}` is known too."""
+    critique_tokens: int = 128
+    """Longest critique; one that is longer is cut there, and used."""
+    rewards: dict[str, float] = field(default_factory=dict)
+    """Reward functions by name, with their weights, that a revision must earn more of than the answer; none: all pairs
+    are kept."""
+
+    output: str = "constitutional.jsonl"
+    """The file that is written; one that is there is replaced."""
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` for values that cannot be."""
+        super().__post_init__()
+        check_int("critique_tokens", self.critique_tokens, at_least=1)
+        object.__setattr__(self, "principles", tuple(self.principles))
+        if not self.principles:
+            raise ValueError("principles must have at least one text, got none")
+        for name, words in (
+            ("critique_template", ("{prompt}", "{answer}", "{principle}")),
+            ("revision_template", ("{prompt}", "{answer}", "{critique}")),
+        ):
+            if missing := [word for word in words if word not in getattr(self, name)]:
+                raise ValueError(f"{name} must contain {', '.join(words)}, got none of {', '.join(missing)}")
+
+
+class Speaker:
+    """A model that is asked questions, one sampled reply to each."""
+
+    def __init__(self, config: SamplingConfig) -> None:
+        """Load the model of the configuration."""
+        self._config = config
+        self._model, self._tokenizer = load_model(config.model, dtype=config.dtype, device=config.device)
+        self._stop_ids = stop_token_ids(self._model, self._tokenizer)
+        self._generator = torch.Generator(device=config.device).manual_seed(config.seed)
+
+    def reply(self, questions: Sequence[str], max_new_tokens: int) -> tuple[list[str], list[bool]]:
+        """Return the replies, and of each whether it was cut off."""
+        config = self._config
+        rollout = generate(
+            self._model,
+            encode_prompts(self._tokenizer, questions, template=config.prompt_template, system=config.system_prompt),
+            group_size=1,
+            max_new_tokens=max_new_tokens,
+            stop_ids=self._stop_ids,
+            pad_id=self._tokenizer.pad_token_id,
+            temperature=config.temperature,
+            generator=self._generator,
+        )
+        return decode(self._tokenizer, rollout), rollout.truncated.tolist()
+
+
+def make_constitutional_pairs(config: ConstitutionalConfig) -> Path:
+    """Answer, criticise, revise and pair as `config` says, and return the file.
+
+    Raises:
+        ValueError: settings that do not fit together, or not one pair came out.
+    """
+    task = load_task(config.task, **{"seed": config.seed, **config.task_parameters})
+    speaker = Speaker(config)
+    problems = task.train(config.problems, start=config.first_problem)
+    chooser = random.Random(config.seed)
+    records: list[dict[str, Any]] = []
+    for start in range(0, len(problems), config.sample_batch_size):
+        few = problems[start : start + config.sample_batch_size]
+        records += revised(speaker, few, [chooser.choice(config.principles) for _ in few], config)
+        logger.info("%d of %d problems: %d revisions", start + len(few), len(problems), len(records))
+    if config.rewards and records:
+        asked = {problem.prompt: problem for problem in problems}
+        repeated = [asked[record["prompt"]] for record in records]
+        with build_rewards(config.rewards, task) as rewards:
+            high, low = (
+                rewards(repeated, [record[side] for record in records]).total.tolist()
+                for side in ("chosen", "rejected")
+            )
+        records = [
+            {**record, "chosen_reward": better, "rejected_reward": worse}
+            for record, better, worse in zip(records, high, low, strict=True)
+            if better > worse
+        ]
+    if not records:
+        raise ValueError(f"not one of {len(problems)} answers was revised to a pair; take more problems or other ones")
+    return write_pairs(records, config.output)
+
+
+def revised(
+    speaker: Speaker, problems: Sequence[Problem], principles: Sequence[str], config: ConstitutionalConfig
+) -> list[dict[str, Any]]:
+    """Return the pairs of revision and answer, each with its principle and its critique."""
+    answers, cut_answers = speaker.reply([problem.prompt for problem in problems], config.max_new_tokens)
+    known = [
+        {"{prompt}": problem.prompt, "{answer}": answer.strip(), "{principle}": principle}
+        for problem, answer, principle in zip(problems, answers, principles, strict=True)
+    ]
+    critiques, _ = speaker.reply([_filled(config.critique_template, words) for words in known], config.critique_tokens)
+    for words, critique in zip(known, critiques, strict=True):
+        words["{critique}"] = critique.strip()
+    revisions, cut_revisions = speaker.reply(
+        [_filled(config.revision_template, words) for words in known], config.max_new_tokens
+    )
+    return [
+        {
+            "prompt": problem.prompt,
+            "chosen": revision,
+            "rejected": answer,
+            "principle": words["{principle}"],
+            "critique": words["{critique}"],
+        }
+        for problem, answer, revision, words, first, second in zip(
+            problems, answers, revisions, known, cut_answers, cut_revisions, strict=True
+        )
+        if revision.strip() != answer.strip() and (config.keep_truncated or not (first or second))
+    ]
+
+
+def _filled(template: str, words: dict[str, str]) -> str:
+    """Return the template with the words put in, in one pass: a word inside what was put in is left as it is."""
+    return re.sub("|".join(map(re.escape, words)), lambda found: words[found[0]], template)

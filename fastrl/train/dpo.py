@@ -1,0 +1,360 @@
+"""DPO and its relatives in one file: given pairs, implicit rewards, one optimiser step after the other.
+
+    records -> comparisons        a prompt with its chosen and its rejected completion
+    reference log-probs           once, before training, kept in the folder of the run; the reference is then let go
+    for each step
+        comparisons -> gradient   PreferenceLoss.from_hidden, no logits; divided by the pairs of the whole step
+        one optimiser step
+    now and then                  held-out pairs: how often the chosen one has the greater implicit reward, and by how
+                                  much; answers to held-out problems of a task
+
+Losses of single rows (kto, bco) take records with a `label`, or split each pair into two rows. KTO's reference point is
+the positive part of the mean log-ratio of mismatched completions, here that of the next record with another prompt
+(Ethayarajh et al. 2024, arXiv 2402.01306, section 4), over the whole step and before its gradient. BCO's baseline is
+the mean implicit reward of all rows of the steps before (Jung et al. 2024, arXiv 2404.04656, keep a running mean that
+includes the step itself, which would tie its rows together).
+
+Left out: more than one process, dropout (the model stays in eval mode), gradient checkpointing, updates of the
+reference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrl.losses.preference import PreferenceLoss
+from fastrl.train.comparisons import (
+    Comparison,
+    backward_rollout,
+    by_length,
+    padded_logprobs,
+    records_of,
+    rollout_of,
+)
+from fastrl.train.data import Records
+from fastrl.train.dpo_config import DPOConfig, preference_loss
+from fastrl.train.evaluate import CORRECT, HeldOut
+from fastrl.train.examples import Encoder, preference_examples, unpaired_examples
+from fastrl.train.measure import Measure, Measurement
+from fastrl.train.model import Head, add_lora, head_of, load_model, stop_token_ids
+from fastrl.train.reference_logprobs import reference_logprobs
+from fastrl.train.rewards import build_rewards
+from fastrl.train.rollout import token_logprobs_of, verify_logprobs
+from fastrl.train.run import MetricSums, Run, RunResult
+from fastrl.train.supervised import shuffled
+from fastrl.train.tasks import load_task
+
+logger = logging.getLogger(__name__)
+
+REWARD_ACCURACY = Measure("implicit reward accuracy", share=True)
+REWARD_MARGIN = Measure("implicit reward margin")
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """Comparisons with what is known of them."""
+
+    comparisons: list[Comparison]
+    """Chosen and rejected; for losses of single rows, the completion and a mismatched one."""
+    labels: list[bool] | None
+    """Of single rows, whether they are desirable; None for pairs."""
+    ref: list[tuple[Tensor, ...]] | None = None
+    """Per-token log-probs of the reference, None for a loss without one."""
+
+    def __len__(self) -> int:
+        return len(self.comparisons)
+
+
+class RunningMean:
+    """The mean of all numbers so far; 0 before the first."""
+
+    def __init__(self) -> None:
+        self.total, self.count = 0.0, 0
+
+    @property
+    def mean(self) -> float:
+        """Return it."""
+        return self.total / self.count if self.count else 0.0
+
+    def add(self, total: float, count: int) -> None:
+        """Add the sum of `count` numbers."""
+        self.total, self.count = self.total + total, self.count + count
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sum and the count."""
+        return {"total": self.total, "count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take them over."""
+        self.total, self.count = float(state["total"]), int(state["count"])
+
+
+def run_dpo(config: DPOConfig) -> RunResult:
+    """Train as `config` says and return where the results are.
+
+    Raises ValueError for settings that do not fit together, data that cannot be read, and a model whose log-probs this
+    loop cannot reproduce.
+    """
+    whole_step = config.micro_batch >= config.examples_per_step
+    loss = preference_loss(config.loss, config.beta, config.loss_options, whole_step=whole_step)
+    task = None
+    if config.task is not None:
+        task = load_task(config.task, **{"seed": config.seed, **config.task_parameters})
+        task.held_out(config.eval_problems)  # too many of them are refused before the model is loaded
+    train_records, held_out_records = records_of(config)
+    run = Run(config)
+    model, tokenizer = load_model(config.model, dtype=config.dtype, device=run.device)
+    stop_ids, pad_id = stop_token_ids(model, tokenizer), tokenizer.pad_token_id
+    encoder = Encoder(tokenizer, stop_ids, config.prompt_template, config.system_prompt)
+    train, skipped = preferences(train_records, encoder, config, loss, split=True)
+    held_out = None
+    if held_out_records is not None:
+        held_out, _ = preferences(held_out_records, encoder, config, loss, split=False)
+    head = head_of(model)
+    few = rollout_of(train.comparisons[:2], pad_id, run.device)
+    logger.info("log-probs equal the model's own within %.2g nats", verify_logprobs(model, head, few, 1.0))
+    if loss.reads_reference:
+        train, held_out = with_reference(run, model, head, train, held_out, pad_id)
+    if config.lora_rank:
+        model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_modules)
+        head = head_of(model)
+    rewards_so_far = RunningMean()
+    run.register("rewards_so_far", rewards_so_far)
+    run.optimize(dict(model.named_parameters()))
+
+    with contextlib.ExitStack() as stack:
+        problems = None
+        if task is not None:
+            rewards = stack.enter_context(build_rewards({CORRECT: 0.0}, task))
+            problems = HeldOut(run, task, rewards, stop_ids)
+        stack.enter_context(run)
+
+        def evaluate_now(step: int) -> dict[str, float]:
+            found = {}
+            if held_out is not None:
+                for measurement in held_out_rewards(model, head, loss, held_out, step, config.micro_batch, pad_id):
+                    run.log.add(measurement.record())
+                    found[f"eval/{measurement.measure.name.replace(' ', '_')}"] = measurement.value
+            if problems is not None:
+                found |= problems.evaluate(model, tokenizer, step)
+            return found
+
+        if run.start_step == 0:
+            evaluate_now(0)
+        for step in run.steps():
+            size = config.examples_per_step
+            chosen = shuffled(len(train), start=step * size, count=size, seed=config.seed)
+            metrics = backward_preferences(
+                run, model, head, loss, select(train, chosen), rewards_so_far, pad_id=pad_id, size=config.micro_batch
+            )
+            run.clock.lap("backward")
+            metrics |= {name: float(total / count) for name, (total, count) in run.clip_and_step().items()}
+            run.clock.lap("optimizer")
+            metrics |= {
+                "epoch": (step + 1) * size / len(train),
+                "dropped_examples": float(skipped[0]),
+                "cut_examples": float(skipped[1]),
+                "learning_rate": run.learning_rate,
+                **run.clock.times(),
+            }
+            metrics["tokens_per_second"] = metrics["tokens"] / metrics["time/step"]
+            if run.evaluation_due(step + 1):
+                metrics |= evaluate_now(step + 1)
+            run.finish_step(step, metrics)
+
+    run.save_model(model, tokenizer)
+    return run.result()
+
+
+def preferences(
+    records: Records, encoder: Encoder, config: DPOConfig, loss: PreferenceLoss, *, split: bool
+) -> tuple[Preferences, tuple[int, int]]:
+    """Return the examples of the records, and how many were dropped and cut because of their length.
+
+    Args:
+        records: pairs, or completions with a label.
+        encoder: the tokenizer and the template.
+        config: the limits of the length.
+        loss: of pairs or of single rows.
+        split: make two labelled rows of each pair for a loss of single rows.
+
+    Raises:
+        ValueError: records of single rows for a loss of pairs, or records that cannot be read.
+    """
+    limits: dict[str, Any] = {"max_tokens": config.max_tokens, "overlong": config.overlong}
+    if "label" in records[0]:
+        if not loss.unpaired:
+            raise ValueError(
+                f"the loss {loss.name!r} needs pairs (prompt, chosen, rejected), got completions with a label in "
+                f"{records.source}; losses for those are kto, apo_zero_unpaired, bco"
+            )
+        encoded = unpaired_examples(records, encoder, **limits)
+        rows = [(example.prompt, example.completion, example.label) for example in encoded.examples]
+        return labelled(rows, records.source), (encoded.dropped, encoded.cut)
+    pairs = preference_examples(records, encoder, **limits)
+    skipped = (pairs.dropped, pairs.cut)
+    if not (loss.unpaired and split):
+        return Preferences([Comparison.of_pair(pair) for pair in pairs.examples], None), skipped
+    rows = [
+        (pair.prompt, completion, label)
+        for pair in pairs.examples
+        for completion, label in ((pair.chosen, True), (pair.rejected, False))
+    ]
+    return labelled(rows, records.source), skipped
+
+
+def labelled(rows: Sequence[tuple[list[int], list[int], bool]], source: str) -> Preferences:
+    """Return labelled rows, each with the completion of the next row that has another prompt as its mismatched one."""
+    comparisons = []
+    n = len(rows)
+    following: list[int] | None = None
+    for index in range(2 * n - 1, -1, -1):  # around the end, so that the last rows find one too
+        prompt, completion, _ = rows[index % n]
+        if index + 1 < 2 * n and rows[(index + 1) % n][0] != prompt:
+            following = rows[(index + 1) % n][1]
+        if index < n:
+            if following is None:
+                raise ValueError(f"{source} must have at least two different prompts, got one")
+            comparisons.append(Comparison(prompt, (completion, following)))
+    return Preferences(comparisons[::-1], [label for _, _, label in rows])
+
+
+def with_reference(
+    run: Run[DPOConfig], model: Any, head: Head, train: Preferences, held_out: Preferences | None, pad_id: int
+) -> tuple[Preferences, Preferences | None]:
+    """Return both with the reference's log-probs, from the folder of the run or computed now."""
+    config = run.config
+    parts = [part for part in (train, held_out) if part is not None]
+    found = []
+    for name, part in zip(("train", "held_out"), parts, strict=False):
+        folder = run.dir / "reference" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        ref = reference_logprobs(
+            folder, model, head, part.comparisons, batch_size=config.micro_batch, pad_id=pad_id,
+            settings={"dtype": config.dtype, "mixed_precision": config.mixed_precision},
+        )  # fmt: skip
+        found.append(dataclasses.replace(part, ref=ref))
+    return found[0], found[1] if len(found) > 1 else None
+
+
+def select(of: Preferences, indices: Sequence[int]) -> Preferences:
+    """Return the examples at the indices."""
+    return Preferences(
+        [of.comparisons[index] for index in indices],
+        None if of.labels is None else [of.labels[index] for index in indices],
+        None if of.ref is None else [of.ref[index] for index in indices],
+    )
+
+
+def backward_preferences(
+    run: Run[Any],
+    model: Any,
+    head: Head,
+    loss: PreferenceLoss,
+    step: Preferences,
+    rewards_so_far: RunningMean,
+    *,
+    pad_id: int,
+    size: int,
+) -> dict[str, float]:
+    """Add the gradient of the loss of one optimiser step to that of the parameters, and return its metrics.
+
+    `size` examples go through the model at once. `rewards_so_far` is BCO's baseline and takes in the rewards of the
+    step.
+    """
+    inputs: dict[str, Any] = {"n_pairs": float(len(step))}
+    if not loss.unpaired:
+        inputs["n_tokens"] = float(sum(len(comparison.completions[0]) for comparison in step.comparisons))
+    elif loss.shift == "reference_point":
+        inputs["reference_point"] = mismatched_log_ratio(model, head, step, pad_id=pad_id, size=size)
+    elif loss.shift == "baseline":
+        inputs["baseline"] = rewards_so_far.mean
+    totals = MetricSums()
+    value = torch.zeros((), device=run.device)
+    tokens = 0
+    for indices in by_length(step.comparisons, size):
+        part = select(step, indices)
+        few = part.comparisons
+        if loss.unpaired:
+            few = [Comparison(comparison.prompt, comparison.completions[:1]) for comparison in few]
+            assert part.labels is not None
+            inputs["desirable"] = torch.tensor(part.labels, device=run.device)
+        rollout = rollout_of(few, pad_id, run.device)
+        ref = None
+        if part.ref is not None:
+            kept = [row[: len(few[0].completions)] for row in part.ref]
+            ref = padded_logprobs(kept, rollout.completion_ids.shape[1], run.device)
+        output = backward_rollout(run, model, head, loss, rollout, ref, **inputs)
+        totals.add(output.metrics)
+        value = value + output.loss
+        tokens += int(rollout.completion_mask.sum()) + int(rollout.prompt_mask.sum())
+    metrics = totals.means()
+    if loss.shift == "baseline":
+        assert step.labels is not None
+        wanted = sum(step.labels)
+        by_side = (("rewards/chosen", wanted), ("rewards/rejected", len(step) - wanted))
+        rewards_so_far.add(sum(metrics[name] * count for name, count in by_side if count), len(step))
+    return {**metrics, "loss": float(value), "tokens": float(tokens)}
+
+
+def mismatched_log_ratio(model: Any, head: Head, step: Preferences, *, pad_id: int, size: int) -> float:
+    """Return max(0, mean log-ratio of the mismatched completions of the step): KTO's reference point, in nats."""
+    assert step.ref is not None
+    others = [Comparison(comparison.prompt, comparison.completions[1:]) for comparison in step.comparisons]
+    total = 0.0
+    for indices in by_length(others, size):
+        rollout = rollout_of([others[index] for index in indices], pad_id, head.weight.device)
+        policy = token_logprobs_of(model, head, rollout, 1.0).logprobs
+        total += float(policy.sum()) - float(sum(step.ref[index][1].sum() for index in indices))
+    return max(0.0, total / len(others))
+
+
+@torch.no_grad()
+def held_out_rewards(
+    model: Any, head: Head, loss: PreferenceLoss, held_out: Preferences, step: int, size: int, pad_id: int
+) -> list[Measurement]:
+    """Return the accuracy and the margin of the implicit rewards on held-out examples.
+
+    The implicit reward is beta times the log-ratio to the reference; without one, beta times the log-prob, averaged
+    over the tokens where the loss averages. A pair is right where the chosen one has the greater reward, and half right
+    where they are equal, as they all are before training with a reference. For completions with a label there is the
+    margin alone: the difference of the mean rewards of both kinds.
+    """
+    rewards = torch.zeros(len(held_out), len(held_out.comparisons[0].completions), dtype=torch.float64)
+    for indices in by_length(held_out.comparisons, size):
+        part = select(held_out, indices)
+        rollout = rollout_of(part.comparisons, pad_id, head.weight.device)
+        logprobs = token_logprobs_of(model, head, rollout, 1.0).logprobs.double()
+        if part.ref is not None:
+            logprobs = logprobs - padded_logprobs(part.ref, logprobs.shape[1], logprobs.device)
+        score = logprobs.sum(dim=1)
+        if loss.reduce == "mean":
+            score = score / rollout.completion_mask.sum(dim=1)
+        rewards[indices] = loss.beta * score.view(-1, len(part)).T.cpu()
+    if held_out.labels is not None:
+        return _margin_of_labels(rewards[:, 0], torch.tensor(held_out.labels), step)
+    margins = rewards[:, 0] - rewards[:, 1]
+    right = (margins > 0).double() + 0.5 * (margins == 0).double()
+    n = len(held_out)
+    accuracy = float(right.mean())
+    return [
+        Measurement(step, accuracy, (accuracy * (1.0 - accuracy) / n) ** 0.5, n, REWARD_ACCURACY),
+        Measurement(step, float(margins.mean()), float(margins.std(correction=0)) / n**0.5, n, REWARD_MARGIN),
+    ]
+
+
+def _margin_of_labels(rewards: Tensor, labels: Tensor, step: int) -> list[Measurement]:
+    sides = [rewards[labels], rewards[~labels]]
+    if not all(len(side) for side in sides):
+        return []
+    margin = float(sides[0].mean() - sides[1].mean())
+    error = float(sum(side.var(correction=0) / len(side) for side in sides)) ** 0.5
+    return [Measurement(step, margin, error, len(rewards), REWARD_MARGIN)]

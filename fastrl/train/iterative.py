@@ -1,0 +1,104 @@
+"""Iterative GRPO: rounds of fresh pairs, a reward model that is trained further on them, and GRPO on its scores.
+
+    for each round
+        policy -> pairs               fresh problems, its own completions, ranked by the rewards of `pairs`
+        pairs -> reward model         trained further, with a share of the pairs of earlier rounds among the fresh ones
+        reward model -> policy        GRPO; the reference of the KL is the policy as the round begins
+
+As in DeepSeekMath (Shao et al. 2024, arXiv 2402.03300, algorithm 1): the reward model follows the policy, whose samples
+it would otherwise know less and less, and a tenth of its data is old. Here every round is three runs of loops that can
+be run by hand; each keeps its folder, and a round whose model is there is not done again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastrl.train.config import GRPOConfig, check_int
+from fastrl.train.grpo import run_grpo
+from fastrl.train.pairs import PairsConfig, make_pairs, write_pairs
+from fastrl.train.reward_model import RewardModelConfig, run_reward_model
+
+logger = logging.getLogger(__name__)
+
+
+def with_replay(
+    fresh: Sequence[dict[str, Any]], earlier: Sequence[dict[str, Any]], share: float, seed: int
+) -> list[dict[str, Any]]:
+    """Return the fresh records and, after them, so many random earlier ones that they are `share` of all.
+
+    Where there are too few earlier ones, all of them.
+
+    Raises:
+        ValueError: `share` is outside [0, 1).
+    """
+    if not 0.0 <= share < 1.0:
+        raise ValueError(f"share must be at least 0 and less than 1, got {share}")
+    count = min(len(earlier), round(share / (1.0 - share) * len(fresh)))
+    return [*fresh, *random.Random(seed).sample(list(earlier), count)]
+
+
+def iterate(
+    run_dir: str | Path,
+    *,
+    rounds: int,
+    pairs: PairsConfig,
+    reward_model: RewardModelConfig,
+    grpo: GRPOConfig,
+    replay: float = 0.1,
+) -> list[Path]:
+    """Run the rounds and return the folder of the policy after each.
+
+    Args:
+        run_dir: folder of all rounds; `round_0/pairs.jsonl`, `round_0/reward_model`, `round_0/grpo`, ...
+        rounds: how many.
+        pairs: how fresh pairs are made; each round takes the next problems.
+        reward_model: how the reward model is trained; the first round begins from its `model`.
+        grpo: how the policy is trained; the first round begins from its `model`. The score of the reward model is added
+            to its rewards.
+        replay: share of a reward model's pairs that come from earlier rounds.
+
+    Raises:
+        ValueError: settings that do not fit together, or a round without a pair.
+    """
+    check_int("rounds", rounds, at_least=1)
+    policy, classifier = grpo.model, reward_model.model
+    earlier: list[dict[str, Any]] = []
+    policies = []
+    for number in range(rounds):
+        folder = Path(run_dir) / f"round_{number}"
+        sampled = dataclasses.replace(
+            pairs, model=policy, output=str(folder / "fresh.jsonl"), seed=pairs.seed,
+            first_problem=pairs.first_problem + number * pairs.problems,
+        )  # fmt: skip
+        fresh_file = Path(sampled.output)
+        if not fresh_file.is_file():
+            make_pairs(sampled)
+        fresh = [json.loads(line) for line in fresh_file.read_text(encoding="utf-8").splitlines()]
+        data = write_pairs(with_replay(fresh, earlier, replay, seed=number), folder / "pairs.jsonl")
+        earlier += fresh
+        scored = dataclasses.replace(
+            reward_model, model=classifier, data=str(data), run_dir=str(folder / "reward_model"), save_model=True
+        )
+        classifier = _once(scored.run_dir, lambda config=scored: run_reward_model(config))
+        trained = dataclasses.replace(
+            grpo, model=policy, reward_model=classifier, run_dir=str(folder / "grpo"), save_model=True
+        )
+        policy = _once(trained.run_dir, lambda config=trained: run_grpo(config))
+        logger.info("round %d of %d: %d fresh pairs, policy in %s", number + 1, rounds, len(fresh), policy)
+        policies.append(Path(policy))
+    return policies
+
+
+def _once(run_dir: str, train: Any) -> str:
+    """Return the folder of the model of a run, which is trained unless it is there."""
+    model = Path(run_dir) / "model"
+    if not (model / "config.json").is_file():
+        train()
+    return str(model)

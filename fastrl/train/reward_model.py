@@ -1,0 +1,252 @@
+"""A reward model in one file: given pairs, a score at the last token, Bradley-Terry.
+
+    records -> pairs              a prompt with its chosen and its rejected completion, perhaps with a margin
+    for each step
+        pairs -> scores           the backbone and a linear head with one output, at the last token of a completion
+        scores -> gradient        reward_model_loss, divided by the pairs of the whole step
+        one optimiser step
+    now and then                  held-out pairs: how often the chosen one has the greater score, and by how much
+
+What is written is a sequence classifier of transformers with one label, with the tokenizer beside it: `reward_model` of
+`fastrl train grpo` and `ppo` takes the folder, and so does other software. It is trained through transformers' own
+forward pass, so that what is trained is what is read there. That takes the score at the last token that is not the
+padding token: where the padding token also ends completions, the classifier gets another one (`scoring_pad_id`).
+
+The backbone is that of a language model, the head begins at zero: every score is 0 before the first step. With
+adapters, the head is trained in full, and the adapters are merged into the weights that are written.
+
+Left out: more than one process, dropout (the model stays in eval mode), gradient checkpointing, classification of the
+steps of a solution (the loss is `fastrl.losses.reward.process_reward_loss`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrl.losses.reward import reward_model_loss
+from fastrl.train.comparisons import ComparisonDataConfig, records_of
+from fastrl.train.config import check_positive
+from fastrl.train.examples import Encoder, PreferenceExample, preference_examples
+from fastrl.train.measure import Measure, Measurement
+from fastrl.train.model import DTYPES, SMOLLM2, smollm2_path
+from fastrl.train.run import MetricSums, Run, RunResult
+from fastrl.train.scoring import sequence_scores
+from fastrl.train.supervised import shuffled
+
+PAIR_ACCURACY = Measure("pair accuracy", share=True)
+SCORE_MARGIN = Measure("score margin")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModelConfig(ComparisonDataConfig):
+    """Settings of `run_reward_model`."""
+
+    centering_coef: float = 0.0
+    """Weight of the square of the two scores' sum, which keeps scores around zero."""
+    head_learning_rate_factor: float = 1.0
+    """The head's learning rate over that of the backbone."""
+    learning_rate: float = 1e-5
+    """Peak learning rate of AdamW."""
+
+    run_dir: str = "runs/reward-model"
+    """Folder of the run: metrics, evaluations, checkpoints and the final model."""
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` for values that cannot be."""
+        super().__post_init__()
+        check_positive("head_learning_rate_factor", self.head_learning_rate_factor)
+        if not self.centering_coef >= 0.0:
+            raise ValueError(f"centering_coef must be at least 0, got {self.centering_coef}")
+
+
+def run_reward_model(config: RewardModelConfig) -> RunResult:
+    """Train as `config` says and return where the results are.
+
+    Raises ValueError for settings that do not fit together, data that cannot be read, and a model that has no sequence
+    classifier in transformers.
+    """
+    train_records, held_out_records = records_of(config)
+    run = Run(config)
+    model, tokenizer, encoder = load_classifier(config, run.device)
+    limits: dict[str, Any] = {"max_tokens": config.max_tokens, "overlong": config.overlong}
+    encoded = preference_examples(train_records, encoder, **limits)
+    train = encoded.examples
+    held_out: list[PreferenceExample] = []
+    if held_out_records is not None:
+        held_out = preference_examples(held_out_records, encoder, **limits).examples
+    run.optimize(named_parameters(model), factors={"score": config.head_learning_rate_factor})
+
+    with run:
+
+        def evaluate_now(step: int) -> dict[str, float]:
+            found = {}
+            for measurement in held_out_scores(model, held_out, step, config.micro_batch) if held_out else ():
+                run.log.add(measurement.record())
+                found[f"eval/{measurement.measure.name.replace(' ', '_')}"] = measurement.value
+            return found
+
+        if run.start_step == 0:
+            evaluate_now(0)
+        for step in run.steps():
+            size = config.examples_per_step
+            chosen = shuffled(len(train), start=step * size, count=size, seed=config.seed)
+            metrics = backward_pairs(run, model, [train[index] for index in chosen], config)
+            run.clock.lap("backward")
+            metrics |= {name: float(total / count) for name, (total, count) in run.clip_and_step().items()}
+            run.clock.lap("optimizer")
+            metrics |= {
+                "epoch": (step + 1) * size / len(train),
+                "dropped_examples": float(encoded.dropped),
+                "cut_examples": float(encoded.cut),
+                "learning_rate": run.learning_rate,
+                **run.clock.times(),
+            }
+            metrics["tokens_per_second"] = metrics["tokens"] / metrics["time/step"]
+            if run.evaluation_due(step + 1):
+                metrics |= evaluate_now(step + 1)
+            run.finish_step(step, metrics)
+
+    run.save_model(model.merge_and_unload() if config.lora_rank else model, tokenizer)
+    return run.result()
+
+
+def scoring_pad_id(tokenizer: Any, stop_ids: Sequence[int]) -> int:
+    """Return a padding token that no completion ends with.
+
+    transformers' sequence classifiers read the score at the last token that is not padding. With a padding token that
+    is the stop token, as many tokenizers have it, the end of a completion would be out of their sight.
+
+    Raises:
+        ValueError: every special token of the tokenizer is a stop token.
+    """
+    candidates = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, *tokenizer.all_special_ids)
+    for token in candidates:
+        if token is not None and token not in stop_ids:
+            return int(token)
+    raise ValueError(
+        f"a reward model needs a special token that is none of the stop tokens {list(stop_ids)} as padding; the "
+        "tokenizer has no other one"
+    )
+
+
+def load_classifier(config: RewardModelConfig, device: torch.device) -> tuple[Any, Any, Encoder]:
+    """Return a sequence classifier with one label on the backbone of the model, its tokenizer and its encoder.
+
+    A folder that holds a reward model already is continued, head and all.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    source = str(smollm2_path()) if config.model == SMOLLM2 else config.model
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            source, num_labels=1, dtype=DTYPES[config.dtype], output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model {config.model!r} could not be loaded as a sequence classifier of transformers: {error}"
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if missing not in ([], ["score.weight"]):
+        raise ValueError(f"model {config.model!r} must lack nothing but score.weight, got {', '.join(missing)}")
+    if missing:
+        torch.nn.init.zeros_(model.score.weight)
+    stop_ids = _stop_ids(source, model, tokenizer)
+    model.config.pad_token_id = scoring_pad_id(tokenizer, stop_ids)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
+    model.eval().to(device)
+    if config.lora_rank:
+        model = _add_lora(model, config)
+    return model, tokenizer, Encoder(tokenizer, stop_ids, config.prompt_template, config.system_prompt)
+
+
+def _stop_ids(source: str, model: Any, tokenizer: Any) -> list[int]:
+    """Return every id that ends a completion of the language model in `source`, the tokenizer's own among them.
+
+    A classifier's folder has no generation config; the config of the model stands in for it.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        configured = GenerationConfig.from_pretrained(source).eos_token_id
+    except OSError:
+        configured = model.config.eos_token_id
+    listed = configured if isinstance(configured, list) else [configured]
+    return sorted({int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None})
+
+
+def named_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters by name; those of the head begin with `score.`, inside adapters too."""
+    return {
+        f"score.{name}" if ".score." in name and "modules_to_save" in name else name: parameter
+        for name, parameter in model.named_parameters()
+    }
+
+
+def backward_pairs(
+    run: Run[Any], model: Any, pairs: Sequence[PreferenceExample], config: RewardModelConfig
+) -> dict[str, float]:
+    """Add the gradient of the loss of one optimiser step to that of the parameters, and return its metrics."""
+    totals = MetricSums()
+    value = torch.zeros((), device=run.device)
+    tokens = 0
+    for few in _micro_batches(pairs, config.micro_batch):
+        scores = pair_scores(model, few)
+        margin = torch.tensor([pair.margin for pair in few], device=scores.device)
+        output = reward_model_loss(scores[:, 0], scores[:, 1], margin, config.centering_coef, n_pairs=float(len(pairs)))
+        run.backward(output.loss)
+        totals.add(output.metrics)
+        value = value + output.loss.detach()
+        tokens += sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in few)
+    return {**totals.means(), "loss": float(value), "tokens": float(tokens)}
+
+
+def pair_scores(model: Any, pairs: Sequence[PreferenceExample]) -> Tensor:
+    """Return (P, 2): the scores of the chosen and of the rejected completions, differentiable."""
+    sequences = [[*pair.prompt, *completion] for pair in pairs for completion in (pair.chosen, pair.rejected)]
+    return sequence_scores(model, sequences).view(-1, 2)
+
+
+@torch.no_grad()
+def held_out_scores(model: Any, pairs: Sequence[PreferenceExample], step: int, size: int) -> list[Measurement]:
+    """Return the accuracy and the margin on held-out pairs; equal scores are half right."""
+    scores = torch.cat([pair_scores(model, few).double().cpu() for few in _micro_batches(pairs, size)])
+    margins = scores[:, 0] - scores[:, 1]
+    right = (margins > 0).double() + 0.5 * (margins == 0).double()
+    n, accuracy = len(pairs), float(right.mean())
+    return [
+        Measurement(step, accuracy, (accuracy * (1.0 - accuracy) / n) ** 0.5, n, PAIR_ACCURACY),
+        Measurement(step, float(margins.mean()), float(margins.std(correction=0)) / n**0.5, n, SCORE_MARGIN),
+    ]
+
+
+def _micro_batches(pairs: Sequence[PreferenceExample], size: int) -> Iterator[list[PreferenceExample]]:
+    """Yield the pairs, similar lengths together, so that there is less padding."""
+    ordered = sorted(pairs, key=lambda pair: len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)))
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]
+
+
+def _add_lora(model: Any, config: RewardModelConfig) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    targets = config.lora_modules
+    adapters = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType]  # PEFT divides by the rank, a float serves
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        modules_to_save=["score"],
+        lora_dropout=0.0,
+        bias="none",
+        task_type="SEQ_CLS",
+    )
+    with warnings.catch_warnings():
+        # PEFT 0.21 reads an attribute that transformers 5.23 has renamed.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        return get_peft_model(model, adapters).eval()
