@@ -1,0 +1,148 @@
+"""What the adapters for other trainers share: whether the host fits, and replacing its objects so that they come back.
+
+An adapter names the attributes and signatures that it was tested with. A host that looks otherwise is refused in one
+line that says what was expected and what is there; nothing is guessed from version numbers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Host:
+    """A trainer that an adapter enters."""
+
+    name: str
+    """Its name in messages."""
+    distribution: str
+    """The distribution that holds it."""
+    tested: str
+    """The version or commit that the adapter was tested with."""
+    adapter: str
+    """The module of the adapter."""
+
+    def version(self) -> str:
+        """Return the installed version, or "of unknown version" for one that was not installed as a distribution."""
+        try:
+            return metadata.version(self.distribution)
+        except metadata.PackageNotFoundError:
+            return "of unknown version"
+
+    def module(self, path: str) -> Any:
+        """Return a module of the host; raise ImportError, in one line, where it cannot be imported."""
+        try:
+            return importlib.import_module(path)
+        except ImportError as error:
+            raise ImportError(
+                f"{self.adapter} needs {self.name} (tested with {self.tested}): {path} cannot be imported: {error}"
+            ) from error
+
+    def attribute(self, owner: Any, name: str) -> Any:
+        """Return `owner.name`; raise RuntimeError where this version of the host does not have it."""
+        found = getattr(owner, name, _ABSENT)
+        if found is _ABSENT:
+            raise self.unsupported(f"{_path(owner)}.{name} does not exist")
+        return found
+
+    def function(self, owner: Any, name: str, arguments: tuple[str, ...]) -> Callable[..., Any]:
+        """Return the function `owner.name`; raise RuntimeError unless it takes exactly `arguments`."""
+        function = self.attribute(owner, name)
+        found = tuple(inspect.signature(function).parameters)
+        if found != arguments:
+            raise self.unsupported(
+                f"{_path(owner)}.{name} takes ({', '.join(found)}), expected ({', '.join(arguments)})"
+            )
+        return function
+
+    def unsupported(self, what: str) -> RuntimeError:
+        """Return the error for a host that the adapter does not fit."""
+        return RuntimeError(
+            f"{self.name} {self.version()} is not supported: {what}; {self.adapter} was tested with {self.tested}"
+        )
+
+
+def _path(owner: Any) -> str:
+    if inspect.ismodule(owner):
+        return owner.__name__
+    return f"{owner.__module__}.{owner.__qualname__}"
+
+
+class Switch:
+    """Objects of a host replaced while it is on, and put back, the same objects, when it goes off.
+
+    Args:
+        host: for messages.
+        find: returns (owner, name, replacement) of everything to replace; it checks that the host fits.
+    """
+
+    def __init__(self, host: Host, find: Callable[[], list[tuple[Any, str, Any]]]) -> None:
+        self._host = host
+        self._find = find
+        self._lock = threading.RLock()
+        self._bindings: list[tuple[Any, str, Any, Any]] = []
+        self._contexts = 0
+        self._permanent = False
+
+    @property
+    def on(self) -> bool:
+        """Whether the replacements are in place."""
+        return bool(self._bindings)
+
+    @contextmanager
+    def patched(self) -> Iterator[None]:
+        """Replace inside this context; contexts nest."""
+        with self._lock:
+            self._install()
+            self._contexts += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._contexts -= 1
+                self._restore_when_unused()
+
+    def enable(self) -> None:
+        """Replace from here on; a second call changes nothing."""
+        with self._lock:
+            self._install()
+            self._permanent = True
+
+    def disable(self) -> None:
+        """Undo `enable`; inside a context the host's own objects come back when that ends."""
+        with self._lock:
+            self._permanent = False
+            self._restore_when_unused()
+
+    def _install(self) -> None:
+        if self._bindings:
+            return
+        found = [(owner, name, vars(owner)[name], ours) for owner, name, ours in self._find()]
+        for owner, name, _, ours in found:
+            setattr(owner, name, ours)
+        self._bindings.extend(found)
+
+    def _restore_when_unused(self) -> None:
+        if self._contexts or self._permanent:
+            return
+        while self._bindings:
+            owner, name, original, ours = self._bindings.pop()
+            if vars(owner).get(name) is not ours:
+                warnings.warn(
+                    f"{_path(owner)}.{name} was replaced by something else while fastrl's patch of {self._host.name} "
+                    "was on; it is left as it is",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+                continue
+            setattr(owner, name, original)
