@@ -130,6 +130,7 @@ def _function(name: str, build: Callable[[str, Any], PolicyLoss], form: Form) ->
         if config is None:
             raise ValueError(f"fastrl_{name} needs verl's actor config, got config=None")
         loss = build(loss_agg_mode, config)
+        inputs: dict[str, Any]
         inputs, dp_size = _counts(loss, config, log_prob)
         selection = None
         if form.preset == "clip_cov":
