@@ -123,6 +123,16 @@ class Batch:
         return dataclasses.replace(self, rollout=rollout, **{name: cut(getattr(self, name)) for name in names})
 
 
+def zero_advantages(batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return `zero_advantage_fraction` as (sum, count): the share of the tokens in the loss whose advantage is 0.
+
+    The policy's part of the loss has no gradient there, and without a KL or an entropy bonus the backward pass through
+    the head leaves such rows out.
+    """
+    advantages = batch.advantages if batch.advantages.dim() == 2 else batch.advantages[:, None]
+    return {"zero_advantage_fraction": (((advantages == 0) & batch.mask).sum(), batch.mask.sum())}
+
+
 class Counts(NamedTuple):
     """What an optimiser step divides its losses by, so that the split into micro-batches changes nothing."""
 

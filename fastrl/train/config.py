@@ -260,9 +260,74 @@ class GRPOConfig(BatchConfig):
     """Divisor of the advantages: `group` (std of the group), `batch`, `none` (Dr. GRPO), ..."""
     advantage_baseline: str = "group_mean"
     """What is subtracted from a reward: `group_mean`, `leave_one_out`, ..."""
+    step_rewards: dict[str, float] = field(default_factory=dict)
+    """Process supervision: rewards of the steps of a completion, by name, with their weights. Each is called with the
+    text up to the end of a step. Their advantages are added to those of `rewards`, whose weights may be 0."""
+    step_marker: str = "\n"
+    """What ends a step: a newline, `<step>`, ...; a text, not a special token, which the text of a completion lacks."""
+
+    # The prompts
+    dynamic_sampling: Literal["off", "reward", "correct"] = "off"
+    """Sample further prompts in the place of groups that teach nothing: those whose rewards are all equal (`reward`),
+    or whose answers are all right or all wrong (`correct`, DAPO)."""
+    dynamic_sampling_tries: int = 4
+    """Rounds of sampling for one batch; groups that are still missing are filled up with some that teach nothing."""
+    filter_prompts: int = 0
+    """Train on those of this many problems that the model, before training, answers right sometimes but not always
+    (of `group_size` completions), again and again; 0 trains on the endless stream of problems."""
+    curriculum_parameter: str | None = None
+    """Parameter of the task that makes it harder in stages, in the training problems only."""
+    curriculum_values: tuple[int | float | str | bool, ...] = ()
+    """Its value in each stage, the easiest first."""
+    curriculum_threshold: float = 0.8
+    """Share of right answers, over the last `curriculum_window` steps of a stage, from which the next one begins."""
+    curriculum_window: int = 5
+    """Steps over which that share is taken."""
+
+    # The reference of the KL
+    reference_sync_steps: int = 0
+    """Steps after which the reference follows the policy; 0 keeps the model before training."""
+    reference_ema: float = 0.0
+    """Share of the old reference that a synchronisation keeps: 0 takes the policy as it is."""
 
     run_dir: str = "runs/grpo"
     """Folder of the run: metrics, evaluations, samples, checkpoints and the final model."""
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` for values that cannot be."""
+        super().__post_init__()
+        for name in ("dynamic_sampling_tries", "curriculum_window"):
+            check_int(name, getattr(self, name), at_least=1)
+        for name in ("filter_prompts", "reference_sync_steps"):
+            check_int(name, getattr(self, name), at_least=0)
+        check_choice("dynamic_sampling", self.dynamic_sampling, ("off", "reward", "correct"))
+        object.__setattr__(self, "curriculum_values", tuple(self.curriculum_values))
+        if not 0 <= self.reference_ema < 1:
+            raise ValueError(f"reference_ema must be in [0, 1), got {self.reference_ema}")
+        if self.reference_ema and not self.reference_sync_steps:
+            raise ValueError(f"reference_ema={self.reference_ema} needs reference_sync_steps, got 0")
+        if self.reference_sync_steps and self.lora_rank:
+            raise ValueError("reference_sync_steps needs a copy of the model as the reference; got lora_rank > 0")
+        if not 0 < self.curriculum_threshold <= 1:
+            raise ValueError(f"curriculum_threshold must be in (0, 1], got {self.curriculum_threshold}")
+        if (self.curriculum_parameter is None) != (not self.curriculum_values):
+            raise ValueError(
+                "curriculum_parameter and curriculum_values belong together, "
+                f"got {self.curriculum_parameter!r} and {list(self.curriculum_values)}"
+            )
+        if self.curriculum_values and self.filter_prompts:
+            raise ValueError("filter_prompts and a curriculum exclude each other, got both")
+        if self.filter_prompts and self.filter_prompts < self.prompts_per_step:
+            raise ValueError(
+                f"filter_prompts must be 0 or at least prompts_per_step={self.prompts_per_step}, "
+                f"got {self.filter_prompts}"
+            )
+        if self.step_rewards:
+            check_choice("advantage_scale with step_rewards", self.advantage_scale, ("group", "batch", "none"))
+            if not self.step_marker:
+                raise ValueError("step_marker must not be empty")
+            if self.dynamic_sampling == "reward":
+                raise ValueError("dynamic_sampling with step_rewards must be 'off' or 'correct', got 'reward'")
 
 
 def check_int(name: str, value: Any, at_least: int) -> None:

@@ -1,9 +1,11 @@
 """GRPO in one file: sample groups of completions, score them, compare within each group, take a step.
 
     for each step
-        prompts -> completions        sampled from the policy itself, the whole distribution, at the loss's temperature
+        prompts -> completions        sampled from the policy itself, the whole distribution, at the loss's temperature;
+                                      with dynamic sampling once more where a group teaches nothing
         completions -> rewards        a reward that failed is NaN: counted, and its completion has advantage 0
-        rewards -> advantages         (R - mean of the group) / std of the group, or as configured
+        rewards -> advantages         (R - mean of the group) / std of the group, or as configured; rewards of steps are
+                                      normalised over the group too, and summed from each token to the end
         old, reference log-probs      by the same code, in the same micro-batches, as in the loss: the ratio is 1
         epochs x minibatches          PolicyLoss.from_hidden, no logits of the whole batch; one optimiser step each
 
@@ -18,6 +20,7 @@ and losses that need more than this loop has at hand (they are refused by name).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any
 
@@ -33,10 +36,14 @@ from fastrl.train.batches import (
     logprobs_in_micro_batches,
     minibatches,
     named_loss,
+    zero_advantages,
 )
 from fastrl.train.config import GRPOConfig
+from fastrl.train.dynamic_sampling import sample_batch
 from fastrl.train.evaluate import CORRECT
 from fastrl.train.model import add_lora, head_of, load_model
+from fastrl.train.process import process_advantages
+from fastrl.train.prompts import Prompts
 from fastrl.train.reference_policy import ReferencePolicy
 from fastrl.train.rewards import build_rewards
 from fastrl.train.rollout import verify_logprobs
@@ -63,29 +70,38 @@ def run_grpo(config: GRPOConfig) -> RunResult:
     reference = None
     if loss_function.kl is not None and loss_function.kl_to == "ref":
         reference = ReferencePolicy(model, adapters=config.lora_rank > 0)
+        if config.reference_sync_steps:
+            run.register("reference", reference)
+    elif config.reference_sync_steps:
+        raise ValueError(f"reference_sync_steps={config.reference_sync_steps} needs a KL to a reference, got none")
     if config.lora_rank:
         model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_modules)
     head = head_of(model)
+    prompts = Prompts(config, task)
+    run.register("prompts", prompts)
     run.optimize(dict(model.named_parameters()))
     rewards = build_rewards({CORRECT: 0.0, **config.rewards}, task)
+    step_rewards = build_rewards(config.step_rewards, task) if config.step_rewards else None
     sampler = Sampler(run, task, model, tokenizer, rewards, reward_model)
 
-    with rewards, run:
+    with rewards, step_rewards or contextlib.nullcontext(), run:
         if run.start_step == 0:
             sampler.evaluate(0)
+            if config.filter_prompts:
+                prompts.filter(sampler)
         for step in run.steps():
-            # Rollouts
-            problems = sampler.problems(step)
-            rollout = sampler.rollout(problems)
+            # Rollouts and rewards
+            sampled = sample_batch(sampler, prompts, config, tokenizer.pad_token_id, run.clock)
+            problems, rollout, scored = sampled.problems, sampled.rollout, sampled.scored
+            prompts.observe(sampled.seen.components[CORRECT])
             if step == run.start_step:
                 few = rollout.rows(0, min(4, config.batch_size))
                 difference = verify_logprobs(model, head, few, config.temperature)
                 logger.info("log-probs equal those of the model's own logits within %.2g nats", difference)
-            run.clock.lap("rollout")
+                run.clock.lap("verification")
 
-            # Rewards and advantages
+            # Advantages
             lengths = rollout.completion_mask.sum(dim=1)
-            scored = sampler.score(problems, rollout)
             advantages = group_advantages(
                 scored.total,
                 group_size=config.group_size,
@@ -93,7 +109,11 @@ def run_grpo(config: GRPOConfig) -> RunResult:
                 baseline=config.advantage_baseline,
                 lengths=lengths.cpu() if config.advantage_baseline == "length_weighted" else None,
             ).to(run.device)
-            run.clock.lap("reward")
+            step_metrics: dict[str, float] = {}
+            if step_rewards is not None:
+                of_steps, step_metrics = process_advantages(problems, rollout, step_rewards, tokenizer, config)
+                advantages = advantages[:, None] + of_steps
+            run.clock.lap("advantages")
 
             # Old and reference log-probs. With one optimiser step per batch the policy in the loss is the one that
             # sampled, so old log-probs are only computed once, to measure that the first ratio is 1.
@@ -122,11 +142,18 @@ def run_grpo(config: GRPOConfig) -> RunResult:
                     totals.add(run.clip_and_step())
                     run.clock.lap("optimizer")
 
+            if reference is not None and config.reference_sync_steps and (step + 1) % config.reference_sync_steps == 0:
+                reference.update(model, config.reference_ema)
+
             # Bookkeeping
             totals.add(reward_metrics(scored.total, group_size=config.group_size))
+            totals.add(zero_advantages(batch))
             metrics = {
                 **totals.means(),
                 **batch_metrics(rollout, scored),
+                **(sampled.metrics() if config.dynamic_sampling != "off" else {}),
+                **prompts.metrics(),
+                **step_metrics,
                 "learning_rate": run.learning_rate,
                 **run.clock.times(),
             }

@@ -58,6 +58,22 @@ class RewardBatch:
     reasons: tuple[str, ...] = ()
     """Up to five different reasons of failures, each with the name of its reward."""
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[RewardBatch]) -> RewardBatch:
+        """Return the rewards of all parts, in order."""
+        reasons = dict.fromkeys(reason for part in parts for reason in part.reasons)
+        return cls(
+            torch.cat([part.total for part in parts]),
+            {name: torch.cat([part.components[name] for part in parts]) for name in parts[0].components},
+            sum(part.failures for part in parts),
+            tuple(reasons)[:5],
+        )
+
+    def select(self, rows: Tensor) -> RewardBatch:  # (R,) int64
+        """Return the rewards at `rows`; failures and reasons stay those of all calls that were made."""
+        components = {name: values[rows] for name, values in self.components.items()}
+        return dataclasses.replace(self, total=self.total[rows], components=components)
+
 
 @dataclasses.dataclass(frozen=True)
 class LengthReward:

@@ -59,6 +59,49 @@ class Rollout:
             truncated=self.truncated[start:stop],
         )
 
+    def select(self, rows: Tensor) -> Rollout:  # (R,) int64, ascending
+        """Return the completions at `rows`, with only their own prompts; the padding stays as it is."""
+        used, index = torch.unique(self.prompt_index[rows], return_inverse=True)
+        return Rollout(
+            prompt_ids=self.prompt_ids[used],
+            prompt_mask=self.prompt_mask[used],
+            prompt_index=index,
+            completion_ids=self.completion_ids[rows],
+            completion_mask=self.completion_mask[rows],
+            logprobs=self.logprobs[rows],
+            truncated=self.truncated[rows],
+        )
+
+
+def concatenate(parts: Sequence[Rollout], pad_id: int) -> Rollout:
+    """Return the completions of all parts, in order, padded to the longest prompt and the longest completion."""
+    prompt_width = max(part.prompt_ids.shape[1] for part in parts)
+    width = max(part.completion_ids.shape[1] for part in parts)
+
+    def joined(name: str, value: float, *, prompts: bool = False) -> Tensor:
+        tensors = [getattr(part, name) for part in parts]
+        missing = [(prompt_width if prompts else width) - tensor.shape[1] for tensor in tensors]
+        return torch.cat(
+            [
+                torch.nn.functional.pad(tensor, (count, 0) if prompts else (0, count), value=value)
+                for tensor, count in zip(tensors, missing, strict=True)
+            ]
+        )
+
+    indices, first = [], 0
+    for part in parts:
+        indices.append(part.prompt_index + first)
+        first += part.prompt_ids.shape[0]
+    return Rollout(
+        prompt_ids=joined("prompt_ids", pad_id, prompts=True),
+        prompt_mask=joined("prompt_mask", False, prompts=True),
+        prompt_index=torch.cat(indices),
+        completion_ids=joined("completion_ids", pad_id),
+        completion_mask=joined("completion_mask", False),
+        logprobs=joined("logprobs", 0.0),
+        truncated=torch.cat([part.truncated for part in parts]),
+    )
+
 
 def encode_prompts(
     tokenizer: Any, questions: Sequence[str], *, template: str = CHAT_TEMPLATE, system: str | None = None
