@@ -159,8 +159,8 @@ def test_the_split_changes_the_memory_only(name: str) -> None:
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "simpo", "orpo", "kto", "bco", "aot"])
 def test_every_family_learns_the_pairs(folder: Path, pairs: Path, tmp_path: Path, loss: str) -> None:
     result = run_dpo(settings(folder, pairs, tmp_path, loss=loss, steps=12, examples_per_step=8))
-    accuracies = [r["value"] for r in result.evaluations if r["measure"] == "implicit reward accuracy"]
-    margins = [r["value"] for r in result.evaluations if r["measure"] == "implicit reward margin"]
+    accuracies = [r["value"] for r in result.evaluations if r["measure"] == "reward accuracy"]
+    margins = [r["value"] for r in result.evaluations if r["measure"] == "reward margin"]
     assert len(accuracies) == len(margins) == 2
     assert accuracies[1] > accuracies[0]
     assert margins[1] > margins[0]
@@ -200,7 +200,7 @@ def test_reference_logprobs_are_those_of_the_model_and_kept_by_key(tmp_path: Pat
 
 def test_adapters_train_against_the_model_without_them(folder: Path, pairs: Path, tmp_path: Path) -> None:
     result = run_dpo(settings(folder, pairs, tmp_path, lora_rank=4, steps=8, save_model=True))
-    assert [r["value"] for r in result.evaluations if r["measure"] == "implicit reward margin"][1] > 0.0
+    assert [r["value"] for r in result.evaluations if r["measure"] == "reward margin"][1] > 0.0
     assert (tmp_path / "model" / "adapter_model.safetensors").is_file()
 
 
@@ -212,7 +212,7 @@ def test_records_with_labels_are_single_rows(folder: Path, tmp_path: Path) -> No
     ]
     data = write_pairs(rows, tmp_path / "rows.jsonl")
     result = run_dpo(settings(folder, data, tmp_path / "run", loss="kto", steps=8, examples_per_step=8))
-    assert {r["measure"] for r in result.evaluations} == {"implicit reward margin"}
+    assert {r["measure"] for r in result.evaluations} == {"reward margin"}
     assert result.evaluations[-1]["value"] > result.evaluations[0]["value"]
     with pytest.raises(ValueError, match="needs pairs"):
         run_dpo(settings(folder, data, tmp_path / "other"))

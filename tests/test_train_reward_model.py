@@ -93,6 +93,7 @@ def test_gradient_is_that_of_the_formula_in_plain_pytorch(folder: Path, pairs: P
 
 def test_the_padding_token_ends_no_completion(folder: Path, pairs: Path, tmp_path: Path) -> None:
     assert TOKENIZER.pad_token_id == TOKENIZER.eos_token_id == 2
+    assert scoring_pad_id(tiny_tokenizer(pad_is_eos=False), [2]) == 0
     assert scoring_pad_id(TOKENIZER, [2]) == 1
     assert scoring_pad_id(TOKENIZER, [1, 2]) == 3
     with pytest.raises(ValueError, match="none of the stop tokens"):

@@ -54,8 +54,8 @@ from fastrl.train.tasks import load_task
 
 logger = logging.getLogger(__name__)
 
-REWARD_ACCURACY = Measure("implicit reward accuracy", share=True)
-REWARD_MARGIN = Measure("implicit reward margin")
+REWARD_ACCURACY = Measure("reward accuracy", share=True)
+REWARD_MARGIN = Measure("reward margin")
 
 
 @dataclass(frozen=True)
