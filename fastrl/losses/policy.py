@@ -644,8 +644,8 @@ class PolicyLoss:
         metrics = policy_metrics(
             self, batch, live.detach(), None if live_entropy is None else live_entropy.detach(), columns, terms
         )
-        detached = None if entropy is None else layout.restore(entropy.detach())
-        return LossOutput(loss, metrics, layout.restore(logprobs.detach()), detached)
+        kept = None if live_entropy is None else layout.restore(live_entropy.detach())
+        return LossOutput(loss, metrics, layout.restore(live.detach()), kept)
 
     def columns(self, layout: Layout, batch: Batch, live: Tensor | None) -> reference.TokenColumns:
         """Return the columns of the token arithmetic; `live` are the log-probs, where the columns depend on them."""
