@@ -497,7 +497,8 @@ def test_calls_that_do_not_fit_say_what_was_expected() -> None:
 
 
 def test_no_tensor_of_logits_is_ever_allocated() -> None:
-    rows, length, width, vocabulary = 4, 512, 16, 2000
+    # Pairs are taken in blocks of up to four chunks, 1024 rows.
+    rows, length, width, vocabulary = 4, 1280, 16, 1000
     hidden = torch.randn(rows, length, width, requires_grad=True)
     weight = torch.randn(vocabulary, width, requires_grad=True)
     target = torch.randint(0, vocabulary, (rows, length))

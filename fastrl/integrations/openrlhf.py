@@ -1,0 +1,190 @@
+"""fastrl inside OpenRLHF: its policy loss, and the log-probs and entropies of its actor.
+
+    from fastrl.integrations import openrlhf
+
+    openrlhf.enable()                  # in the process of the actor; or: with openrlhf.patched(): ...
+
+`PolicyLoss.forward`, `log_probs_from_logits` and `compute_entropy` are replaced; objects that exist already follow.
+OpenRLHF has no hook of its own for any of them.
+
+Legend: B sequences, A actions (padded), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrl.integrations._host import Host, Switch
+from fastrl.losses.policy import PolicyLoss, RolloutCorrection
+from fastrl.ops.token_logprobs import token_logprobs
+
+HOST = Host("OpenRLHF", "openrlhf", "0.11.2", "fastrl.integrations.openrlhf")
+
+_LOSS_ARGUMENTS = (
+    "self", "log_probs", "old_log_probs", "advantages", "action_mask", "rollout_log_probs", "dp_size",
+    "batch_num_tokens", "global_batch_size",
+)  # fmt: skip
+_OPTIONS = (
+    "clip_eps_low", "clip_eps_high", "dual_clip", "token_level_loss", "policy_loss_type", "is_correction_level",
+    "is_correction_mode", "is_correction_gating", "is_correction_threshold",
+)  # fmt: skip
+_INIT_ARGUMENTS = ("self", *_OPTIONS)
+
+
+@functools.lru_cache(maxsize=32)
+def policy_loss(
+    *,
+    clip_eps_low: float = 0.2,
+    clip_eps_high: float = 0.2,
+    dual_clip: float | None = None,
+    token_level_loss: bool = True,
+    policy_loss_type: str = "ppo",
+    is_correction_level: str = "off",
+    is_correction_mode: str = "mask",
+    is_correction_gating: str = "ratio",
+    is_correction_threshold: tuple[float, float] = (0.5, 5.0),
+) -> PolicyLoss:
+    """Return the `PolicyLoss` that OpenRLHF's options describe; the names and defaults are those of its constructor.
+
+    With "gspo" and a correction OpenRLHF takes the ratio to the rollout's log-probs and weighs nothing.
+
+    Raises:
+        ValueError: a value that OpenRLHF does not know.
+    """
+    if policy_loss_type not in ("ppo", "gspo"):
+        raise ValueError(f"policy_loss_type must be 'ppo' or 'gspo', got {policy_loss_type!r}")
+    if is_correction_level not in ("off", "token", "seq"):
+        raise ValueError(f"is_correction_level must be 'off', 'token' or 'seq', got {is_correction_level!r}")
+    if is_correction_mode not in ("mask", "clip"):
+        raise ValueError(f"is_correction_mode must be 'mask' or 'clip', got {is_correction_mode!r}")
+    corrected = is_correction_level != "off"
+    fields: dict[str, Any] = {"clip_low": clip_eps_low, "clip_high": clip_eps_high, "dual_clip": dual_clip}
+    fields["aggregate"] = "token_mean" if token_level_loss and policy_loss_type == "ppo" else "sequence_mean"
+    if policy_loss_type == "gspo":
+        return PolicyLoss.preset("gspo", style="openrlhf", ratio_anchor="rollout" if corrected else "old", **fields)
+    if corrected:
+        low, high = is_correction_threshold
+        fields["correction"] = RolloutCorrection(
+            level="sequence" if is_correction_level == "seq" else "token",
+            op="truncate" if is_correction_mode == "clip" else "gate",
+            statistic=is_correction_gating,
+            low=low,
+            high=high,
+        )
+    return PolicyLoss.preset("ppo", style="openrlhf", **fields)
+
+
+def _forward(
+    self: Any,
+    log_probs: Tensor,  # (B, A)
+    old_log_probs: Tensor,  # (B, A)
+    advantages: Tensor,  # (B, A)
+    action_mask: Tensor | None = None,  # (B, A)
+    rollout_log_probs: Tensor | None = None,  # (B, A)
+    dp_size: int = 1,
+    batch_num_tokens: float | Tensor | None = None,
+    global_batch_size: float | Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Stand for OpenRLHF's `PolicyLoss.forward`: (loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio)."""
+    options = {name: getattr(self, name) for name in _OPTIONS}
+    options["is_correction_threshold"] = tuple(options["is_correction_threshold"])
+    loss = policy_loss(**options)
+    mask = torch.ones_like(log_probs, dtype=torch.bool) if action_mask is None else action_mask
+    by_token = loss.aggregate == "token_mean"
+    count = batch_num_tokens if by_token else global_batch_size
+    counts = {} if count is None else {"n_tokens" if by_token else "n_sequences": count}
+    output = loss(
+        log_probs,
+        advantages=advantages,
+        mask=mask,
+        old_logprobs=old_log_probs,
+        rollout_logprobs=rollout_log_probs,
+        **counts,
+    )
+    scale = 1 if count is None else dp_size
+    clipped, live = output.metrics["clip_fraction"]
+    keep = mask != 0
+    ppo_kl = torch.where(keep, old_log_probs - log_probs.detach(), 0.0).sum() / live
+    vllm_kl = filtered = None
+    if loss.correction is not None and rollout_log_probs is not None:
+        vllm_kl = torch.where(keep, rollout_log_probs - old_log_probs, 0.0).sum() / live
+        filtered = _filtered(loss.correction, old_log_probs, rollout_log_probs, keep)
+    return output.loss * scale, (clipped / live).to(log_probs.dtype), ppo_kl, vllm_kl, filtered
+
+
+def _filtered(correction: RolloutCorrection, old: Tensor, rollout: Tensor, keep: Tensor) -> Tensor:
+    """Return the share of the tokens, or of the sequences, outside the band; a sequence without tokens is outside."""
+    if correction.op == "truncate":
+        ratio = torch.where(keep, old - rollout, 0.0).exp()
+        outside = keep & ((ratio < correction.low) | (ratio > correction.high))
+        return outside.sum() / keep.sum()
+    inside = keep & (correction.weights(old, rollout, keep) != 0)
+    if correction.level == "sequence":
+        return (~inside.any(-1)).float().mean()
+    return (keep & ~inside).sum() / keep.sum()
+
+
+def log_probs_from_logits(
+    logits: Tensor,  # (..., V)
+    labels: Tensor,  # (...)
+    temperature: float = 1.0,
+) -> Tensor:
+    """Return the log-probs of `labels`, (...) float32; `logits` are left as they are, where OpenRLHF's are divided."""
+    return token_logprobs(logits, labels, temperature=temperature).logprobs
+
+
+def compute_entropy(
+    logits: Tensor,  # (..., V)
+) -> Tensor:
+    """Return the entropy of every row, (...) float32, differentiable."""
+    labels = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    return token_logprobs(logits, labels).entropy
+
+
+def _find() -> list[tuple[Any, str, Any]]:
+    owner = HOST.attribute(HOST.module("openrlhf.models.loss"), "PolicyLoss")
+    HOST.function(owner, "__init__", _INIT_ARGUMENTS)
+    HOST.function(owner, "forward", _LOSS_ARGUMENTS)
+    found: list[tuple[Any, str, Any]] = [(owner, "forward", _forward)]
+    for path in ("openrlhf.models.utils", "openrlhf.models.actor"):
+        module = HOST.module(path)
+        HOST.function(module, "log_probs_from_logits", ("logits", "labels", "temperature"))
+        HOST.function(module, "compute_entropy", ("logits",))
+        found += [
+            (module, "log_probs_from_logits", log_probs_from_logits),
+            (module, "compute_entropy", compute_entropy),
+        ]
+    return found
+
+
+_switch = Switch(HOST, _find)
+
+
+def patched() -> AbstractContextManager[None]:
+    """Run OpenRLHF's policy loss, log-probs and entropies on fastrl inside this context, process-wide.
+
+    Raises:
+        ImportError: OpenRLHF cannot be imported.
+        RuntimeError: this OpenRLHF's signatures are not those that the adapter fits.
+    """
+    return _switch.patched()
+
+
+def enable() -> None:
+    """Run OpenRLHF's policy loss, log-probs and entropies on fastrl from here on, as inside `patched()`."""
+    _switch.enable()
+
+
+def disable() -> None:
+    """Undo `enable()`: OpenRLHF's own functions come back."""
+    _switch.disable()
+
+
+def enabled() -> bool:
+    """Return whether OpenRLHF runs on fastrl now."""
+    return _switch.on

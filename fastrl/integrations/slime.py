@@ -1,0 +1,274 @@
+"""fastrl inside slime: policy losses through its hook for custom losses, and its log-probs of one tensor-parallel rank.
+
+    --loss-type custom_loss --custom-loss-function-path fastrl.integrations.slime.policy_loss
+
+`policy_loss` is slime's own loss (ppo, gspo, cispo by `args.advantage_estimator`); `custom_loss(loss)` makes a hook of
+any `PolicyLoss`. slime reduces per-token values with the closure that it passes (`sum_of_sample_mean`), a weighted sum
+with one weight per sample. The weights are that closure's gradient; they multiply the advantages, in which every
+surrogate is linear, so the fused sum is slime's mean.
+
+Legend: S samples of the micro-batch, N tokens of their responses one after the other, T rows of logits, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrl.integrations._host import Host, Switch
+from fastrl.losses.kl import kl_estimate
+from fastrl.losses.policy import PolicyLoss
+from fastrl.ops.token_logprobs import token_logprobs
+
+HOST = Host("slime", "slime", "624b824a8", "fastrl.integrations.slime")
+
+Reduction = Callable[[Tensor], Tensor]
+Hook = Callable[[Any, Any, Tensor, Reduction], tuple[Tensor, dict[str, Tensor]]]
+
+_REFUSED = ("use_tis", "get_mismatch_metrics", "use_opsm", "custom_pg_loss_reducer_function_path")
+_ROWS_ARGUMENTS = (
+    "logits", "tokens", "tp_group", "with_entropy", "chunk_size", "log_prob_keep_mask", "with_entropy_grad",
+)  # fmt: skip
+
+
+def policy_loss(
+    args: Any,
+    batch: Any,
+    logits: Tensor,  # (1, T, V / tensor-parallel ranks)
+    sum_of_sample_mean: Reduction,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return slime's policy loss and its metrics, from its arguments: eps_clip, eps_clip_high, eps_clip_c, ...
+
+    Raises:
+        ValueError: options that are not supported: use_tis, get_mismatch_metrics, use_opsm,
+            custom_pg_loss_reducer_function_path, context parallelism.
+    """
+    return _computed(_loss_of(args), args, batch, logits, sum_of_sample_mean)
+
+
+def custom_loss(loss: PolicyLoss) -> Hook:
+    """Return a hook for `--custom-loss-function-path` that computes `loss`; slime reduces, and adds KL and entropy.
+
+    Raises:
+        ValueError: a loss with a KL, an entropy bonus, a correction or a selection of its own: slime's use_kl_loss and
+            entropy_coef add the first two; an aggregate other than "token_sum", since slime's reduction is applied.
+    """
+    if not isinstance(loss, PolicyLoss):
+        raise TypeError(f"loss must be a PolicyLoss, got {type(loss).__name__}")
+    if loss.aggregate != "token_sum":
+        raise ValueError(f"loss.aggregate must be 'token_sum', slime's reduction being applied, got {loss.aggregate!r}")
+    own = [
+        name
+        for name, there in (
+            ("kl (slime: use_kl_loss)", loss.kl is not None),
+            ("entropy_coef (slime: entropy_coef)", loss.uses_entropy),
+            ("correction", loss.correction is not None),
+            ("ratio_anchor='rollout' (slime: use_rollout_logprobs)", loss.ratio_anchor == "rollout"),
+        )
+        if there
+    ]
+    if own:
+        raise ValueError(f"slime's hook for losses does not take {', '.join(own)}")
+
+    def hook(args: Any, batch: Any, logits: Tensor, sum_of_sample_mean: Reduction) -> tuple[Tensor, dict[str, Tensor]]:
+        return _computed(loss, args, batch, logits, sum_of_sample_mean)
+
+    return hook
+
+
+def _loss_of(args: Any) -> PolicyLoss:
+    """Return the `PolicyLoss` that slime's arguments describe."""
+    low, high = float(args.eps_clip), float(args.eps_clip_high)
+    cap = getattr(args, "eps_clip_c", None)
+    if args.advantage_estimator == "cispo":
+        return PolicyLoss.preset(
+            "cispo", style="slime", weight_low=max(1.0 - low, 0.0), weight_high=1.0 + high, aggregate="token_sum"
+        )
+    name = "gspo" if args.advantage_estimator == "gspo" else "ppo"
+    dual = None if cap is None else float(cap)
+    return PolicyLoss.preset(name, style="slime", clip_low=low, clip_high=high, dual_clip=dual, aggregate="token_sum")
+
+
+def _computed(
+    loss: PolicyLoss, args: Any, batch: Any, logits: Tensor, reduction: Reduction
+) -> tuple[Tensor, dict[str, Tensor]]:
+    module = _checked_host(args)
+    _, rows = module.get_log_probs_and_entropy(
+        logits,
+        args=args,
+        unconcat_tokens=batch["unconcat_tokens"],
+        total_lengths=batch["total_lengths"],
+        response_lengths=batch["response_lengths"],
+        with_entropy=True,
+        **module.get_rollout_top_p_logprob_kwargs(args, batch),
+    )
+    logprobs, entropy = torch.cat(rows["log_probs"]), torch.cat(rows["entropy"])
+    if logprobs.numel() == 0:
+        zero = 0.0 * logits.sum()
+        names = ("loss", "pg_loss", "entropy_loss", "pg_clipfrac", "ppo_kl")
+        return zero, {name: zero.detach() for name in names}
+    old = _old_logprobs(args, batch, logprobs)
+    total, metrics = _policy_term(loss, batch, logprobs, old, reduction)
+    entropy_loss = reduction(entropy)
+    metrics["entropy_loss"] = entropy_loss.detach()
+    if args.entropy_coef != 0.0:
+        total = total - args.entropy_coef * entropy_loss
+    if args.use_kl_loss:
+        kl = reduction(_kl(args, batch, logprobs, old))
+        total = total + args.kl_loss_coef * kl
+        metrics["kl_loss"] = kl.detach()
+    if batch.get("rollout_log_probs"):
+        compared = logprobs.detach() if args.use_rollout_logprobs else old
+        gap = (compared - torch.cat(batch["rollout_log_probs"])).abs()
+        metrics["train_rollout_logprob_abs_diff"] = reduction(gap)
+    return total, {"loss": total.detach(), **metrics}
+
+
+def _checked_host(args: Any) -> Any:
+    asked = [name for name in _REFUSED if getattr(args, name, None)]
+    if int(getattr(args, "context_parallel_size", 1) or 1) > 1:
+        asked.append("context_parallel_size > 1")
+    if asked:
+        raise ValueError(f"fastrl.integrations.slime does not support {', '.join(asked)}; use --loss-type policy_loss")
+    module = HOST.module("slime.backends.megatron_utils.loss")
+    HOST.attribute(module, "get_log_probs_and_entropy")
+    HOST.attribute(module, "get_rollout_top_p_logprob_kwargs")
+    return module
+
+
+def _old_logprobs(args: Any, batch: Any, logprobs: Tensor) -> Tensor:
+    old = batch["rollout_log_probs"] if args.use_rollout_logprobs else batch.get("log_probs")
+    return torch.cat(old) if old else logprobs.detach()
+
+
+def _policy_term(
+    loss: PolicyLoss, batch: Any, logprobs: Tensor, old: Tensor, reduction: Reduction
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return slime's reduction of the per-token loss, and pg_loss, pg_clipfrac, ppo_kl."""
+    weights = _weights(logprobs, reduction)
+    mask = torch.cat(list(batch["loss_masks"])) != 0
+    lengths = torch.tensor([m.numel() for m in batch["loss_masks"]], device=logprobs.device)
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    advantages = torch.cat(list(batch["advantages"])) * weights
+    output = loss(logprobs, advantages=advantages, mask=mask, old_logprobs=old, cu_seqlens=offsets)
+    log_ratio = torch.where(mask, logprobs.detach() - old, 0.0)
+    if loss.ratio_level.startswith("sequence"):
+        sums = torch.segment_reduce(log_ratio, "sum", lengths=lengths, unsafe=True)
+        counts = torch.segment_reduce(mask.to(log_ratio.dtype), "sum", lengths=lengths, unsafe=True)
+        log_ratio = (sums / counts.clamp(min=1.0)).repeat_interleave(lengths, output_size=mask.numel())
+    metrics = {
+        "pg_loss": output.loss.detach(),
+        "pg_clipfrac": reduction(_clipped(loss, log_ratio.exp(), advantages).to(log_ratio.dtype)),
+        "ppo_kl": -reduction(log_ratio),
+    }
+    return output.loss, metrics
+
+
+def _clipped(loss: PolicyLoss, ratio: Tensor, advantages: Tensor) -> Tensor:
+    infinity = float("inf")
+    if loss.surrogate == "clipped_weight":
+        high = infinity if loss.weight_high is None else loss.weight_high
+        return (ratio < (loss.weight_low or 0.0)) | (ratio > high)
+    low = -infinity if loss.clip_low is None else 1.0 - loss.clip_low
+    high = infinity if loss.clip_high is None else 1.0 + loss.clip_high
+    return ((advantages < 0) & (ratio < low)) | ((advantages > 0) & (ratio > high))
+
+
+def _weights(logprobs: Tensor, reduction: Reduction) -> Tensor:
+    """Return (N,) w such that the reduction of x is sum w x: its gradient, since it is linear."""
+    with torch.enable_grad():
+        probe = torch.zeros_like(logprobs, requires_grad=True)
+        (weights,) = torch.autograd.grad(reduction(probe), probe)
+    return weights
+
+
+def _kl(args: Any, batch: Any, logprobs: Tensor, old: Tensor) -> Tensor:
+    """Return slime's KL estimate of each token (N,)."""
+    clamped = args.kl_loss_type == "low_var_kl"
+    weighted = bool(getattr(args, "use_unbiased_kl", False))
+    return kl_estimate(
+        logprobs,
+        torch.cat(batch["ref_log_probs"]),
+        "k3" if clamped else args.kl_loss_type,
+        gradient="ratio_weighted" if weighted else "plain",
+        old_logprobs=old if weighted else None,
+        value_clamp=10.0 if clamped else None,
+    )
+
+
+def calculate_log_probs_and_entropy(
+    logits: Tensor,  # (T, V)
+    tokens: Tensor,  # (T,)
+    tp_group: Any,
+    with_entropy: bool = False,
+    chunk_size: int = -1,
+    log_prob_keep_mask: Tensor | None = None,  # (T, V)
+    with_entropy_grad: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Stand for slime's function of this name: log-probs (T, 1) and entropy (T,), in one pass without copies.
+
+    `chunk_size` changes nothing: no tensor of the size of the logits is made beside their gradient. With
+    `log_prob_keep_mask` the log-probs are over the tokens kept, and the entropy over all, as in slime.
+
+    Raises:
+        ValueError: logits that are spread over tensor-parallel ranks.
+    """
+    del chunk_size
+    ranks = tp_group.size() if tp_group is not None and hasattr(tp_group, "size") else 1
+    if ranks > 1:
+        raise ValueError(
+            f"fastrl's log-probs take whole rows of logits, got a tensor-parallel group of {ranks} ranks; "
+            "undo with fastrl.integrations.slime.disable()"
+        )
+    if logits.shape[0] == 0:
+        empty = logits.new_zeros((0,))
+        return empty, empty if with_entropy else None
+    result = token_logprobs(logits, tokens, allowed=log_prob_keep_mask)
+    if not with_entropy:
+        return result.logprobs.unsqueeze(-1), None
+    entropy = result.entropy
+    if log_prob_keep_mask is not None:
+        with torch.set_grad_enabled(with_entropy_grad and torch.is_grad_enabled()):
+            entropy = token_logprobs(logits, tokens).entropy
+    return result.logprobs.unsqueeze(-1), entropy if with_entropy_grad else entropy.detach()
+
+
+def _find() -> list[tuple[Any, str, Any]]:
+    found = []
+    for path in ("slime.utils.ppo_utils", "slime.backends.megatron_utils.loss"):
+        module = HOST.module(path)
+        HOST.function(module, "calculate_log_probs_and_entropy", _ROWS_ARGUMENTS)
+        found.append((module, "calculate_log_probs_and_entropy", calculate_log_probs_and_entropy))
+    return found
+
+
+_switch = Switch(HOST, _find)
+
+
+def patched() -> AbstractContextManager[None]:
+    """Run slime's log-probs and entropies on fastrl inside this context, process-wide; one tensor-parallel rank.
+
+    Raises:
+        ImportError: slime, or Megatron under it, cannot be imported.
+        RuntimeError: this slime's function takes other arguments.
+    """
+    return _switch.patched()
+
+
+def enable() -> None:
+    """Run slime's log-probs and entropies on fastrl from here on, as inside `patched()`."""
+    _switch.enable()
+
+
+def disable() -> None:
+    """Undo `enable()`: slime's own function comes back."""
+    _switch.disable()
+
+
+def enabled() -> bool:
+    """Return whether slime's log-probs come from fastrl now."""
+    return _switch.on
