@@ -97,7 +97,7 @@ def _forward(
     mask = torch.ones_like(log_probs, dtype=torch.bool) if action_mask is None else action_mask
     by_token = loss.aggregate == "token_mean"
     count = batch_num_tokens if by_token else global_batch_size
-    counts = {} if count is None else {"n_tokens" if by_token else "n_sequences": count}
+    counts: dict[str, Any] = {} if count is None else {"n_tokens" if by_token else "n_sequences": count}
     output = loss(
         log_probs,
         advantages=advantages,
@@ -120,6 +120,7 @@ def _forward(
 def _filtered(correction: RolloutCorrection, old: Tensor, rollout: Tensor, keep: Tensor) -> Tensor:
     """Return the share of the tokens, or of the sequences, outside the band; a sequence without tokens is outside."""
     if correction.op == "truncate":
+        assert correction.low is not None and correction.high is not None  # OpenRLHF has both
         ratio = torch.where(keep, old - rollout, 0.0).exp()
         outside = keep & ((ratio < correction.low) | (ratio > correction.high))
         return outside.sum() / keep.sum()
