@@ -75,11 +75,11 @@ def test_tests_that_pass(tests: CodeTests, program: str, reward: float, partial:
 
 # What each of these prints after its attack would pass, so a 0 says that the attack ended the program.
 ATTACKS = {
-    "fork": "import os\nos.fork()",
+    "fork": "import os\nif os.fork() == 0:\n    os._exit(0)",
     "fork bomb": "import os\nwhile True:\n    os.fork()",
-    "thread": "import threading\nthreading.Thread(target=print).start()",
+    "thread": "import threading\nthreading.Thread(target=int).start()",
     "program": "import subprocess\nsubprocess.run(['true'])",
-    "exec": "import os\nos.execv('/bin/echo', ['echo', '4'])",
+    "exec": "import os\nos.execv('/bin/echo', ['echo', str(2 * n)])",
     "memory": "x = bytearray(10**9)",
     "flood": "print('x' * 10**6)",
     "socket": "import socket\nsocket.create_connection(('127.0.0.1', PORT), timeout=1)",
