@@ -31,6 +31,9 @@ OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 ALGORITHMS = {
     "grpo": ("fastrl.train.config:GRPOConfig", "fastrl.train.grpo:run_grpo"),
     "ppo": ("fastrl.train.ppo_config:PPOConfig", "fastrl.train.ppo:run_ppo"),
+    "sft": ("fastrl.train.sft:SFTConfig", "fastrl.train.sft:run_sft"),
+    "rft": ("fastrl.train.rft:RFTConfig", "fastrl.train.rft:run_rft"),
+    "online-rft": ("fastrl.train.rft:OnlineRFTConfig", "fastrl.train.rft:run_rft"),
 }
 # What `train` imports before anything else; each comes with the extra.
 TRAIN_NEEDS = ("tyro", "yaml", "rich", "transformers", "accelerate", "safetensors", "reasoning_gym", "matplotlib")

@@ -130,7 +130,7 @@ KERNEL = [
     Mutation("weight 0 multiplies", "tl.where(counts, weights * surrogate, 0.0)", "weights * surrogate * 2.0"),
     Mutation("slope of the tangent", "tl.where(far, EXP_AT_LIMIT, near)", "tl.where(far, beyond, near)"),
     Mutation("KL product not bounded", "value = _between(weighted, ", "value = weighted + 0.0 * _between(weighted, "),
-    Mutation("KL product's gate dropped", "d_ratio = _gate(raw_value, weighted,", "d_ratio = _gate(raw_value, 0.0,"),
+    Mutation("KL product's gate dropped", "d_ratio = let_through * raw_value", "d_ratio = raw_value"),
     Mutation("square without its tau", "surrogate = d_u * d_u / (2.0 * tau)", "surrogate = d_u * d_u / 2.0"),
     Mutation("square residual halved", "d_u = tau * u - advantages", "d_u = 0.5 * (tau * u - advantages)"),
     Mutation("log-ratio gate dropped", "tl.where(token_inside > 0, grad_u, 0.0)", "grad_u"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -154,9 +155,9 @@ def test_help_explains_every_field(capsys):
     "example", sorted((Path(__file__).parent.parent / "examples").glob("*.yaml")), ids=lambda p: p.name
 )
 def test_the_examples_are_valid(example):
-    from fastrl.train.config import GRPOConfig
-
-    load_config(GRPOConfig, example)
+    command = re.search(rf"fastrl train (\S+) --config examples/{example.name}", example.read_text())
+    assert command, "the header says how to run it"
+    load_config(cli._named(cli.ALGORITHMS[command[1]][0]), example)
 
 
 @pytest.mark.parametrize(
@@ -267,3 +268,12 @@ def test_help_and_doctor_work_without_the_extras_and_train_names_them():
     assert done.stdout.splitlines()[-1] == "codes (0, 0, 1)", done.stderr
     assert done.stderr.splitlines()[-1].endswith('pip install "fastrl[train]"')
     assert "training needs tyro, yaml, rich, transformers" in done.stderr
+
+
+@pytest.mark.parametrize("algorithm", cli.ALGORITHMS)
+def test_every_loop_lists_its_settings(algorithm, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_config(cli._named(cli.ALGORITHMS[algorithm][0]), ["--help"], f"fastrl train {algorithm}")
+    assert stop.value.code in (0, None)
+    assert "--run-dir" in capsys.readouterr().out
+    assert callable(cli._named(cli.ALGORITHMS[algorithm][1]))

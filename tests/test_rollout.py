@@ -170,6 +170,12 @@ def test_a_head_that_is_read_wrongly_is_refused() -> None:
             verify_logprobs(model, wrong, roll(model), 1.0)
 
 
+def test_the_head_is_verified_under_autocast_too() -> None:
+    model = tiny_model(TOKENIZER)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert verify_logprobs(model, head_of(model), roll(model), 1.0) < 1e-4
+
+
 def test_rows_hold_the_same_tokens_with_less_padding() -> None:
     model = tiny_model(TOKENIZER)
     rollout = roll(model)

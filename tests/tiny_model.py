@@ -16,6 +16,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
@@ -59,6 +61,8 @@ def tiny_model(tokenizer: Any, *, family: str = "llama", seed: int = 0) -> Any:
     }
     if family == "gemma2":
         model = Gemma2ForCausalLM(Gemma2Config(**sizes, head_dim=8, final_logit_softcapping=3.0, sliding_window=16))
+    elif family == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=True))
     elif family == "gpt2":
         model = GPT2LMHeadModel(GPT2Config(**sizes, n_positions=sizes["max_position_embeddings"]))
     else:

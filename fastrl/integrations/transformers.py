@@ -222,7 +222,7 @@ def _patched_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 class _HeadStandIn:
     """Stands where the head was: takes the hidden states and gives logits that are not formed."""
 
-    def __init__(self, module: nn.Module, call: _Call) -> None:
+    def __init__(self, module: nn.Module, call: Any) -> None:
         self._module = module
         self._call = call
 
@@ -276,7 +276,7 @@ class _Call:
             raise TypeError(f"the model's forward returned {type(output).__name__}, expected a ModelOutput; {_UNDO}")
         if self.logprobs is None:
             raise RuntimeError(f"the model computed its loss without a cross-entropy of its head's logits; {_UNDO}")
-        values = {item.name: getattr(output, item.name) for item in fields(output)}
+        values = {item.name: getattr(output, item.name) for item in fields(output)}  # pyright: ignore[reportArgumentType]
         values = {name: None if isinstance(v, UnformedLogits) else v for name, v in values.items()}
         return _with_logprobs(type(output))(**values, logprobs=self.logprobs, entropy=self.entropy)
 

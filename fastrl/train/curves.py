@@ -52,10 +52,14 @@ PANELS = (
     Panel("Entropy", re.compile(r"entropy(?:/(?P<label>mean)|_mean)?")),
     Panel("Clipped tokens", re.compile(r"clip(?:ped|_ratio|_fraction|frac)?(?:[/_](?P<label>.+))?"), percent=True),
     Panel("Gradient norm", re.compile(r"grad(?:ient)?_norm")),
+    Panel("Critic", re.compile(r"value/(?P<label>loss|explained_variance)")),
+    Panel("Values and returns", re.compile(r"value/(?P<label>values|returns)")),
     Panel("Completion length (tokens)", re.compile(r"completions?[/_](?:mean_)?length(?:s)?(?:[/_](?P<label>.+))?")),
     Panel(
         "Shares",
-        re.compile(r"(?P<label>frac_reward_zero_std|truncated_fraction|completions?[/_](?:clipped|truncated)\w*)"),
+        re.compile(
+            r"(?P<label>pass_rate|solved_prompts|kept_share|frac_reward_zero_std|truncated_fraction|completions?[/_](?:clipped|truncated)\w*)"
+        ),
         percent=True,
     ),
     Panel("Tokens per second", re.compile(r"(?:.*[/_])?tokens_per_(?:s|sec|second)")),

@@ -72,7 +72,7 @@ class Learner(NamedTuple):
     critic: Critic
     loss_function: PolicyLoss
 
-    def parts(self, *, train_policy: bool) -> dict[str, list[Tensor]]:
+    def parts(self, *, train_policy: bool) -> dict[str, list[torch.nn.Parameter]]:
         """Return the parameters whose gradients are clipped apart, by the name of their norm among the metrics."""
         critic = {"value/grad_norm": [p for p in self.critic.named_parameters().values() if p.requires_grad]}
         if not train_policy:
@@ -162,7 +162,12 @@ def run_ppo(config: PPOConfig) -> RunResult:
             totals.add({"value/explained_variance": (explained(batch), torch.ones(()))})
             if ref is not None:
                 kl = kl_estimate(old, ref, config.kl_estimator, mask=rollout.completion_mask).sum()
-                totals.add({"kl": (kl, rollout.completion_mask.sum()), "kl_per_completion": (kl, kl * 0 + len(old))})
+                totals.add(
+                    {
+                        "kl": (kl, rollout.completion_mask.sum()),
+                        "kl_per_completion": (kl, torch.tensor(float(len(old)))),
+                    }
+                )
             metrics = {
                 **totals.means(),
                 **batch_metrics(rollout, scored),

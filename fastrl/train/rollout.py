@@ -27,7 +27,7 @@ CHAT_TEMPLATE = "chat"
 # No vocabulary has this id, and unlike -100 no dataset uses it for a token that counts.
 IGNORED = -(2**31)
 # Nats. A wrong scale or softcap shows as tenths to tens of nats; other batch shapes round by this much at most.
-_LARGEST_DIFFERENCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
+LARGEST_DIFFERENCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,13 @@ def verify_logprobs(model: Any, head: Head, rollout: Rollout, temperature: float
 
     The model's own logits come from each sequence on its own, without padding, cache or shared prompt. So one number
     covers what a model family may do differently: the head's bias, scale and softcap, positions, masks, the cache.
+    Autocast is switched off for it: the model's own head would round its logits to 16 bits.
     """
+    with torch.autocast(head.weight.device.type, enabled=False):
+        return _verify_logprobs(model, head, rollout, temperature)
+
+
+def _verify_logprobs(model: Any, head: Head, rollout: Rollout, temperature: float) -> float:
     ours = token_logprobs_of(model, head, rollout, temperature).logprobs
     inner = causal_lm(model)
     worst = 0.0
@@ -299,7 +305,7 @@ def verify_logprobs(model: Any, head: Head, rollout: Rollout, temperature: float
         logits = inner(input_ids=torch.cat([start, end])[None], use_cache=False).logits[0, len(start) - 1 : -1]
         theirs = torch.log_softmax(logits.double() / temperature, dim=-1).gather(1, end[:, None])[:, 0]
         worst = max(worst, float((ours[row, : len(end)].double() - theirs).abs().max()))
-    granted = _LARGEST_DIFFERENCE[head.weight.dtype]
+    granted = LARGEST_DIFFERENCE[head.weight.dtype]
     if not worst <= granted:
         raise ValueError(
             f"log-probs from the hidden states differ from those of the model's own logits by {worst:.3g} nats, "

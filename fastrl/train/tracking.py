@@ -19,6 +19,7 @@ METRICS_FILE = "metrics.jsonl"
 
 # Shown beside the progress bar: a label, the names under which the number may come, and its format.
 SHOWN: tuple[tuple[str, re.Pattern[str], str], ...] = (
+    ("loss", re.compile(r"loss"), "{:.3f}"),
     ("reward", re.compile(r"reward(/mean|_mean)?"), "{:.3f}"),
     ("kl", re.compile(r"kl(/mean|_mean)?|approx_kl"), "{:.2g}"),
     ("entropy", re.compile(r"entropy(/mean|_mean)?"), "{:.2f}"),

@@ -307,10 +307,10 @@ def _kl_term(
     elif GRADIENT == "ratio_weighted" and CLAMP == "after":
         weighted = raw_value * ratio
         value = _between(weighted, -value_bound, value_bound)
-        # A factor, not a choice: NaN in either part reaches the gradient of the other.
-        through = _gate(tl.full((), 1.0, logp.dtype), weighted, -value_bound, value_bound)
-        d_logp = tl.where(inside > 0, through * ratio * slope, 0.0)
-        d_ratio = through * raw_value
+        # A factor, as the product rule has it: the ratio's gradient of an estimate that is NaN is NaN.
+        let_through = _gate(tl.zeros_like(logp) + 1.0, weighted, -value_bound, value_bound)
+        d_logp = tl.where(inside > 0, let_through * ratio * slope, 0.0)
+        d_ratio = let_through * raw_value
     elif GRADIENT == "ratio_weighted":
         d_logp = tl.where(inside > 0, _gate(ratio * slope, raw_value, -value_bound, value_bound), 0.0)
         d_ratio = value

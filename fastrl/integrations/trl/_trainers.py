@@ -44,6 +44,10 @@ class FastLossMixin:
     forward. Options that fastrl does not compute raise `ValueError` when the trainer is built.
     """
 
+    # TRL's trainers narrow these; a mixin sees those of transformers.
+    args: Any
+    model: Any
+
     fastrl_path: str = ""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

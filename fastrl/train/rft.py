@@ -1,0 +1,212 @@
+"""Rejection sampling fine-tuning in one file: sample, verify, keep what is right, fine-tune on it.
+
+    for each round of `steps_per_round` steps
+        prompts -> completions        `group_size` of each, sampled from the policy as it is now
+        completions -> kept ones      reward at least `keep_reward`, ended by themselves; at most `keep_per_prompt` of
+                                      a prompt, and no text twice where they are to be distinct
+        kept ones -> steps            `epochs_per_round` passes in random order, packed without padding, cross-entropy
+
+With the defaults it is the rejection sampling fine-tuning of Yuan et al. (arXiv 2308.01825) in rounds. With one step
+per round every completion comes from the very policy that it trains: online RFT, in DeepSeekMath's terms (arXiv
+2402.03300, section 5.2) the policy gradient whose coefficient is 1 for a right completion and 0 for a wrong one.
+`OnlineRFTConfig` has those defaults.
+
+Rounds go on from the policy of the last one and do not begin again at the first model. Left out: more than one process,
+an inference engine for the samples, dropout, gradient checkpointing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastrl.train.config import TaskConfig, check_int
+from fastrl.train.evaluate import CORRECT, HeldOut
+from fastrl.train.examples import Example
+from fastrl.train.model import add_lora, head_of, load_model, stop_token_ids
+from fastrl.train.packing import prove_packing, use_flash_attention
+from fastrl.train.rejection import Rejection, sample_and_reject
+from fastrl.train.rewards import build_rewards
+from fastrl.train.run import Run, RunResult
+from fastrl.train.supervised import backward_examples, shuffled, supervised_loss
+from fastrl.train.tasks import load_task
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RFTConfig(TaskConfig):
+    """Settings of `run_rft`."""
+
+    # Sampling
+    rewards: dict[str, float] = field(default_factory=lambda: {"exact": 1.0})
+    """Reward functions by name, with their weights."""
+    keep_reward: float = 1.0
+    """A completion whose reward is at least this is right."""
+    prompts_per_step: int = 8
+    """Prompts that are sampled for each step: a round samples for all of its steps at once."""
+    group_size: int = 8
+    """Completions of each prompt."""
+    keep_per_prompt: int = 4
+    """Right completions of a prompt that are kept, the first ones; 0 keeps all."""
+    distinct: bool = True
+    """Keep a text once only for each prompt."""
+    sample_batch_size: int = 128
+    """Completions that are sampled together, a multiple of `group_size`."""
+
+    # Training
+    steps_per_round: int = 10
+    """Optimiser steps on the completions of one round; 1 is online RFT."""
+    epochs_per_round: int = 1
+    """Passes over the kept completions of a round."""
+    loss: str = "rft"
+    """A preset of `fastrl.PolicyLoss` for given tokens: rft, sft, dft."""
+    loss_options: dict[str, int | float | str | bool] = field(default_factory=dict)
+    """Any other field of `fastrl.PolicyLoss`, as `aggregate: sequence_mean`."""
+    micro_batch_tokens: int = 2048
+    """Tokens in one forward and backward pass; it changes the memory, not the gradient."""
+    packing: bool = True
+    """Several completions in a pass; false takes one at a time, for a model whose sequences cannot be kept apart."""
+
+    run_dir: str = "runs/rft"
+    """Folder of the run: metrics, evaluations, samples, checkpoints and the final model."""
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` for values that cannot be."""
+        super().__post_init__()
+        for name in ("group_size", "sample_batch_size", "steps_per_round", "epochs_per_round"):
+            check_int(name, getattr(self, name), at_least=1)
+        check_int("keep_per_prompt", self.keep_per_prompt, at_least=0)
+        check_int("micro_batch_tokens", self.micro_batch_tokens, at_least=2)
+        if self.sample_batch_size % self.group_size:
+            raise ValueError(
+                f"sample_batch_size must be a multiple of group_size={self.group_size}, got {self.sample_batch_size}"
+            )
+
+        if self.steps % self.steps_per_round:
+            raise ValueError(f"steps must be a multiple of steps_per_round={self.steps_per_round}, got {self.steps}")
+
+    @property
+    def token_budget(self) -> int | None:
+        """Tokens in a packed batch; None where batches hold one example."""
+        return self.micro_batch_tokens if self.packing else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineRFTConfig(RFTConfig):
+    """Settings of `run_rft` with the defaults of online RFT: each step on all right completions of its own policy."""
+
+    keep_per_prompt: int = 0
+    """Right completions of a prompt that are kept, the first ones; 0 keeps all."""
+    distinct: bool = False
+    """Keep a text once only for each prompt."""
+    steps_per_round: int = 1
+    """Optimiser steps on the completions of one round; 1 is online RFT."""
+    run_dir: str = "runs/online-rft"
+    """Folder of the run: metrics, evaluations, samples, checkpoints and the final model."""
+
+
+class Kept:
+    """The completions that the last round kept; with them a checkpoint can be in the middle of a round."""
+
+    def __init__(self) -> None:
+        self.examples: list[Example] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the examples as flat tensors."""
+        return {
+            "ids": torch.tensor([token for e in self.examples for token in e.ids], dtype=torch.int64),
+            "trained": torch.tensor([kept for e in self.examples for kept in e.trained], dtype=torch.bool),
+            "lengths": torch.tensor([len(e.ids) for e in self.examples], dtype=torch.int64),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the examples over."""
+        lengths = state["lengths"].tolist()
+        ids, trained = state["ids"].split(lengths), state["trained"].split(lengths)
+        self.examples = [Example(i.tolist(), t.tolist()) for i, t in zip(ids, trained, strict=True)]
+
+
+def run_rft(config: RFTConfig) -> RunResult:
+    """Train as `config` says and return where the results are.
+
+    Raises ValueError for settings that do not fit together, a round of several steps without a right completion, and a
+    model whose sequences cannot be packed.
+    """
+    loss = supervised_loss(config.loss, config.loss_options)
+    task = load_task(config.task, **{"seed": config.seed, **config.task_parameters})
+    task.held_out(config.eval_problems)  # too many of them are refused before the model is loaded
+    run = Run(config)
+    model, tokenizer = load_model(config.model, dtype=config.dtype, device=run.device)
+    stop_ids = stop_token_ids(model, tokenizer)
+    if config.lora_rank:
+        model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_modules)
+    use_flash_attention(model)
+    head = head_of(model)
+    kept = Kept()
+    run.register("kept", kept)
+    run.optimize(dict(model.named_parameters()))
+    rewards = build_rewards({CORRECT: 0.0, **config.rewards}, task)
+    held_out = HeldOut(run, task, rewards, stop_ids)
+    rejection = Rejection(config.keep_reward, config.keep_per_prompt, config.distinct)
+
+    with rewards, run:
+        if run.start_step == 0:
+            held_out.evaluate(model, tokenizer, 0)
+        for step in run.steps():
+            # Sampling, at the beginning of a round
+            metrics: dict[str, float] = {}
+            round_number, done_in_round = divmod(step, config.steps_per_round)
+            if done_in_round == 0:
+                count = config.prompts_per_step * config.steps_per_round
+                sampled = sample_and_reject(
+                    model,
+                    tokenizer,
+                    task.train(count, start=round_number * count),
+                    rewards,
+                    rejection,
+                    group_size=config.group_size,
+                    batch_size=config.sample_batch_size,
+                    prompt_template=config.prompt_template,
+                    system_prompt=config.system_prompt,
+                    max_new_tokens=config.max_new_tokens,
+                    stop_ids=stop_ids,
+                    pad_id=tokenizer.pad_token_id,
+                    temperature=config.temperature,
+                    generator=run.generator,
+                )
+                kept.examples, metrics = sampled.kept, sampled.metrics
+                if step == 0:
+                    difference = prove_packing(model, head, sampled.some, packed=config.packing)
+                    logger.info("packed log-probs equal those of each sequence alone within %.2g nats", difference)
+                if not kept.examples and config.steps_per_round > 1:
+                    raise ValueError(
+                        f"none of the {count * config.group_size} completions of round {round_number} was right: begin "
+                        "from a better model (fastrl train sft), with an easier task or more samples"
+                    )
+            run.clock.lap("rollout")
+
+            # A gradient step on this step's share of them; without one, as may happen online, there is none.
+            n = len(kept.examples)
+            size = -(-n * config.epochs_per_round // config.steps_per_round)
+            order = shuffled(n, start=done_in_round * size, count=size, seed=config.seed + round_number) if n else []
+            examples = [kept.examples[index] for index in order]
+            metrics["trained_completions"] = float(len(examples))
+            if examples:
+                metrics |= backward_examples(
+                    run, model, head, loss, examples, budget=config.token_budget, temperature=config.temperature
+                )
+                run.clock.lap("backward")
+                metrics |= {name: float(total / count) for name, (total, count) in run.clip_and_step().items()}
+                run.clock.lap("optimizer")
+            metrics |= {"learning_rate": run.learning_rate, **run.clock.times()}
+            if run.evaluation_due(step + 1):
+                metrics |= held_out.evaluate(model, tokenizer, step + 1)
+            run.finish_step(step, metrics)
+
+    run.save_model(model, tokenizer)
+    return run.result()
