@@ -28,6 +28,7 @@ from fastrl.train.rollout import Rollout, concatenate, encode_prompts, generate
 from fastrl.train.run import Clock
 from fastrl.train.tasks import Problem, load_task
 
+GOLDEN = Path(__file__).parent / "data" / "grpo_losses.json"
 TOKENIZER = tiny_tokenizer()
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
 
@@ -321,6 +322,17 @@ def test_zero_advantages_are_counted(folder: Path, tmp_path: Path) -> None:
         assert line["zero_advantage_fraction"] == 1.0
         assert line["frac_reward_zero_std"] == 1.0
         assert line["grad_norm"] == 0.0
+
+
+def test_golden_losses(folder: Path, tmp_path: Path) -> None:
+    run_grpo(settings(folder, tmp_path, steps=4, kl_coef=0.1, epochs_per_batch=2, minibatches=2, learning_rate=1e-3))
+    golden = json.loads(GOLDEN.read_text())
+    lines = metrics_of(tmp_path)
+    assert len(lines) == len(golden) == 4
+    for line, expected in zip(lines, golden, strict=True):
+        for name, value in expected.items():
+            # Another CPU sums in another order: about 1e-6 in a loss, which 16 updates of AdamW make more of.
+            assert line[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
 REFUSED = {

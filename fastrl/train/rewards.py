@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrl.train.code_reward import CodeTests
 from fastrl.train.reward_functions import (
     Accuracy,
     Exact,
@@ -140,6 +141,7 @@ _BUILDERS: dict[str, tuple[bool, Callable[..., RewardFunction | LengthReward]]] 
     "tag_count": (False, lambda: tag_count_reward),
     "number_only": (False, lambda: number_only_reward),
     "last_number": (False, lambda: last_number_reward),
+    "code_tests": (False, CodeTests),
     "repetition": (False, Repetition),
     "language_consistency": (False, LanguageConsistency),
     "kimi_length": (False, _kimi_length),
