@@ -120,7 +120,8 @@ def _forward(
 def _filtered(correction: RolloutCorrection, old: Tensor, rollout: Tensor, keep: Tensor) -> Tensor:
     """Return the share of the tokens, or of the sequences, outside the band; a sequence without tokens is outside."""
     if correction.op == "truncate":
-        assert correction.low is not None and correction.high is not None  # OpenRLHF has both
+        assert correction.low is not None  # OpenRLHF has both bounds
+        assert correction.high is not None
         ratio = torch.where(keep, old - rollout, 0.0).exp()
         outside = keep & ((ratio < correction.low) | (ratio > correction.high))
         return outside.sum() / keep.sum()
