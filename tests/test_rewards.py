@@ -424,6 +424,7 @@ def test_a_function_of_the_users_own_by_name(task):
         ({"overlong(max_length=1, cash=1)": 1.0}, r"expected overlong\(max_length, cache\)"),
         ({"overlong(max_length=4, cache=9)": 1.0}, "cache of the overlong reward must be at most max_length 4, got 9"),
         ({"overlong(max_length=-4, cache=9)": 1.0}, "max_length must be greater than 0, got -4"),
+        ({"overlong(max_length=4.5, cache=2)": 1.0}, "max_length of the overlong reward must be an int"),
         ({"repetition(open('x'))": 1.0}, "must be written name or name"),
         ({"format": math.nan}, "weight of reward 'format' must be a finite number, got nan"),
         ({"format": "1"}, "weight of reward 'format' must be a finite number, got '1'"),

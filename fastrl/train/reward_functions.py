@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrl.losses.shaping import soft_overlong_punishment
 from fastrl.train.tasks import Problem, Task, extract_answer
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -238,11 +239,8 @@ def cosine_length_reward(
 def overlong_reward(
     lengths: Tensor,  # (B,)
     *,
-    max_length: float,
-    cache: float,
+    max_length: int,
+    cache: int,
 ) -> Tensor:
-    """Return 0 up to `max_length - cache`, then `(max_length - cache - len) / cache`, and -1 beyond `max_length`.
-
-    Source: the soft overlong punishment of DAPO (arXiv 2503.14476, equation 13).
-    """
-    return ((max_length - cache - lengths.float()) / cache).clamp(-1.0, 0.0)
+    """Return the soft overlong punishment of DAPO, falling from 0 to -1 over the last `cache` tokens."""
+    return soft_overlong_punishment(lengths.float(), max_length=max_length, buffer=cache)

@@ -114,7 +114,10 @@ def _cosine_length(
     return LengthReward(reward)
 
 
-def _overlong(max_length: float, cache: float) -> LengthReward:
+def _overlong(max_length: int, cache: int) -> LengthReward:
+    for name, value in (("max_length", max_length), ("cache", cache)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{name} of the overlong reward must be an int, a number of tokens, got {value!r}")
     _check_positive(max_length=max_length, cache=cache)
     if cache > max_length:
         raise ValueError(f"cache of the overlong reward must be at most max_length {max_length:g}, got {cache:g}")
