@@ -1,8 +1,10 @@
-"""Large buffers lie in huge pages where the system has them, and everything else is plain `torch.empty`."""
+"""Large buffers lie in huge pages where the system has them, and memory that nothing uses is used again."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -47,10 +49,91 @@ def test_buffers_are_those_of_torch(shape: tuple[int, ...], dtype: torch.dtype) 
     assert not buffers.zeros(shape, dtype).any()
 
 
+@pytest.fixture
+def no_scratch() -> Iterator[None]:
+    """Begin and end without memory that is kept."""
+    buffers.release()
+    yield
+    buffers.release()
+
+
+def memory_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+@pytest.mark.usefixtures("no_scratch")
+def test_scratch_is_handed_out_again_when_nothing_uses_it() -> None:
+    first = buffers.scratch((64, 100), torch.float32)
+    assert (first.shape, first.dtype, first.is_contiguous()) == ((64, 100), torch.float32, True)
+    kept = memory_of(first)
+    assert memory_of(buffers.scratch((64, 100), torch.float32)) != kept, "two users share memory"
+    del first
+    second = buffers.scratch((10, 3), torch.float64)
+    view = second[2:].t()
+    kept = memory_of(second)
+    del second
+    assert memory_of(buffers.scratch((10, 3), torch.float64)) != kept, "a view still uses it"
+    del view
+    again = buffers.scratch((10, 3), torch.float64)
+    kept = memory_of(again)
+    del again
+    assert memory_of(buffers.scratch((5, 6), torch.float64)) == kept
+
+
+@pytest.mark.usefixtures("no_scratch")
+def test_scratch_that_autograd_saved_is_not_handed_out() -> None:
+    room = buffers.scratch((8,), torch.float32).fill_(2.0)
+    x = torch.ones(8, requires_grad=True)
+    product = (x * room).sum()
+    del room
+    buffers.scratch((8,), torch.float32).fill_(7.0)
+    product.backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [2.0] * 8
+
+
+@pytest.mark.usefixtures("no_scratch")
+def test_scratch_keeps_no_more_than_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buffers, "SCRATCH_MAX_BYTES", 4096)
+    buffers.scratch((1024,), torch.float32)
+    assert [x.numel() for x in buffers._kept] == [4096]
+    buffers.scratch((1025,), torch.float32)
+    assert [x.numel() for x in buffers._kept] == [4096]
+    buffers.release()
+    assert not buffers._kept
+    assert buffers.scratch((0, 5), torch.float32).shape == (0, 5)
+    assert not buffers._kept
+
+
+@pytest.mark.usefixtures("no_scratch")
+def test_scratch_of_inference_mode_and_of_threads() -> None:
+    with torch.inference_mode():
+        buffers.scratch((16,), torch.float32)
+    assert not buffers.scratch((16,), torch.float32).add_(1).is_inference()
+    with ThreadPoolExecutor(8) as pool:
+        alive = list(pool.map(lambda _: buffers.scratch((1000,), torch.float32), range(64)))
+    assert len({memory_of(x) for x in alive}) == 64
+
+
+@pytest.mark.usefixtures("no_scratch")
+def test_scratch_without_a_count_of_users_is_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch._C, "_storage_Use_Count")
+    buffers._counts_users.cache_clear()
+    try:
+        assert buffers.scratch((16,), torch.float32).shape == (16,)
+        assert not buffers._kept
+    finally:
+        buffers._counts_users.cache_clear()
+
+
 def test_what_is_not_plain_memory_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert buffers.empty(LARGE, torch.float32, "meta").device.type == "meta"
+    kept = buffers.scratch(LARGE, torch.float32)
+    del kept
     with torch._subclasses.FakeTensorMode():
         assert buffers.empty(LARGE, torch.float32).shape == LARGE
+        assert isinstance(buffers.scratch(LARGE, torch.float32), torch._subclasses.FakeTensor)
+    assert buffers.scratch(LARGE, torch.float32, "meta").device.type == "meta"
     monkeypatch.setattr(buffers.sys, "platform", "darwin")
     buffers._madvise.cache_clear()
     try:
