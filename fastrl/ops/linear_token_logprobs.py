@@ -142,7 +142,8 @@ def linear_token_logprobs(
         checkpoints. Extra memory: one chunk of float32 logits, C V 4 bytes (the `torch` rows take ten tiles of 32 rows
         beside it); where `tail_mass` > 0, another chunk for dense rows and the lists, C K 8 bytes; the gradients, of
         which a trainable head's is V D 4 bytes until it is cast; for a frozen head the unit gradients, N D 4 bytes; and
-        the live rows of one chunk.
+        the live rows of one chunk. On a CPU a chunk's memory, up to 256 MiB, stays with the process for the next call
+        (`fastrl.ops.buffers.release` gives it back).
 
     Raises:
         ValueError, TypeError, RuntimeError: as `token_logprobs`, and for heads that hold no values or are sharded.
