@@ -134,8 +134,8 @@ def test_each_measure_has_its_own_panel_and_gain(tmp_path):
     ]
     curves = {key: ([0, 12], [p.value for p in points], [0.3, 0.3]) for key, points in run.evaluations.items()}
     assert [*plan_panels([], curves)] == [
-        "Perplexity, held-out (± standard error)",
-        "Accuracy, held-out (± standard error)",
+        "Perplexity, held-out (±\u00a0standard\u00a0error)",
+        "Accuracy, held-out (±\u00a0standard\u00a0error)",
     ]
 
 

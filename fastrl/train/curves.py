@@ -192,7 +192,7 @@ def _draw_evaluations(axis: Any, curves: Evaluated) -> None:
     first = next(iter(curves))
     title = first.measure.name[:1].upper() + first.measure.name[1:]
     if len(curves) == 1:
-        title += f", {first.split.replace('_', '-')} (± standard error)"
+        title += f", {first.split.replace('_', '-')} (±\u00a0standard\u00a0error)"  # not broken in two
     _finish(axis, title, percent=first.measure.share, legend=len(curves) > 1)
 
 
