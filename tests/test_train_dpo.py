@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from fastrl import PreferenceLoss
 from fastrl.train.comparisons import Comparison
-from fastrl.train.dpo import Preferences, RunningMean, backward_preferences, labelled, run_dpo
+from fastrl.train.dpo import RunningMean, backward_preferences, run_dpo
 from fastrl.train.dpo_config import DPOConfig, preference_loss
 from fastrl.train.model import head_of
 from fastrl.train.pairs import write_pairs
+from fastrl.train.preferences import Preferences, labelled
 from fastrl.train.reference_logprobs import reference_logprobs
 
 TOKENIZER = tiny_tokenizer()
