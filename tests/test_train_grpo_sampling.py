@@ -337,7 +337,6 @@ def test_golden_losses(folder: Path, tmp_path: Path) -> None:
 
 REFUSED = {
     "sft": "does not look at the rewards", "rft": "does not look at the rewards", "dft": "does not look at the rewards",
-    "clip_cov": "selects tokens by the covariance",
 }  # fmt: skip
 
 
@@ -353,11 +352,15 @@ def test_every_loss_takes_two_steps_or_is_refused_by_name(folder: Path, tmp_path
     assert len(lines) == 2
     assert all(math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) for line in lines)
     assert any(line["grad_norm"] > 0 for line in lines)
+    assert ("detached_fraction" in lines[0]) == (loss == "clip_cov")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"clip_cov_low": 2.0}, "clip_cov_low=2.0 has no effect with loss='grpo'"),
+        ({"loss": "clip_cov", "clip_cov_fraction": 0.0}, r"clip_cov_fraction must be in \(0, 1\], got 0.0"),
+        ({"loss": "clip_cov", "clip_cov_low": 5.0}, "clip_cov_low must be less than clip_cov_high, got 5.0 and 5.0"),
         ({"dynamic_sampling": "always"}, "dynamic_sampling must be one of off, reward, correct"),
         ({"dynamic_sampling_tries": 0}, "dynamic_sampling_tries must be at least 1"),
         ({"filter_prompts": 1}, "filter_prompts must be 0 or at least prompts_per_step=2, got 1"),

@@ -6,7 +6,7 @@ Shapes: P prompts, G completions of each, B = P * G completions, T time, D hidde
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -153,13 +153,17 @@ def policy_output(
     part: Batch,
     counts: Counts,
     temperature: float,
+    selection: Tensor | None = None,  # (B, T) bool
 ) -> LossOutput:
-    """Return the policy loss of a micro-batch from the hidden states that predict its tokens."""
+    """Return the policy loss of a micro-batch from the hidden states that predict its tokens.
+
+    Tokens outside `selection` are left out of the policy term; the denominator keeps them.
+    """
     grouped = {"group_ids": part.rollout.prompt_index} if loss_function.aggregate == "prompt_mean" else {}
     return loss_function.from_hidden(
         hidden, head.weight, part.rollout.completion_ids, temperature=temperature, advantages=part.advantages,
         mask=part.mask, old_logprobs=part.old_logprobs, ref_logprobs=part.ref_logprobs,
-        rollout_logprobs=part.rollout.logprobs, n_tokens=counts.tokens, n_sequences=counts.sequences,
+        rollout_logprobs=part.rollout.logprobs, n_tokens=counts.tokens, n_sequences=counts.sequences, selection=selection,
         **grouped, **head.kwargs(),
     )  # fmt: skip
 
@@ -171,9 +175,7 @@ def named_loss(name: str, fields: Mapping[str, Any], config: BatchConfig) -> Pol
         loss = PolicyLoss.preset(name, **fields, constant=float(config.max_new_tokens))
     if loss.surrogate in ("nll", "dft"):
         raise ValueError(f"loss {name!r} does not look at the rewards; it is for supervised data")
-    if name == "clip_cov":
-        raise ValueError("loss 'clip_cov' selects tokens by the covariance over a batch, which this loop does not do")
-    per_batch = loss.aggregate == "prompt_mean" or loss.kl_fraction is not None
+    per_batch = loss.aggregate == "prompt_mean" or loss.kl_fraction is not None or name == "clip_cov"
     if per_batch and config.micro_batch != config.batch_size // config.minibatches:
         raise ValueError(
             f"loss {name!r} is computed over a whole minibatch; expected micro_batch_size=None, "
@@ -198,6 +200,9 @@ def sampled_kl(output: LossOutput, part: Batch) -> Tensor:
     return kl_estimate(part.old_logprobs, output.logprobs, "k3", mask=part.mask).sum()
 
 
+Select = Callable[[Tensor, Head, Batch], Tensor]  # hidden states, head, batch -> (B, T) bool
+
+
 class Passed(NamedTuple):
     """What a backward pass over the micro-batches of a step tells; scalars on the device."""
 
@@ -214,10 +219,12 @@ def backward(
     batch: Batch,
     rows: Rows,
     totals: MetricSums,
+    select: Select | None = None,
 ) -> Passed:
     """Accumulate the gradient of the policy loss of one optimiser step over the micro-batches `rows`.
 
     Each micro-batch is divided by the token and sequence counts of all of them, so their gradients simply add up.
+    `select` chooses the tokens that the policy term keeps.
     """
     counts = Counts.of(batch.mask, rows)
     zero, one = torch.zeros((), device=batch.mask.device), torch.ones((), device=batch.mask.device)
@@ -225,7 +232,10 @@ def backward(
     for start, stop in rows:
         part = batch.rows(start, stop)
         hidden = completion_hidden(model, part.rollout)
-        output = policy_output(loss_function, head, hidden, part, counts, run.config.temperature)
+        selection = None if select is None else select(hidden, head, part)
+        if selection is not None:
+            totals.add({"detached_fraction": ((part.mask & ~selection).sum(), part.mask.sum())})
+        output = policy_output(loss_function, head, hidden, part, counts, run.config.temperature, selection)
         run.backward(output.loss)
         totals.add(output.metrics)
         totals.add({"loss": (output.loss.detach(), zero)})

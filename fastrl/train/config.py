@@ -256,6 +256,13 @@ class GRPOConfig(BatchConfig):
     """Coefficient of the entropy bonus; None keeps the preset's."""
     loss_options: dict[str, int | float | str | bool] = field(default_factory=dict)
     """Any other field of `fastrl.PolicyLoss`, and `style`."""
+    clip_cov_fraction: float = 2e-4
+    """With `loss: clip_cov`: share of the tokens of a minibatch that are detached, at least one token (Cui et al. 2025,
+    arXiv 2505.22617)."""
+    clip_cov_low: float = 1.0
+    """With `loss: clip_cov`: detached are tokens whose covariance of advantage and log-prob is greater than this."""
+    clip_cov_high: float = 5.0
+    """With `loss: clip_cov`: and less than this."""
     advantage_scale: str = "group"
     """Divisor of the advantages: `group` (std of the group), `batch`, `none` (Dr. GRPO), ..."""
     advantage_baseline: str = "group_mean"
@@ -301,6 +308,7 @@ class GRPOConfig(BatchConfig):
         for name in ("filter_prompts", "reference_sync_steps"):
             check_int(name, getattr(self, name), at_least=0)
         check_choice("dynamic_sampling", self.dynamic_sampling, ("off", "reward", "correct"))
+        self._check_covariance()
         object.__setattr__(self, "curriculum_values", tuple(self.curriculum_values))
         if not 0 <= self.reference_ema < 1:
             raise ValueError(f"reference_ema must be in [0, 1), got {self.reference_ema}")
@@ -328,6 +336,18 @@ class GRPOConfig(BatchConfig):
                 raise ValueError("step_marker must not be empty")
             if self.dynamic_sampling == "reward":
                 raise ValueError("dynamic_sampling with step_rewards must be 'off' or 'correct', got 'reward'")
+
+    def _check_covariance(self) -> None:
+        for name in ("clip_cov_fraction", "clip_cov_low", "clip_cov_high"):
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if value != default and self.loss != "clip_cov":
+                raise ValueError(f"{name}={value} has no effect with loss={self.loss!r}: it needs 'clip_cov'")
+        if not 0 < self.clip_cov_fraction <= 1:
+            raise ValueError(f"clip_cov_fraction must be in (0, 1], got {self.clip_cov_fraction}")
+        if not self.clip_cov_low < self.clip_cov_high:
+            raise ValueError(
+                f"clip_cov_low must be less than clip_cov_high, got {self.clip_cov_low} and {self.clip_cov_high}"
+            )
 
 
 def check_int(name: str, value: Any, at_least: int) -> None:

@@ -15,7 +15,7 @@ epochs differ in their order only.
 
 Left out: more than one process (use the trainers of `fastrl.integrations` there), an inference engine for the
 rollouts, dropout (the model stays in eval mode, or the importance ratios would not be 1), gradient checkpointing,
-and losses that need more than this loop has at hand (they are refused by name).
+and losses that do not look at the rewards (they are refused by name).
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from fastrl.train.batches import (
     zero_advantages,
 )
 from fastrl.train.config import GRPOConfig
+from fastrl.train.covariance import CovarianceSelection
 from fastrl.train.dynamic_sampling import sample_batch
 from fastrl.train.evaluate import CORRECT
 from fastrl.train.model import add_lora, head_of, load_model
@@ -77,6 +78,9 @@ def run_grpo(config: GRPOConfig) -> RunResult:
     if config.lora_rank:
         model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_modules)
     head = head_of(model)
+    select = None
+    if config.loss == "clip_cov":
+        select = CovarianceSelection(config, loss_function, run.generator)
     prompts = Prompts(config, task)
     run.register("prompts", prompts)
     run.optimize(dict(model.named_parameters()))
@@ -134,10 +138,11 @@ def run_grpo(config: GRPOConfig) -> RunResult:
             first_step = True
             for _ in range(config.epochs_per_batch):
                 for rows in minibatches(config, run.generator):
-                    deviation = backward(run, model, head, loss_function, batch, rows, totals).ratio_deviation
+                    passed = backward(run, model, head, loss_function, batch, rows, totals, select)
                     run.clock.lap("backward")
                     if first_step and batch.old_logprobs is not None:
-                        totals.add({"first_step_ratio_max_dev": (deviation, torch.ones_like(deviation))})
+                        one = torch.ones_like(passed.ratio_deviation)
+                        totals.add({"first_step_ratio_max_dev": (passed.ratio_deviation, one)})
                     first_step = False
                     totals.add(run.clip_and_step())
                     run.clock.lap("optimizer")
