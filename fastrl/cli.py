@@ -2,7 +2,7 @@
 
     fastrl train ALGORITHM [--config FILE.yaml] [--FIELD VALUE ...]
     fastrl pairs|constitutional-pairs [--config FILE.yaml] [--FIELD VALUE ...]
-    fastrl report RUN_DIR
+    fastrl report RUN_DIR [--record DIR]
     fastrl doctor [--json]
     fastrl verify [--device cpu|cuda|...] [--backend NAME|all] [--seed N] [--quick] [--json]
     fastrl bench cpu|gpu|table|plot ...
@@ -85,7 +85,7 @@ def _dispatch(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     match options.command:
         case "report":
-            return _report(options.run_dir)
+            return _report(options.run_dir, options.record)
         case "doctor":
             return _doctor(options.json)
         case "verify":
@@ -111,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     report = commands.add_parser("report", help="write report.html and curves.png of a run")
     report.add_argument("run_dir", help="the directory of the run")
+    report.add_argument("--record", metavar="DIR", help="also keep its settings, numbers and curves, without the model")
     doctor = commands.add_parser("doctor", help="show versions, devices, compilers and backends")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     verify = commands.add_parser("verify", help="check every operation on every backend of this machine")
@@ -179,10 +180,15 @@ def _bench(arguments: list[str]) -> int:
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
 
 
-def _report(run_dir: str) -> int:
+def _report(run_dir: str, record_dir: str | None) -> int:
+    from fastrl.train.record import write_record
     from fastrl.train.report import write_report
 
-    print(write_report(run_dir))
+    if record_dir is not None:
+        write_record(run_dir, record_dir)
+        print(record_dir)
+    else:
+        print(write_report(run_dir))
     return OK
 
 
