@@ -39,6 +39,7 @@ def settings(folder: Path, run_dir: Path, **changes: Any) -> GRPOConfig:
         "model": str(folder), "run_dir": str(run_dir), "device": "cpu", "task_parameters": SUMS,
         "rewards": {"tiny_model:digit_share": 1.0}, "steps": 2, "prompts_per_step": 2, "group_size": 4,
         "max_new_tokens": 6, "kl_coef": 0.0, "learning_rate": 1e-2, "eval_problems": 0, "save_model": False,
+        "reward_timeout_s": None,
     }  # fmt: skip
     return GRPOConfig(**{**values, **changes})
 
@@ -227,7 +228,9 @@ def test_a_resumed_run_may_be_longer_but_not_another(folder: Path, tmp_path: Pat
 
 
 def test_failed_rewards_are_counted_and_teach_nothing(folder: Path, tmp_path: Path) -> None:
-    config = settings(folder, tmp_path, rewards={"tiny_model:fails_on_letters": 1.0}, steps=2, group_size=8)
+    config = settings(
+        folder, tmp_path, rewards={"tiny_model:fails_on_letters": 1.0}, steps=2, group_size=8, reward_timeout_s=5.0
+    )
     run_grpo(config)
     lines = metrics_of(tmp_path)
     assert sum(line["reward_failures"] for line in lines) > 0

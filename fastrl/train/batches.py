@@ -6,6 +6,8 @@ Shapes: P prompts, G completions of each, B = P * G completions, T time, D hidde
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
@@ -19,11 +21,24 @@ from fastrl.losses.policy import PolicyLoss
 from fastrl.train.config import BatchConfig
 from fastrl.train.evaluate import HeldOut
 from fastrl.train.model import Head, causal_lm, stop_token_ids
+from fastrl.train.packed_rollout import packed_completion_hidden, rollout_examples
+from fastrl.train.packing import prove_packing
 from fastrl.train.rewards import RewardBatch, RewardSet
-from fastrl.train.rollout import Rollout, completion_hidden, decode, encode_prompts, generate, token_logprobs_of
+from fastrl.train.rollout import (
+    Forward,
+    Rollout,
+    completion_hidden,
+    decode,
+    encode_prompts,
+    generate,
+    token_logprobs_of,
+    verify_logprobs,
+)
 from fastrl.train.run import MetricSums, Run
 from fastrl.train.scoring import RewardModel
 from fastrl.train.tasks import Problem, Task
+
+logger = logging.getLogger(__name__)
 
 Rows = Sequence[tuple[int, int]]  # (start, stop) of micro-batches
 REWARD_MODEL = "reward_model"
@@ -163,8 +178,8 @@ def policy_output(
     return loss_function.from_hidden(
         hidden, head.weight, part.rollout.completion_ids, temperature=temperature, advantages=part.advantages,
         mask=part.mask, old_logprobs=part.old_logprobs, ref_logprobs=part.ref_logprobs,
-        rollout_logprobs=part.rollout.logprobs, n_tokens=counts.tokens, n_sequences=counts.sequences, selection=selection,
-        **grouped, **head.kwargs(),
+        rollout_logprobs=part.rollout.logprobs, n_tokens=counts.tokens, n_sequences=counts.sequences,
+        selection=selection, **grouped, **head.kwargs(),
     )  # fmt: skip
 
 
@@ -231,7 +246,7 @@ def backward(
     loss = deviation = zero
     for start, stop in rows:
         part = batch.rows(start, stop)
-        hidden = completion_hidden(model, part.rollout)
+        hidden = forward_of(run.config)(model, part.rollout)
         selection = None if select is None else select(hidden, head, part)
         if selection is not None:
             totals.add({"detached_fraction": ((part.mask & ~selection).sum(), part.mask.sum())})
@@ -245,11 +260,31 @@ def backward(
     return Passed(loss, deviation)
 
 
+def forward_of(config: BatchConfig) -> Forward:
+    """Return how the loop gets the hidden states of completions: prompts shared, or packed."""
+    if not config.packing:
+        return completion_hidden
+    return functools.partial(packed_completion_hidden, stream_tokens=config.packing_tokens)
+
+
+def verify_rollout(model: Any, head: Head, rollout: Rollout, config: BatchConfig) -> None:
+    """Log by how much log-probs differ from those of the model's own logits.
+
+    Raises ValueError where that is more than rounding, and where packed sequences see each other.
+    """
+    few = rollout.rows(0, min(4, config.batch_size))
+    if config.packing:
+        prove_packing(model, head, rollout_examples(few))
+    difference = verify_logprobs(model, head, few, config.temperature, forward_of(config))
+    logger.info("log-probs equal those of the model's own logits within %.2g nats", difference)
+
+
 def logprobs_in_micro_batches(model: Any, head: Head, rollout: Rollout, config: BatchConfig) -> Tensor:
     """Return log-probs (B, T), computed in the micro-batches of the loss, so that equal weights give equal bits."""
     result = torch.zeros_like(rollout.logprobs)
     for start, stop in micro_batches(config):
-        logprobs = token_logprobs_of(model, head, rollout.rows(start, stop), config.temperature).logprobs
+        part = rollout.rows(start, stop)
+        logprobs = token_logprobs_of(model, head, part, config.temperature, forward_of(config)).logprobs
         result[start:stop, : logprobs.shape[1]] = logprobs
     return result
 

@@ -148,6 +148,9 @@ class TaskEvaluationConfig(RunConfig):
     """Held-out problems in an evaluation; 0 leaves evaluations out."""
     eval_modes: tuple[Literal["sampled", "greedy"], ...] = ("sampled",)
     """`sampled` at the training temperature, `greedy`, or both."""
+    reward_timeout_s: float | None = 5.0
+    """Seconds that one call of a reward may take, in a worker process; None calls rewards in the process that trains,
+    where nothing stops one that hangs."""
 
     def __post_init__(self) -> None:
         """Raise `ValueError` for values that cannot be."""
@@ -155,6 +158,8 @@ class TaskEvaluationConfig(RunConfig):
         check_int("max_new_tokens", self.max_new_tokens, at_least=1)
         check_int("eval_problems", self.eval_problems, at_least=0)
         check_positive("temperature", self.temperature)
+        if self.reward_timeout_s is not None:
+            check_positive("reward_timeout_s", self.reward_timeout_s)
         object.__setattr__(self, "eval_modes", tuple(self.eval_modes))
         for mode in self.eval_modes:
             check_choice("eval_modes", mode, ("sampled", "greedy"))
@@ -199,11 +204,16 @@ class BatchConfig(TaskConfig):
     micro_batch_size: int | None = None
     """Completions in one forward and backward pass, a divisor of the minibatch; None: the whole minibatch at once.
     It changes the memory, not the gradient: the loss is divided by the counts of the whole optimiser step."""
+    packing: bool = False
+    """Run each completion with its prompt as a sequence of a packed stream, without padding. False runs a prompt once
+    for all its completions, and pads these. Both give the same log-probs and gradients, within rounding."""
+    packing_tokens: int = 512
+    """Tokens of a packed stream, more where a sequence is longer; without FlashAttention its mask has their square."""
 
     def __post_init__(self) -> None:
         """Raise `ValueError` for values that cannot be."""
         super().__post_init__()
-        for name in ("group_size", "epochs_per_batch", "minibatches"):
+        for name in ("group_size", "epochs_per_batch", "minibatches", "packing_tokens"):
             check_int(name, getattr(self, name), at_least=1)
         if not math.isfinite(self.reward_model_weight):
             raise ValueError(f"reward_model_weight must be finite, got {self.reward_model_weight}")

@@ -21,7 +21,6 @@ and losses that do not look at the rewards (they are refused by name).
 from __future__ import annotations
 
 import contextlib
-import logging
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ from fastrl.train.batches import (
     logprobs_in_micro_batches,
     minibatches,
     named_loss,
+    verify_rollout,
     zero_advantages,
 )
 from fastrl.train.config import GRPOConfig
@@ -43,16 +43,14 @@ from fastrl.train.covariance import CovarianceSelection
 from fastrl.train.dynamic_sampling import sample_batch
 from fastrl.train.evaluate import CORRECT
 from fastrl.train.model import add_lora, head_of, load_model
+from fastrl.train.packing import use_flash_attention
 from fastrl.train.process import process_advantages
 from fastrl.train.prompts import Prompts
 from fastrl.train.reference_policy import ReferencePolicy
 from fastrl.train.rewards import build_rewards
-from fastrl.train.rollout import verify_logprobs
 from fastrl.train.run import MetricSums, Run, RunResult
 from fastrl.train.scoring import load_reward_model
 from fastrl.train.tasks import load_task
-
-logger = logging.getLogger(__name__)
 
 
 def run_grpo(config: GRPOConfig) -> RunResult:
@@ -65,6 +63,8 @@ def run_grpo(config: GRPOConfig) -> RunResult:
     task.held_out(config.eval_problems)  # too many of them are refused before the model is loaded
     run = Run(config)
     model, tokenizer = load_model(config.model, dtype=config.dtype, device=run.device)
+    if config.packing:
+        use_flash_attention(model)
     reward_model = None
     if config.reward_model is not None:
         reward_model = load_reward_model(config.reward_model, tokenizer, dtype=config.dtype, device=run.device)
@@ -84,8 +84,8 @@ def run_grpo(config: GRPOConfig) -> RunResult:
     prompts = Prompts(config, task)
     run.register("prompts", prompts)
     run.optimize(dict(model.named_parameters()))
-    rewards = build_rewards({CORRECT: 0.0, **config.rewards}, task)
-    step_rewards = build_rewards(config.step_rewards, task) if config.step_rewards else None
+    rewards = build_rewards({CORRECT: 0.0, **config.rewards}, task, config.reward_timeout_s)
+    step_rewards = build_rewards(config.step_rewards, task, config.reward_timeout_s) if config.step_rewards else None
     sampler = Sampler(run, task, model, tokenizer, rewards, reward_model)
 
     with rewards, step_rewards or contextlib.nullcontext(), run:
@@ -99,9 +99,7 @@ def run_grpo(config: GRPOConfig) -> RunResult:
             problems, rollout, scored = sampled.problems, sampled.rollout, sampled.scored
             prompts.observe(sampled.seen.components[CORRECT])
             if step == run.start_step:
-                few = rollout.rows(0, min(4, config.batch_size))
-                difference = verify_logprobs(model, head, few, config.temperature)
-                logger.info("log-probs equal those of the model's own logits within %.2g nats", difference)
+                verify_rollout(model, head, rollout, config)
                 run.clock.lap("verification")
 
             # Advantages
