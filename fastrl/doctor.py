@@ -68,12 +68,13 @@ def _system() -> dict[str, Any]:
         "fastrl": getattr(fastrl, "__version__", "unknown"),
         "python": f"{platform.python_version()} ({sys.executable})",
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of the processor, as the system knows it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             for line in file:

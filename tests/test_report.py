@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from fastrl.train.curves import Series, _drawings, draw_curves, smoothed
+from fastrl.train.curves import Series, _drawings, _painted, draw_curves, smoothed
 from fastrl.train.measure import ACCURACY, PERPLEXITY, Measure, Measurement
 from fastrl.train.report import Evaluation, Gain, gains, read_run, write_report
 
@@ -137,6 +137,19 @@ def test_each_measure_has_its_own_panel_and_gain(tmp_path):
         "Perplexity, held-out (± standard error)",
         "Accuracy, held-out (± standard error)",
     ]
+
+
+def test_a_long_title_stays_above_its_own_panel():
+    names = ["reward accuracy", "mean log-ratio of mismatched completions to the reference", "an" + "unbroken" * 9]
+    curves = {Series("held_out", "", Measure(name)): ([0, 9], [0.1, 0.4], [0.1, 0.1]) for name in names}
+    canvas = _painted(_drawings([], curves))
+    axes = canvas.figure.axes
+    assert len(axes) == len(names)
+    ends = [*(axis.get_window_extent().x0 for axis in axes[1:]), canvas.get_width_height()[0]]
+    for axis, end in zip(axes, ends, strict=True):
+        title = axis._left_title.get_window_extent()
+        assert title.x1 <= end
+        assert title.y0 >= axis.get_window_extent().y1
 
 
 def test_a_measure_has_a_name_and_a_known_direction():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +31,8 @@ COLOURS = (BLUE, AMBER, GREEN, VIOLET, RED, SLATE)
 # More than this many lines in a panel cannot be told apart.
 MAX_LINES = 6
 MAX_VALUE = 1e38
+# Characters in a line of a title.
+TITLE_WIDTH = 40
 
 
 class Panel(NamedTuple):
@@ -77,18 +80,22 @@ def draw_curves(metrics: Metrics, evaluated: Evaluated) -> bytes:
         metrics: one record per step, with the key `step`; a value that is missing or not finite is a gap.
         evaluated: what was measured -> steps, values, standard errors.
     """
+    return _png(np.asarray(_painted(_drawings(metrics, evaluated)).buffer_rgba()))
+
+
+def _painted(drawn: Sequence[Callable[[Any], None]]) -> Any:
+    """Return the canvas with a panel for each of `drawn`, three in a row."""
     try:
         from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ImportError('the report needs matplotlib: pip install "fastrl[train]"') from error
-    drawn = _drawings(metrics, evaluated)
     columns = min(3, max(1, len(drawn)))
     rows = max(1, math.ceil(len(drawn) / columns))
     style = {
         "font.size": 9,
-        "axes.titlesize": 10,
+        "axes.titlesize": 9.5,
         "axes.titleweight": "bold",
         "axes.titlelocation": "left",
         "axes.edgecolor": "#cbd5e1",
@@ -115,7 +122,7 @@ def draw_curves(metrics: Metrics, evaluated: Evaluated) -> bytes:
         for axis in axes[len(drawn) :]:
             axis.set_axis_off()
         canvas.draw()
-    return _png(np.asarray(canvas.buffer_rgba()))
+    return canvas
 
 
 def _png(pixels: np.ndarray) -> bytes:
@@ -206,7 +213,8 @@ def _draw_times(axis: Any, metrics: Metrics, times: Mapping[str, str]) -> None:
 def _finish(axis: Any, title: str, *, percent: bool = False, legend: bool = False) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    axis.set_title(title)
+    # The name of a measure is the user's, and may be longer than the panel is wide.
+    axis.set_title(textwrap.fill(title, TITLE_WIDTH))
     axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axis.tick_params(length=0)
     axis.margins(x=0.02)

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 import fastrl
+from fastrl.doctor import processor
 from fastrl.train.checkpoint import (
     Checkpoint,
     latest_checkpoint,
@@ -354,8 +355,8 @@ def environment(device: torch.device) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
     return {
         "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
