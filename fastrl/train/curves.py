@@ -95,7 +95,7 @@ def _painted(drawn: Sequence[Callable[[Any], None]]) -> Any:
     rows = max(1, math.ceil(len(drawn) / columns))
     style = {
         "font.size": 9,
-        "axes.titlesize": 9.5,
+        "axes.titlesize": 9,
         "axes.titleweight": "bold",
         "axes.titlelocation": "left",
         "axes.edgecolor": "#cbd5e1",
