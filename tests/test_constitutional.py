@@ -60,7 +60,9 @@ def test_a_model_makes_a_file(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in make_constitutional_pairs(config).read_text().splitlines()]
     assert 1 < len(lines) <= 16
     assert all(line["chosen"] != line["rejected"] for line in lines)
-    judged = ConstitutionalConfig(**{**vars(config), "rewards": {"tiny_model:digit_share": 1.0}})
+    judged = ConstitutionalConfig(
+        **{**vars(config), "rewards": {"tiny_model:digit_share": 1.0}, "reward_timeout_s": None}
+    )
     kept = [json.loads(line) for line in make_constitutional_pairs(judged).read_text().splitlines()]
     assert 0 < len(kept) <= len(lines)
     assert all(line["chosen_reward"] > line["rejected_reward"] for line in kept)

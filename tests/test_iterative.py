@@ -33,7 +33,7 @@ def test_a_tenth_of_the_pairs_is_old() -> None:
 def test_each_round_begins_from_the_models_of_the_last(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model")
     common: dict[str, Any] = {"model": str(model), "device": "cpu", "prompt_template": "{prompt}"}
-    sums: dict[str, Any] = {"task_parameters": SUMS, "max_new_tokens": 5}
+    sums: dict[str, Any] = {"task_parameters": SUMS, "max_new_tokens": 5, "reward_timeout_s": None}
 
     def run() -> list[Path]:
         return iterate(

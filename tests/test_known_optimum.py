@@ -39,7 +39,7 @@ def settings(folder: Path, run_dir: Path) -> dict[str, Any]:
         "model": str(folder), "run_dir": str(run_dir), "device": "cpu", "prompt_template": "{prompt}",
         "rewards": {"bandit:reward": 1.0}, "prompts_per_step": 1, "group_size": 256, "max_new_tokens": bandit.LONGEST,
         "epochs_per_batch": 1, "minibatches": 1, "steps": 100, "learning_rate": 3e-3, "lr_schedule": "linear",
-        "max_grad_norm": 100.0, "eval_problems": 0,
+        "max_grad_norm": 100.0, "eval_problems": 0, "reward_timeout_s": None,
     }  # fmt: skip
 
 

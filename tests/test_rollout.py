@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
 import torch
 from tiny_model import tiny_model, tiny_tokenizer
+from torch import Tensor
 from transformers import GenerationConfig
 
 from fastrl.train.model import Head, head_of
@@ -168,6 +170,16 @@ def test_a_head_that_is_read_wrongly_is_refused() -> None:
     for wrong in (dataclasses.replace(right, softcap=None), dataclasses.replace(right, logit_scale=0.5)):
         with pytest.raises(ValueError, match="differ from those of the model's own logits"):
             verify_logprobs(model, wrong, roll(model), 1.0)
+
+
+def test_logprobs_that_are_not_numbers_are_refused() -> None:
+    model = tiny_model(TOKENIZER)
+
+    def broken(model: Any, rollout: Rollout) -> Tensor:
+        return completion_hidden(model, rollout) * math.nan
+
+    with pytest.raises(ValueError, match="differ from those of the model's own logits by nan nats"):
+        verify_logprobs(model, head_of(model), roll(model), 1.0, broken)
 
 
 def test_the_head_is_verified_under_autocast_too() -> None:

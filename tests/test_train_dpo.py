@@ -49,6 +49,7 @@ def settings(folder: Path, pairs: Path, run_dir: Path, **changes: Any) -> DPOCon
     values: dict[str, Any] = {
         "model": str(folder), "data": str(pairs), "run_dir": str(run_dir), "device": "cpu", "eval_share": 0.3,
         "prompt_template": "{prompt}", "steps": 3, "examples_per_step": 4, "learning_rate": 1e-2, "save_model": False,
+        "reward_timeout_s": None,
     }  # fmt: skip
     return DPOConfig(**{**values, **changes})
 

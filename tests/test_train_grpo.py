@@ -18,6 +18,7 @@ from torch import Tensor
 from fastrl.train import grpo
 from fastrl.train import run as run_module
 from fastrl.train.config import GRPOConfig
+from fastrl.train.covariance import CovarianceSelection
 from fastrl.train.grpo import Batch, build_loss, minibatches, run_grpo
 from fastrl.train.model import head_of
 from fastrl.train.rollout import Rollout, encode_prompts, generate
@@ -38,6 +39,7 @@ def settings(folder: Path, run_dir: Path, **changes: Any) -> GRPOConfig:
         "model": str(folder), "run_dir": str(run_dir), "device": "cpu", "task_parameters": SUMS,
         "rewards": {"tiny_model:digit_share": 1.0}, "steps": 2, "prompts_per_step": 2, "group_size": 4,
         "max_new_tokens": 6, "kl_coef": 0.0, "learning_rate": 1e-2, "eval_problems": 0, "save_model": False,
+        "reward_timeout_s": None,
     }  # fmt: skip
     return GRPOConfig(**{**values, **changes})
 
@@ -77,7 +79,9 @@ def gradients(config: GRPOConfig, rows: list[tuple[int, int]]) -> tuple[dict[str
     batch = random_batch(model, config)
     model = model.double()
     totals = MetricSums()
-    grpo.backward(PlainRun(config), model, head_of(model), build_loss(config), batch, rows, totals)
+    loss = build_loss(config)
+    select = CovarianceSelection(config, loss, torch.Generator()) if config.loss == "clip_cov" else None
+    grpo.backward(PlainRun(config), model, head_of(model), loss, batch, rows, totals, select)
     return {name: p.grad for name, p in model.named_parameters()}, totals.means()
 
 
@@ -103,6 +107,36 @@ def test_gradient_is_that_of_the_formula_in_plain_pytorch(tmp_path: Path) -> Non
     loss.backward()
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-6)
     assert metrics["clip_fraction"] > 0
+    for name, parameter in model.named_parameters():
+        granted = 1e-5 * float(parameter.grad.abs().max())  # the model's norms are in float32
+        assert torch.allclose(ours[name], parameter.grad, rtol=0, atol=granted), name
+
+
+def test_clip_cov_detaches_the_unclipped_tokens_of_high_covariance(tmp_path: Path) -> None:
+    # All candidates are detached, so that nothing is left to chance.
+    config = settings(tmp_path, tmp_path, loss="clip_cov", clip_cov_fraction=1.0, clip_cov_low=0.1, clip_cov_high=9.0)
+    ours, metrics = gradients(config, [(0, 8)])
+    model = tiny_model(TOKENIZER)
+    batch = random_batch(model, config)
+    model = model.double()
+    logprobs, old, advantages = [], [], []
+    for row in range(8):
+        mask, prompt = batch.mask[row], int(batch.rollout.prompt_index[row])
+        start = batch.rollout.prompt_ids[prompt][batch.rollout.prompt_mask[prompt]]
+        end = batch.rollout.completion_ids[row][mask]
+        logits = model(input_ids=torch.cat([start, end])[None], use_cache=False).logits[0, len(start) - 1 : -1]
+        logprobs.append(torch.log_softmax(logits, dim=-1).gather(1, end[:, None])[:, 0])
+        old.append(batch.old_logprobs[row][mask])
+        advantages.append(batch.advantages[row].expand(len(end)))
+    lp, a = torch.cat(logprobs), torch.cat(advantages)
+    ratio = torch.exp(lp - torch.cat(old))
+    covariance = (a - a.mean()) * (lp - lp.mean()).detach()
+    clipped = (ratio * a > ratio.clamp(0.8, 1.2) * a).detach()
+    detached = ~clipped & (covariance > 0.1) & (covariance < 9.0)
+    terms = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
+    (-terms[~detached].sum() / len(terms)).backward()
+    assert metrics["detached_fraction"] == pytest.approx(float(detached.double().mean()))
+    assert 0.0 < metrics["detached_fraction"] < 1.0
     for name, parameter in model.named_parameters():
         granted = 1e-5 * float(parameter.grad.abs().max())  # the model's norms are in float32
         assert torch.allclose(ours[name], parameter.grad, rtol=0, atol=granted), name
@@ -194,7 +228,9 @@ def test_a_resumed_run_may_be_longer_but_not_another(folder: Path, tmp_path: Pat
 
 
 def test_failed_rewards_are_counted_and_teach_nothing(folder: Path, tmp_path: Path) -> None:
-    config = settings(folder, tmp_path, rewards={"tiny_model:fails_on_letters": 1.0}, steps=2, group_size=8)
+    config = settings(
+        folder, tmp_path, rewards={"tiny_model:fails_on_letters": 1.0}, steps=2, group_size=8, reward_timeout_s=5.0
+    )
     run_grpo(config)
     lines = metrics_of(tmp_path)
     assert sum(line["reward_failures"] for line in lines) > 0
@@ -280,7 +316,7 @@ def test_impossible_settings_are_refused(tmp_path: Path, changes: dict[str, Any]
         ({"loss_options": {"clip": 0.1}}, "unknown field clip"),
         ({"clip_low": 0.1, "loss_options": {"clip_low": 0.2}}, "given twice"),
         ({"loss": "sft"}, "does not look at the rewards"),
-        ({"loss": "clip_cov"}, "clip_cov"),
+        ({"loss": "clip_cov", "micro_batch_size": 2}, "'clip_cov' is computed over a whole minibatch"),
         ({"loss": "kl_cov", "kl_coef": None, "micro_batch_size": 2}, "expected micro_batch_size=None"),
         ({"task": "chain_sums"}, "chain_sum"),
         ({"rewards": {"acuracy": 1.0}}, "accuracy"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -15,7 +14,6 @@ from safetensors.torch import load_file
 from tiny_model import save_tiny_model, tiny_model, tiny_tokenizer
 
 from fastrl import PolicyLoss
-from fastrl.train import grpo
 from fastrl.train import run as run_module
 from fastrl.train.config import GRPOConfig
 from fastrl.train.dynamic_sampling import sample_batch
@@ -23,7 +21,7 @@ from fastrl.train.grpo import run_grpo
 from fastrl.train.process import process_advantages, step_ends
 from fastrl.train.prompts import Prompts
 from fastrl.train.reference_policy import ReferencePolicy
-from fastrl.train.rewards import RewardBatch, RewardSet, build_rewards
+from fastrl.train.rewards import RewardBatch, RewardSet
 from fastrl.train.rollout import Rollout, concatenate, encode_prompts, generate
 from fastrl.train.run import Clock
 from fastrl.train.tasks import Problem, load_task
@@ -38,17 +36,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
-@pytest.fixture(autouse=True)
-def rewards_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Starting a worker takes longer than these runs."""
-    monkeypatch.setattr(grpo, "build_rewards", functools.partial(build_rewards, timeout_s=None))
-
-
 def settings(folder: Path, run_dir: Path, **changes: Any) -> GRPOConfig:
     values: dict[str, Any] = {
         "model": str(folder), "run_dir": str(run_dir), "device": "cpu", "task_parameters": SUMS,
         "rewards": {"tiny_model:digit_share": 1.0}, "steps": 2, "prompts_per_step": 2, "group_size": 4,
         "max_new_tokens": 6, "kl_coef": 0.0, "learning_rate": 1e-2, "eval_problems": 0, "save_model": False,
+        "reward_timeout_s": None,
     }  # fmt: skip
     return GRPOConfig(**{**values, **changes})
 
@@ -337,7 +330,6 @@ def test_golden_losses(folder: Path, tmp_path: Path) -> None:
 
 REFUSED = {
     "sft": "does not look at the rewards", "rft": "does not look at the rewards", "dft": "does not look at the rewards",
-    "clip_cov": "selects tokens by the covariance",
 }  # fmt: skip
 
 
@@ -353,11 +345,15 @@ def test_every_loss_takes_two_steps_or_is_refused_by_name(folder: Path, tmp_path
     assert len(lines) == 2
     assert all(math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) for line in lines)
     assert any(line["grad_norm"] > 0 for line in lines)
+    assert ("detached_fraction" in lines[0]) == (loss == "clip_cov")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"clip_cov_low": 2.0}, "clip_cov_low=2.0 has no effect with loss='grpo'"),
+        ({"loss": "clip_cov", "clip_cov_fraction": 0.0}, r"clip_cov_fraction must be in \(0, 1\], got 0.0"),
+        ({"loss": "clip_cov", "clip_cov_low": 5.0}, "clip_cov_low must be less than clip_cov_high, got 5.0 and 5.0"),
         ({"dynamic_sampling": "always"}, "dynamic_sampling must be one of off, reward, correct"),
         ({"dynamic_sampling_tries": 0}, "dynamic_sampling_tries must be at least 1"),
         ({"filter_prompts": 1}, "filter_prompts must be 0 or at least prompts_per_step=2, got 1"),

@@ -36,6 +36,7 @@ def settings(folder: Path, run_dir: Path, **changes: Any) -> OnlineDPOConfig:
         "model": str(folder), "run_dir": str(run_dir), "device": "cpu", "prompt_template": "{prompt}", "steps": 3,
         "task_parameters": SUMS, "rewards": {"tiny_model:digit_share": 1.0}, "prompts_per_step": 4, "group_size": 4,
         "max_new_tokens": 6, "learning_rate": 3e-3, "eval_problems": 0, "save_model": False,
+        "reward_timeout_s": None,
     }  # fmt: skip
     return OnlineDPOConfig(**{**values, **changes})
 
@@ -140,7 +141,7 @@ def test_what_cannot_be_is_refused(folder: Path, tmp_path: Path, changes: dict[s
 def test_a_pairs_file_holds_the_best_and_the_worst(folder: Path, tmp_path: Path) -> None:
     config = PairsConfig(
         model=str(folder), prompt_template="{prompt}", task_parameters=SUMS, problems=6, group_size=4,
-        max_new_tokens=6, sample_batch_size=8, rewards={"tiny_model:digit_share": 1.0},
+        max_new_tokens=6, sample_batch_size=8, rewards={"tiny_model:digit_share": 1.0}, reward_timeout_s=None,
         output=str(tmp_path / "deep" / "pairs.jsonl"),
     )  # fmt: skip
     lines = [json.loads(line) for line in make_pairs(config).read_text().splitlines()]
@@ -156,7 +157,7 @@ def test_a_pairs_file_can_hold_the_answers(folder: Path, tmp_path: Path) -> None
     config = PairsConfig(
         model=str(folder), prompt_template="{prompt}", task_parameters=SUMS, problems=4, group_size=2,
         max_new_tokens=6, sample_batch_size=8, chosen="answer", answer_template="it is {answer}",
-        rewards={"accuracy": 1.0}, output=str(tmp_path / "pairs.jsonl"),
+        rewards={"accuracy": 1.0}, reward_timeout_s=None, output=str(tmp_path / "pairs.jsonl"),
     )  # fmt: skip
     lines = [json.loads(line) for line in make_pairs(config).read_text().splitlines()]
     assert lines

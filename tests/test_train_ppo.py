@@ -41,7 +41,7 @@ def settings(folder: Path, run_dir: Path, **changes: Any) -> PPOConfig:
         "model": str(folder), "run_dir": str(run_dir), "device": "cpu", "task_parameters": SUMS,
         "rewards": {"tiny_model:digit_share": 1.0}, "steps": 2, "prompts_per_step": 8, "group_size": 1,
         "max_new_tokens": 6, "learning_rate": 1e-2, "value_head_lr_factor": 1.0, "eval_problems": 0,
-        "save_model": False,
+        "save_model": False, "reward_timeout_s": None,
     }  # fmt: skip
     return PPOConfig(**{**values, **changes})
 

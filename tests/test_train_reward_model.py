@@ -148,7 +148,7 @@ def test_training_goes_on_from_a_reward_model_and_pays_a_policy(folder: Path, pa
             model=str(folder), run_dir=str(tmp_path / "grpo"), device="cpu", prompt_template="{prompt}", steps=1,
             task_parameters={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}, rewards={},
             reward_model=str(trained), prompts_per_step=2, group_size=2, max_new_tokens=4, eval_problems=0,
-            save_model=False, kl_coef=0.0,
+            save_model=False, kl_coef=0.0, reward_timeout_s=None,
         )
     )  # fmt: skip
     assert "reward/reward_model" in metrics_of(tmp_path / "grpo")[0]

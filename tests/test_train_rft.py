@@ -43,7 +43,7 @@ def settings(folder: Path, run_dir: Path, *, online: bool = False, **changes: An
         "model": str(folder), "run_dir": str(run_dir), "device": "cpu", "prompt_template": "{prompt}",
         "task_parameters": SUMS, "rewards": {"tiny_model:digit_share": 1.0}, "keep_reward": 0.15, "steps": 4,
         "prompts_per_step": 2, "group_size": 4, "sample_batch_size": 8, "max_new_tokens": 6, "learning_rate": 1e-2,
-        "eval_problems": 0, "micro_batch_tokens": 300, "save_model": False,
+        "eval_problems": 0, "micro_batch_tokens": 300, "save_model": False, "reward_timeout_s": None,
     }  # fmt: skip
     return (OnlineRFTConfig if online else RFTConfig)(**{"steps_per_round": 1 if online else 2, **values, **changes})
 

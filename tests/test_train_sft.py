@@ -39,6 +39,7 @@ def settings(folder: Path, run_dir: Path, **changes: Any) -> SFTConfig:
         "model": str(folder), "run_dir": str(run_dir), "device": "cpu", "prompt_template": "{prompt}", "steps": 3,
         "task": "chain_sum", "task_parameters": SUMS, "task_examples": 20, "examples_per_step": 4, "max_tokens": 90,
         "micro_batch_tokens": 200, "learning_rate": 1e-2, "eval_problems": 0, "max_new_tokens": 4, "save_model": False,
+        "reward_timeout_s": None,
     }  # fmt: skip
     return SFTConfig(**{**values, **changes})
 

@@ -78,7 +78,7 @@ def ours(folder: Path, run_dir: Path, **changes: Any) -> tuple[list[dict[str, fl
         "task_parameters": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
         "rewards": {"tiny_model:digit_share": 1.0}, "steps": STEPS, "prompts_per_step": PROMPTS, "group_size": GROUP,
         "max_new_tokens": LENGTH, "temperature": 0.9, "learning_rate": 5e-3, "lr_schedule": "linear",
-        "max_grad_norm": 0.1, "adam_beta2": 0.999, "eval_problems": 0,
+        "max_grad_norm": 0.1, "adam_beta2": 0.999, "eval_problems": 0, "reward_timeout_s": None,
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batches.Sampler, "rollout", recording)

@@ -6,7 +6,9 @@ Shapes: P prompts, G completions of each, B = P * G completions, T time, D hidde
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -19,11 +21,24 @@ from fastrl.losses.policy import PolicyLoss
 from fastrl.train.config import BatchConfig
 from fastrl.train.evaluate import HeldOut
 from fastrl.train.model import Head, causal_lm, stop_token_ids
+from fastrl.train.packed_rollout import packed_completion_hidden, rollout_examples
+from fastrl.train.packing import prove_packing
 from fastrl.train.rewards import RewardBatch, RewardSet
-from fastrl.train.rollout import Rollout, completion_hidden, decode, encode_prompts, generate, token_logprobs_of
+from fastrl.train.rollout import (
+    Forward,
+    Rollout,
+    completion_hidden,
+    decode,
+    encode_prompts,
+    generate,
+    token_logprobs_of,
+    verify_logprobs,
+)
 from fastrl.train.run import MetricSums, Run
 from fastrl.train.scoring import RewardModel
 from fastrl.train.tasks import Problem, Task
+
+logger = logging.getLogger(__name__)
 
 Rows = Sequence[tuple[int, int]]  # (start, stop) of micro-batches
 REWARD_MODEL = "reward_model"
@@ -153,14 +168,18 @@ def policy_output(
     part: Batch,
     counts: Counts,
     temperature: float,
+    selection: Tensor | None = None,  # (B, T) bool
 ) -> LossOutput:
-    """Return the policy loss of a micro-batch from the hidden states that predict its tokens."""
+    """Return the policy loss of a micro-batch from the hidden states that predict its tokens.
+
+    Tokens outside `selection` are left out of the policy term; the denominator keeps them.
+    """
     grouped = {"group_ids": part.rollout.prompt_index} if loss_function.aggregate == "prompt_mean" else {}
     return loss_function.from_hidden(
         hidden, head.weight, part.rollout.completion_ids, temperature=temperature, advantages=part.advantages,
         mask=part.mask, old_logprobs=part.old_logprobs, ref_logprobs=part.ref_logprobs,
         rollout_logprobs=part.rollout.logprobs, n_tokens=counts.tokens, n_sequences=counts.sequences,
-        **grouped, **head.kwargs(),
+        selection=selection, **grouped, **head.kwargs(),
     )  # fmt: skip
 
 
@@ -171,9 +190,7 @@ def named_loss(name: str, fields: Mapping[str, Any], config: BatchConfig) -> Pol
         loss = PolicyLoss.preset(name, **fields, constant=float(config.max_new_tokens))
     if loss.surrogate in ("nll", "dft"):
         raise ValueError(f"loss {name!r} does not look at the rewards; it is for supervised data")
-    if name == "clip_cov":
-        raise ValueError("loss 'clip_cov' selects tokens by the covariance over a batch, which this loop does not do")
-    per_batch = loss.aggregate == "prompt_mean" or loss.kl_fraction is not None
+    per_batch = loss.aggregate == "prompt_mean" or loss.kl_fraction is not None or name == "clip_cov"
     if per_batch and config.micro_batch != config.batch_size // config.minibatches:
         raise ValueError(
             f"loss {name!r} is computed over a whole minibatch; expected micro_batch_size=None, "
@@ -198,6 +215,9 @@ def sampled_kl(output: LossOutput, part: Batch) -> Tensor:
     return kl_estimate(part.old_logprobs, output.logprobs, "k3", mask=part.mask).sum()
 
 
+Select = Callable[[Tensor, Head, Batch], Tensor]  # hidden states, head, batch -> (B, T) bool
+
+
 class Passed(NamedTuple):
     """What a backward pass over the micro-batches of a step tells; scalars on the device."""
 
@@ -214,18 +234,23 @@ def backward(
     batch: Batch,
     rows: Rows,
     totals: MetricSums,
+    select: Select | None = None,
 ) -> Passed:
     """Accumulate the gradient of the policy loss of one optimiser step over the micro-batches `rows`.
 
     Each micro-batch is divided by the token and sequence counts of all of them, so their gradients simply add up.
+    `select` chooses the tokens that the policy term keeps.
     """
     counts = Counts.of(batch.mask, rows)
     zero, one = torch.zeros((), device=batch.mask.device), torch.ones((), device=batch.mask.device)
     loss = deviation = zero
     for start, stop in rows:
         part = batch.rows(start, stop)
-        hidden = completion_hidden(model, part.rollout)
-        output = policy_output(loss_function, head, hidden, part, counts, run.config.temperature)
+        hidden = forward_of(run.config)(model, part.rollout)
+        selection = None if select is None else select(hidden, head, part)
+        if selection is not None:
+            totals.add({"detached_fraction": ((part.mask & ~selection).sum(), part.mask.sum())})
+        output = policy_output(loss_function, head, hidden, part, counts, run.config.temperature, selection)
         run.backward(output.loss)
         totals.add(output.metrics)
         totals.add({"loss": (output.loss.detach(), zero)})
@@ -235,11 +260,31 @@ def backward(
     return Passed(loss, deviation)
 
 
+def forward_of(config: BatchConfig) -> Forward:
+    """Return how the loop gets the hidden states of completions: prompts shared, or packed."""
+    if not config.packing:
+        return completion_hidden
+    return functools.partial(packed_completion_hidden, stream_tokens=config.packing_tokens)
+
+
+def verify_rollout(model: Any, head: Head, rollout: Rollout, config: BatchConfig) -> None:
+    """Log by how much log-probs differ from those of the model's own logits.
+
+    Raises ValueError where that is more than rounding, and where packed sequences see each other.
+    """
+    few = rollout.rows(0, min(4, config.batch_size))
+    if config.packing:
+        prove_packing(model, head, rollout_examples(few))
+    difference = verify_logprobs(model, head, few, config.temperature, forward_of(config))
+    logger.info("log-probs equal those of the model's own logits within %.2g nats", difference)
+
+
 def logprobs_in_micro_batches(model: Any, head: Head, rollout: Rollout, config: BatchConfig) -> Tensor:
     """Return log-probs (B, T), computed in the micro-batches of the loss, so that equal weights give equal bits."""
     result = torch.zeros_like(rollout.logprobs)
     for start, stop in micro_batches(config):
-        logprobs = token_logprobs_of(model, head, rollout.rows(start, stop), config.temperature).logprobs
+        part = rollout.rows(start, stop)
+        logprobs = token_logprobs_of(model, head, part, config.temperature, forward_of(config)).logprobs
         result[start:stop, : logprobs.shape[1]] = logprobs
     return result
 

@@ -22,7 +22,7 @@ from fastrl.train.config import RunConfig, check_choice, check_int
 from fastrl.train.data import Records, read_records, split_held_out
 from fastrl.train.examples import PreferenceExample
 from fastrl.train.model import Head
-from fastrl.train.rollout import Rollout, completion_hidden, pad_left
+from fastrl.train.rollout import Forward, Rollout, completion_hidden, pad_left
 from fastrl.train.run import Run
 
 
@@ -141,6 +141,7 @@ def backward_rollout(
     ref_logprobs: Tensor | None,  # (B, T)
     *,
     temperature: float = 1.0,
+    forward: Forward = completion_hidden,
     **inputs: Any,
 ) -> LossOutput:
     """Add the gradient of the loss of a micro-batch to that of the parameters and return the detached output.
@@ -148,7 +149,7 @@ def backward_rollout(
     `inputs` are further arguments of `PreferenceLoss.from_hidden`, the counts of the whole step among them.
     """
     output = loss.from_hidden(
-        completion_hidden(model, rollout), head.weight, rollout.completion_ids, rollout.completion_mask,
+        forward(model, rollout), head.weight, rollout.completion_ids, rollout.completion_mask,
         ref_logprobs=ref_logprobs, temperature=temperature, **inputs, **head.kwargs(),
     )  # fmt: skip
     run.backward(output.loss)

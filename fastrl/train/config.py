@@ -148,6 +148,9 @@ class TaskEvaluationConfig(RunConfig):
     """Held-out problems in an evaluation; 0 leaves evaluations out."""
     eval_modes: tuple[Literal["sampled", "greedy"], ...] = ("sampled",)
     """`sampled` at the training temperature, `greedy`, or both."""
+    reward_timeout_s: float | None = 5.0
+    """Seconds that one call of a reward may take, in a worker process; None calls rewards in the process that trains,
+    where nothing stops one that hangs."""
 
     def __post_init__(self) -> None:
         """Raise `ValueError` for values that cannot be."""
@@ -155,6 +158,8 @@ class TaskEvaluationConfig(RunConfig):
         check_int("max_new_tokens", self.max_new_tokens, at_least=1)
         check_int("eval_problems", self.eval_problems, at_least=0)
         check_positive("temperature", self.temperature)
+        if self.reward_timeout_s is not None:
+            check_positive("reward_timeout_s", self.reward_timeout_s)
         object.__setattr__(self, "eval_modes", tuple(self.eval_modes))
         for mode in self.eval_modes:
             check_choice("eval_modes", mode, ("sampled", "greedy"))
@@ -199,11 +204,16 @@ class BatchConfig(TaskConfig):
     micro_batch_size: int | None = None
     """Completions in one forward and backward pass, a divisor of the minibatch; None: the whole minibatch at once.
     It changes the memory, not the gradient: the loss is divided by the counts of the whole optimiser step."""
+    packing: bool = False
+    """Run each completion with its prompt as a sequence of a packed stream, without padding. False runs a prompt once
+    for all its completions, and pads these. Both give the same log-probs and gradients, within rounding."""
+    packing_tokens: int = 512
+    """Tokens of a packed stream, more where a sequence is longer; without FlashAttention its mask has their square."""
 
     def __post_init__(self) -> None:
         """Raise `ValueError` for values that cannot be."""
         super().__post_init__()
-        for name in ("group_size", "epochs_per_batch", "minibatches"):
+        for name in ("group_size", "epochs_per_batch", "minibatches", "packing_tokens"):
             check_int(name, getattr(self, name), at_least=1)
         if not math.isfinite(self.reward_model_weight):
             raise ValueError(f"reward_model_weight must be finite, got {self.reward_model_weight}")
@@ -256,6 +266,13 @@ class GRPOConfig(BatchConfig):
     """Coefficient of the entropy bonus; None keeps the preset's."""
     loss_options: dict[str, int | float | str | bool] = field(default_factory=dict)
     """Any other field of `fastrl.PolicyLoss`, and `style`."""
+    clip_cov_fraction: float = 2e-4
+    """With `loss: clip_cov`: share of the tokens of a minibatch that are detached, at least one token (Cui et al. 2025,
+    arXiv 2505.22617)."""
+    clip_cov_low: float = 1.0
+    """With `loss: clip_cov`: detached are tokens whose covariance of advantage and log-prob is greater than this."""
+    clip_cov_high: float = 5.0
+    """With `loss: clip_cov`: and less than this."""
     advantage_scale: str = "group"
     """Divisor of the advantages: `group` (std of the group), `batch`, `none` (Dr. GRPO), ..."""
     advantage_baseline: str = "group_mean"
@@ -301,6 +318,7 @@ class GRPOConfig(BatchConfig):
         for name in ("filter_prompts", "reference_sync_steps"):
             check_int(name, getattr(self, name), at_least=0)
         check_choice("dynamic_sampling", self.dynamic_sampling, ("off", "reward", "correct"))
+        self._check_covariance()
         object.__setattr__(self, "curriculum_values", tuple(self.curriculum_values))
         if not 0 <= self.reference_ema < 1:
             raise ValueError(f"reference_ema must be in [0, 1), got {self.reference_ema}")
@@ -328,6 +346,18 @@ class GRPOConfig(BatchConfig):
                 raise ValueError("step_marker must not be empty")
             if self.dynamic_sampling == "reward":
                 raise ValueError("dynamic_sampling with step_rewards must be 'off' or 'correct', got 'reward'")
+
+    def _check_covariance(self) -> None:
+        for name in ("clip_cov_fraction", "clip_cov_low", "clip_cov_high"):
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if value != default and self.loss != "clip_cov":
+                raise ValueError(f"{name}={value} has no effect with loss={self.loss!r}: it needs 'clip_cov'")
+        if not 0 < self.clip_cov_fraction <= 1:
+            raise ValueError(f"clip_cov_fraction must be in (0, 1], got {self.clip_cov_fraction}")
+        if not self.clip_cov_low < self.clip_cov_high:
+            raise ValueError(
+                f"clip_cov_low must be less than clip_cov_high, got {self.clip_cov_low} and {self.clip_cov_high}"
+            )
 
 
 def check_int(name: str, value: Any, at_least: int) -> None:

@@ -123,7 +123,7 @@ def make_constitutional_pairs(config: ConstitutionalConfig) -> Path:
     if config.rewards and records:
         asked = {problem.prompt: problem for problem in problems}
         repeated = [asked[record["prompt"]] for record in records]
-        with build_rewards(config.rewards, task) as rewards:
+        with build_rewards(config.rewards, task, config.reward_timeout_s) as rewards:
             high, low = (
                 rewards(repeated, [record[side] for record in records]).total.tolist()
                 for side in ("chosen", "rejected")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastrl.train.config import check_choice
 from fastrl.train.model import causal_lm
-from fastrl.train.rollout import Rollout, completion_hidden
+from fastrl.train.rollout import Forward, Rollout, completion_hidden
 
 KINDS = ("head", "shared", "separate")
 
@@ -28,14 +28,16 @@ KINDS = ("head", "shared", "separate")
 class Critic:
     """The value head and, where the critic is separate, its backbone. Every value is 0 until the head is trained."""
 
-    def __init__(self, policy: Any, kind: str) -> None:
+    def __init__(self, policy: Any, kind: str, forward: Forward = completion_hidden) -> None:
         """Make the critic of `policy`, a causal language model without adapters yet.
+
+        `forward` gives the hidden states of a separate backbone.
 
         Raises:
             ValueError: an unknown kind.
         """
         check_choice("critic", kind, KINDS)
-        self.kind = kind
+        self.kind, self._forward = kind, forward
         output = causal_lm(policy).get_output_embeddings().weight  # (V, D)
         self.value_head = nn.Linear(output.shape[1], 1, device=output.device, dtype=torch.float32)
         nn.init.zeros_(self.value_head.weight)
@@ -57,7 +59,7 @@ class Critic:
     def values(self, rollout: Rollout, policy_hidden: Tensor) -> Tensor:
         """Return values (B, T) in the precision of the head, float32, differentiable; `policy_hidden` is (B, T, D)."""
         if self.backbone is not None:
-            hidden = completion_hidden(self.backbone, rollout)
+            hidden = self._forward(self.backbone, rollout)
         else:
             hidden = policy_hidden if self.kind == "shared" else policy_hidden.detach()
         # A value of 100.3 is 100 in bfloat16: the head stays out of autocast.

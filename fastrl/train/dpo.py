@@ -115,7 +115,7 @@ def run_dpo(config: DPOConfig) -> RunResult:
     with contextlib.ExitStack() as stack:
         problems = None
         if task is not None:
-            rewards = stack.enter_context(build_rewards({CORRECT: 0.0}, task))
+            rewards = stack.enter_context(build_rewards({CORRECT: 0.0}, task, config.reward_timeout_s))
             problems = HeldOut(run, task, rewards, stop_ids)
         stack.enter_context(run)
 

@@ -15,13 +15,12 @@ epochs differ in their order only.
 
 Left out: more than one process (use the trainers of `fastrl.integrations` there), an inference engine for the
 rollouts, dropout (the model stays in eval mode, or the importance ratios would not be 1), gradient checkpointing,
-and losses that need more than this loop has at hand (they are refused by name).
+and losses that do not look at the rewards (they are refused by name).
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 from typing import Any
 
 import torch
@@ -36,22 +35,22 @@ from fastrl.train.batches import (
     logprobs_in_micro_batches,
     minibatches,
     named_loss,
+    verify_rollout,
     zero_advantages,
 )
 from fastrl.train.config import GRPOConfig
+from fastrl.train.covariance import CovarianceSelection
 from fastrl.train.dynamic_sampling import sample_batch
 from fastrl.train.evaluate import CORRECT
 from fastrl.train.model import add_lora, head_of, load_model
+from fastrl.train.packing import use_flash_attention
 from fastrl.train.process import process_advantages
 from fastrl.train.prompts import Prompts
 from fastrl.train.reference_policy import ReferencePolicy
 from fastrl.train.rewards import build_rewards
-from fastrl.train.rollout import verify_logprobs
 from fastrl.train.run import MetricSums, Run, RunResult
 from fastrl.train.scoring import load_reward_model
 from fastrl.train.tasks import load_task
-
-logger = logging.getLogger(__name__)
 
 
 def run_grpo(config: GRPOConfig) -> RunResult:
@@ -64,6 +63,8 @@ def run_grpo(config: GRPOConfig) -> RunResult:
     task.held_out(config.eval_problems)  # too many of them are refused before the model is loaded
     run = Run(config)
     model, tokenizer = load_model(config.model, dtype=config.dtype, device=run.device)
+    if config.packing:
+        use_flash_attention(model)
     reward_model = None
     if config.reward_model is not None:
         reward_model = load_reward_model(config.reward_model, tokenizer, dtype=config.dtype, device=run.device)
@@ -77,11 +78,14 @@ def run_grpo(config: GRPOConfig) -> RunResult:
     if config.lora_rank:
         model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_modules)
     head = head_of(model)
+    select = None
+    if config.loss == "clip_cov":
+        select = CovarianceSelection(config, loss_function, run.generator)
     prompts = Prompts(config, task)
     run.register("prompts", prompts)
     run.optimize(dict(model.named_parameters()))
-    rewards = build_rewards({CORRECT: 0.0, **config.rewards}, task)
-    step_rewards = build_rewards(config.step_rewards, task) if config.step_rewards else None
+    rewards = build_rewards({CORRECT: 0.0, **config.rewards}, task, config.reward_timeout_s)
+    step_rewards = build_rewards(config.step_rewards, task, config.reward_timeout_s) if config.step_rewards else None
     sampler = Sampler(run, task, model, tokenizer, rewards, reward_model)
 
     with rewards, step_rewards or contextlib.nullcontext(), run:
@@ -95,9 +99,7 @@ def run_grpo(config: GRPOConfig) -> RunResult:
             problems, rollout, scored = sampled.problems, sampled.rollout, sampled.scored
             prompts.observe(sampled.seen.components[CORRECT])
             if step == run.start_step:
-                few = rollout.rows(0, min(4, config.batch_size))
-                difference = verify_logprobs(model, head, few, config.temperature)
-                logger.info("log-probs equal those of the model's own logits within %.2g nats", difference)
+                verify_rollout(model, head, rollout, config)
                 run.clock.lap("verification")
 
             # Advantages
@@ -134,10 +136,11 @@ def run_grpo(config: GRPOConfig) -> RunResult:
             first_step = True
             for _ in range(config.epochs_per_batch):
                 for rows in minibatches(config, run.generator):
-                    deviation = backward(run, model, head, loss_function, batch, rows, totals).ratio_deviation
+                    passed = backward(run, model, head, loss_function, batch, rows, totals, select)
                     run.clock.lap("backward")
                     if first_step and batch.old_logprobs is not None:
-                        totals.add({"first_step_ratio_max_dev": (deviation, torch.ones_like(deviation))})
+                        one = torch.ones_like(passed.ratio_deviation)
+                        totals.add({"first_step_ratio_max_dev": (passed.ratio_deviation, one)})
                     first_step = False
                     totals.add(run.clip_and_step())
                     run.clock.lap("optimizer")

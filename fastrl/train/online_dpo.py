@@ -17,27 +17,25 @@ rollouts, dropout, gradient checkpointing.
 from __future__ import annotations
 
 import dataclasses
-import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastrl.losses.preference import PreferenceLoss
-from fastrl.train.batches import Sampler, batch_metrics, logprobs_in_micro_batches
+from fastrl.train.batches import Sampler, batch_metrics, forward_of, logprobs_in_micro_batches, verify_rollout
 from fastrl.train.comparisons import backward_rollout
 from fastrl.train.dpo_config import OnlineDPOConfig, preference_loss
 from fastrl.train.evaluate import CORRECT
 from fastrl.train.model import Head, add_lora, head_of, load_model
+from fastrl.train.packing import use_flash_attention
 from fastrl.train.pairs import best_and_worst
 from fastrl.train.reference_policy import ReferencePolicy
 from fastrl.train.rewards import build_rewards
-from fastrl.train.rollout import Rollout, verify_logprobs
+from fastrl.train.rollout import Rollout
 from fastrl.train.run import MetricSums, Run, RunResult
 from fastrl.train.scoring import load_reward_model
 from fastrl.train.tasks import load_task
-
-logger = logging.getLogger(__name__)
 
 
 def run_online_dpo(config: OnlineDPOConfig) -> RunResult:
@@ -52,6 +50,8 @@ def run_online_dpo(config: OnlineDPOConfig) -> RunResult:
     task.held_out(config.eval_problems)  # too many of them are refused before the model is loaded
     run = Run(config)
     model, tokenizer = load_model(config.model, dtype=config.dtype, device=run.device)
+    if config.packing:
+        use_flash_attention(model)
     reward_model = None
     if config.reward_model is not None:
         reward_model = load_reward_model(config.reward_model, tokenizer, dtype=config.dtype, device=run.device)
@@ -60,7 +60,7 @@ def run_online_dpo(config: OnlineDPOConfig) -> RunResult:
         model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_modules)
     head = head_of(model)
     run.optimize(dict(model.named_parameters()))
-    rewards = build_rewards({CORRECT: 0.0, **config.rewards}, task)
+    rewards = build_rewards({CORRECT: 0.0, **config.rewards}, task, config.reward_timeout_s)
     sampler = Sampler(run, task, model, tokenizer, rewards, reward_model)
 
     with rewards, run:
@@ -70,9 +70,7 @@ def run_online_dpo(config: OnlineDPOConfig) -> RunResult:
             problems = sampler.problems(step)
             rollout = sampler.rollout(problems)
             if step == run.start_step:
-                few = rollout.rows(0, min(4, config.batch_size))
-                difference = verify_logprobs(model, head, few, config.temperature)
-                logger.info("log-probs equal those of the model's own logits within %.2g nats", difference)
+                verify_rollout(model, head, rollout, config)
             run.clock.lap("rollout")
             scored = sampler.score(problems, rollout)
             chosen, rejected = (index.to(run.device) for index in best_and_worst(scored.total, config.group_size))
@@ -132,7 +130,7 @@ def backward_pairs(
         ref = None if ref_logprobs is None else ref_logprobs[rows, : part.completion_ids.shape[1]]
         output = backward_rollout(
             run, model, head, loss, part, ref,
-            temperature=config.temperature, n_pairs=float(len(chosen)), n_tokens=n_tokens,
+            temperature=config.temperature, forward=forward_of(config), n_pairs=float(len(chosen)), n_tokens=n_tokens,
         )  # fmt: skip
         totals.add(output.metrics)
         value = value + output.loss

@@ -178,20 +178,20 @@ def _check_logprobs(model: Any, head: Head, batch: PackedBatch) -> float:
     """Return the largest difference from the model's own logits of each sequence alone, or raise."""
     inner = causal_lm(model)
     ours = linear_token_logprobs(packed_hidden(model, batch), head.weight, batch.labels, **head.kwargs()).logprobs
-    worst = 0.0
+    worst = torch.zeros((), dtype=torch.float64, device=ours.device)  # torch.maximum keeps a NaN, Python's max loses it
     offsets = batch.cu_seqlens.tolist()
     for start, stop in itertools.pairwise(offsets):
         logits = inner(input_ids=batch.input_ids[None, start:stop], use_cache=False).logits[0]
         alone = torch.log_softmax(logits.double(), dim=-1).gather(1, batch.labels[start:stop, None])[:, 0]
-        worst = max(worst, float((ours[start:stop].double() - alone).abs().max()))
+        worst = torch.maximum(worst, (ours[start:stop].double() - alone).abs().max())
     granted = LARGEST_DIFFERENCE[head.weight.dtype]
-    if not worst <= granted:
+    if not bool(worst <= granted):
         raise ValueError(
-            f"log-probs of {type(inner).__name__} from packed hidden states differ by {worst:.3g} nats from those of "
-            f"the sequences alone, expected at most {granted} in {head.weight.dtype}; the head was read as "
+            f"log-probs of {type(inner).__name__} from packed hidden states differ by {float(worst):.3g} nats from "
+            f"those of the sequences alone, expected at most {granted} in {head.weight.dtype}; the head was read as "
             f"logit_scale={head.logit_scale}, softcap={head.softcap}"
         )
-    return worst
+    return float(worst)
 
 
 def _start_of(example: Example) -> Example:

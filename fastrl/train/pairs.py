@@ -61,6 +61,8 @@ class SamplingConfig:
     """Longest completion."""
     temperature: float = 1.0
     """Divides the logits."""
+    reward_timeout_s: float | None = 5.0
+    """Seconds that one call of a reward may take; None calls rewards in this process, without a limit."""
     sample_batch_size: int = 64
     """Completions that are sampled together."""
     keep_truncated: bool = True
@@ -75,6 +77,8 @@ class SamplingConfig:
         for name in ("first_problem", "seed"):
             check_int(name, getattr(self, name), at_least=0)
         check_positive("temperature", self.temperature)
+        if self.reward_timeout_s is not None:
+            check_positive("reward_timeout_s", self.reward_timeout_s)
         check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
 
 
@@ -140,7 +144,7 @@ def make_pairs(config: PairsConfig) -> Path:
     problems = task.train(config.problems, start=config.first_problem)
     records: list[dict[str, Any]] = []
     generator = torch.Generator(device=config.device).manual_seed(config.seed)
-    with build_rewards(config.rewards, task) as rewards:
+    with build_rewards(config.rewards, task, config.reward_timeout_s) as rewards:
         at_once = config.sample_batch_size // config.group_size
         for start in range(0, len(problems), at_once):
             few = problems[start : start + at_once]

@@ -23,7 +23,6 @@ importance ratios would not be 1), gradient checkpointing.
 from __future__ import annotations
 
 import dataclasses
-import logging
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,6 +40,7 @@ from fastrl.train.batches import (
     Rows,
     Sampler,
     batch_metrics,
+    forward_of,
     logprobs_in_micro_batches,
     micro_batches,
     minibatches,
@@ -48,20 +48,20 @@ from fastrl.train.batches import (
     policy_output,
     ratio_deviation,
     sampled_kl,
+    verify_rollout,
 )
 from fastrl.train.critic import Critic
 from fastrl.train.evaluate import CORRECT
 from fastrl.train.model import Head, add_lora, head_of, load_model
+from fastrl.train.packing import use_flash_attention
 from fastrl.train.ppo_config import PPOConfig
 from fastrl.train.reference_policy import ReferencePolicy
 from fastrl.train.rewards import build_rewards
-from fastrl.train.rollout import Rollout, completion_hidden, hidden_logprobs, verify_logprobs
+from fastrl.train.rollout import Rollout, hidden_logprobs
 from fastrl.train.run import MetricSums, Run, RunResult
 from fastrl.train.scoring import load_reward_model
 from fastrl.train.tasks import load_task
 from fastrl.train.trust_region import StepLength, trust_region_step
-
-logger = logging.getLogger(__name__)
 
 
 class Learner(NamedTuple):
@@ -97,13 +97,15 @@ def run_ppo(config: PPOConfig) -> RunResult:
     task = load_task(config.task, **{"seed": config.seed, **config.task_parameters})
     run = Run(config)
     model, tokenizer = load_model(config.model, dtype=config.dtype, device=run.device)
+    if config.packing:
+        use_flash_attention(model)
     reward_model = None
     if config.reward_model is not None:
         reward_model = load_reward_model(config.reward_model, tokenizer, dtype=config.dtype, device=run.device)
     reference = None
     if config.kl_coef > 0 or (loss_function.kl is not None and loss_function.kl_to == "ref"):
         reference = ReferencePolicy(model, adapters=config.lora_rank > 0)
-    critic = Critic(model, config.critic)
+    critic = Critic(model, config.critic, forward_of(config))
     if config.lora_rank:
         adapters = {"rank": config.lora_rank, "alpha": config.lora_alpha, "targets": config.lora_modules}
         model = add_lora(model, **adapters)
@@ -120,7 +122,7 @@ def run_ppo(config: PPOConfig) -> RunResult:
         {**{f"policy.{name}": p for name, p in model.named_parameters()}, **critic.named_parameters()},
         factors={"critic": config.critic_lr_factor, "value_head": config.value_head_lr_factor},
     )
-    rewards = build_rewards({CORRECT: 0.0, **config.rewards}, task)
+    rewards = build_rewards({CORRECT: 0.0, **config.rewards}, task, config.reward_timeout_s)
     sampler = Sampler(run, task, model, tokenizer, rewards, reward_model)
 
     with rewards, run:
@@ -131,9 +133,7 @@ def run_ppo(config: PPOConfig) -> RunResult:
             problems = sampler.problems(step)
             rollout = sampler.rollout(problems)
             if step == run.start_step:
-                few = rollout.rows(0, min(4, config.batch_size))
-                difference = verify_logprobs(model, learner.head, few, config.temperature)
-                logger.info("log-probs equal those of the model's own logits within %.2g nats", difference)
+                verify_rollout(model, learner.head, rollout, config)
             run.clock.lap("rollout")
             scored = sampler.score(problems, rollout)
             run.clock.lap("reward")
@@ -192,7 +192,7 @@ def before_update(learner: Learner, rollout: Rollout, config: PPOConfig) -> tupl
     old, values = torch.zeros_like(rollout.logprobs), torch.zeros_like(rollout.logprobs)
     for start, stop in micro_batches(config):
         part = rollout.rows(start, stop)
-        hidden = completion_hidden(learner.model, part)
+        hidden = forward_of(config)(learner.model, part)
         logprobs = hidden_logprobs(hidden, learner.head, part, config.temperature).logprobs
         old[start:stop, : logprobs.shape[1]] = logprobs
         value = learner.critic.values(part, hidden).masked_fill(~part.completion_mask, 0.0)
@@ -219,7 +219,7 @@ def terminal_rewards(learner: Learner, rollout: Rollout, rewards: Tensor, config
         part = longer.rows(start, stop)
         if not bool(part.truncated.any()):
             continue
-        value = learner.critic.values(part, completion_hidden(learner.model, part))[:, -1]
+        value = learner.critic.values(part, forward_of(config)(learner.model, part))[:, -1]
         rewards[start:stop] = torch.where(part.truncated, config.gamma * value, rewards[start:stop])
     return rewards
 
@@ -300,7 +300,7 @@ def backward(
     for start, stop in rows:
         part = batch.rows(start, stop)
         with torch.set_grad_enabled(train_policy):
-            hidden = completion_hidden(learner.model, part.rollout)
+            hidden = forward_of(config)(learner.model, part.rollout)
         critic_output = value_loss(
             critic.values(part.rollout, hidden), part.old_values, part.returns, part.mask, clip=config.value_clip,
             coefficient=config.value_coef, n_tokens=counts.tokens,

@@ -13,7 +13,7 @@ Shapes: P prompts, G completions of each, B = P * G completions, T time, D hidde
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -267,10 +267,16 @@ def decode(tokenizer: Any, rollout: Rollout) -> list[str]:
     ]
 
 
-def token_logprobs_of(model: Any, head: Head, rollout: Rollout, temperature: float) -> TokenLogprobs:
+# A model and a rollout to the hidden states (B, T, D) that predict the completion tokens.
+Forward = Callable[[Any, Rollout], Tensor]
+
+
+def token_logprobs_of(
+    model: Any, head: Head, rollout: Rollout, temperature: float, forward: Forward = completion_hidden
+) -> TokenLogprobs:
     """Return log-probs and entropies (B, T) of the completion tokens, 0 where masked, without gradients."""
     with torch.no_grad():
-        return hidden_logprobs(completion_hidden(model, rollout), head, rollout, temperature)
+        return hidden_logprobs(forward(model, rollout), head, rollout, temperature)
 
 
 @torch.no_grad()
@@ -283,7 +289,9 @@ def hidden_logprobs(hidden: Tensor, head: Head, rollout: Rollout, temperature: f
 
 
 @torch.no_grad()
-def verify_logprobs(model: Any, head: Head, rollout: Rollout, temperature: float) -> float:
+def verify_logprobs(
+    model: Any, head: Head, rollout: Rollout, temperature: float, forward: Forward = completion_hidden
+) -> float:
     """Return the largest |difference| in nats from the log-probs of `model(...).logits`; raise where it is too large.
 
     The model's own logits come from each sequence on its own, without padding, cache or shared prompt. So one number
@@ -291,28 +299,28 @@ def verify_logprobs(model: Any, head: Head, rollout: Rollout, temperature: float
     Autocast is switched off for it: the model's own head would round its logits to 16 bits.
     """
     with torch.autocast(head.weight.device.type, enabled=False):
-        return _verify_logprobs(model, head, rollout, temperature)
+        return _verify_logprobs(model, head, rollout, temperature, forward)
 
 
-def _verify_logprobs(model: Any, head: Head, rollout: Rollout, temperature: float) -> float:
-    ours = token_logprobs_of(model, head, rollout, temperature).logprobs
+def _verify_logprobs(model: Any, head: Head, rollout: Rollout, temperature: float, forward: Forward) -> float:
+    ours = token_logprobs_of(model, head, rollout, temperature, forward).logprobs
     inner = causal_lm(model)
-    worst = 0.0
+    worst = torch.zeros((), dtype=torch.float64, device=ours.device)  # torch.maximum keeps a NaN, Python's max loses it
     for row in range(rollout.completion_ids.shape[0]):
         prompt = int(rollout.prompt_index[row])
         start = rollout.prompt_ids[prompt][rollout.prompt_mask[prompt]]
         end = rollout.completion_ids[row][rollout.completion_mask[row]]
         logits = inner(input_ids=torch.cat([start, end])[None], use_cache=False).logits[0, len(start) - 1 : -1]
         theirs = torch.log_softmax(logits.double() / temperature, dim=-1).gather(1, end[:, None])[:, 0]
-        worst = max(worst, float((ours[row, : len(end)].double() - theirs).abs().max()))
+        worst = torch.maximum(worst, (ours[row, : len(end)].double() - theirs).abs().max())
     granted = LARGEST_DIFFERENCE[head.weight.dtype]
-    if not worst <= granted:
+    if not bool(worst <= granted):
         raise ValueError(
-            f"log-probs from the hidden states differ from those of the model's own logits by {worst:.3g} nats, "
+            f"log-probs from the hidden states differ from those of the model's own logits by {float(worst):.3g} nats, "
             f"expected at most {granted} in {head.weight.dtype}; the head of {type(inner).__name__} was read as "
             f"logit_scale={head.logit_scale}, softcap={head.softcap}, bias={'none' if head.bias is None else 'one'}"
         )
-    return worst
+    return float(worst)
 
 
 def _positions(prompt_mask: Tensor) -> Tensor:

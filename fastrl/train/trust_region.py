@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from fastrl.losses.policy import PolicyLoss
-from fastrl.train.batches import Batch, Counts, Rows, backward, micro_batches, policy_output, sampled_kl
+from fastrl.train.batches import Batch, Counts, Rows, backward, forward_of, micro_batches, policy_output, sampled_kl
 from fastrl.train.model import Head
 from fastrl.train.ppo_config import PPOConfig
-from fastrl.train.rollout import completion_hidden
 from fastrl.train.run import MetricSums, Run
 
 
@@ -86,7 +85,7 @@ def trust_region_step(
             tried, tries = tried * (0.5 if tries else 1.0), tries + 1
             length.last = tried
             _place(moved, tried / norm)
-            measured = measure(model, head, loss_function, batch, rows, config.temperature)
+            measured = measure(model, head, loss_function, batch, rows, config)
             if measured.kl <= config.target_kl and measured.loss < before:
                 found = measured
     if found is None:
@@ -105,15 +104,14 @@ def trust_region_step(
 
 
 @torch.no_grad()
-def measure(
-    model: Any, head: Head, loss_function: PolicyLoss, batch: Batch, rows: Rows, temperature: float
-) -> Measured:
+def measure(model: Any, head: Head, loss_function: PolicyLoss, batch: Batch, rows: Rows, config: PPOConfig) -> Measured:
     """Return the loss of the policy as it is now, and how far it is from the old one."""
     counts = Counts.of(batch.mask, rows)
     loss, kl = 0.0, 0.0
     for start, stop in rows:
         part = batch.rows(start, stop)
-        output = policy_output(loss_function, head, completion_hidden(model, part.rollout), part, counts, temperature)
+        hidden = forward_of(config)(model, part.rollout)
+        output = policy_output(loss_function, head, hidden, part, counts, config.temperature)
         loss += output.loss.item()
         kl += sampled_kl(output, part).item()
     return Measured(loss, kl / counts.tokens.item())
