@@ -1,10 +1,13 @@
 """Run the tests of another project's checkout twice, alone and with fastrl switched on, and compare.
 
-    python scripts/host_tests.py trl CHECKOUT [-k EXPRESSION] [FILE ...]
+    python scripts/host_tests.py trl CHECKOUT [--stand-ins FOLDER] [-k EXPRESSION] [-m MARKS] [FILE ...]
 
-CHECKOUT is a clone of the project at the tag of the installed version (TRL: v1.16.0); its tests are run there and
-nothing of it is copied. Tests that need models from the hub fail or are skipped without a network, on both sides. What
-counts is the comparison: a test that passes alone and does not with fastrl makes the exit status 1.
+CHECKOUT is a clone of the project at the tag of the installed version (TRL: v1.16.0); its tests are run there against
+the installed package, and nothing of it is copied. Tests of TRL's trainers load models and datasets from the hub. For a
+machine without it, `--stand-ins FOLDER` builds random models and small datasets under the same names there (once) and
+runs both sides on them, offline; tests that need images, remote code, vLLM or Liger's kernels are then left out.
+Tests that fail or are skipped do so on both sides. What counts is the comparison: a test that passes alone and does not
+with fastrl makes the exit status 1.
 """
 
 from __future__ import annotations
@@ -14,14 +17,33 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
-# Plugin and test files per host.
+PLUGINS = ROOT / "tests" / "hosts"
+
+
+@dataclass(frozen=True)
+class Host:
+    """A project whose tests can be run."""
+
+    plugin: str
+    """The pytest plugin that switches fastrl on."""
+    stand_ins: str
+    """The module that builds what the tests would load from the hub, and the plugin that lets them find it."""
+    without: str
+    """pytest's -k for what the stand-ins cannot serve, unless one is given."""
+    files: tuple[str, ...]
+
+
 HOSTS = {
-    "trl": (
+    "trl": Host(
         "trl_plugin",
+        "trl_stand_ins",
+        # Liger's kernels replace classes of transformers for the whole process, and run on a GPU only.
+        "not vlm and not VLM and not vision and not Vision and not remote_code and not vllm and not liger",
         (
             "tests/test_kernels.py",
             "tests/test_utils.py",
@@ -30,21 +52,28 @@ HOSTS = {
             "tests/test_kto_trainer.py",
             "tests/test_grpo_trainer.py",
             "tests/test_rloo_trainer.py",
+            "tests/test_reward_trainer.py",
         ),
     )
 }
 
 
-def outcomes(checkout: Path, files: list[str], expression: str | None, plugin: str | None) -> dict[str, str]:
+def environment(stand_ins: Path | None) -> dict[str, str]:
+    """Return the environment of the tests, offline and with the stand-ins' folders where there are some."""
+    paths = [str(ROOT), str(ROOT / "kernels"), str(PLUGINS), os.environ.get("PYTHONPATH", "")]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    if stand_ins is not None:
+        variables |= {"TRL_STAND_INS": str(stand_ins), "HF_HUB_OFFLINE": "1"}
+        variables |= {"HF_HUB_CACHE": str(stand_ins / "hub"), "HF_DATASETS_CACHE": str(stand_ins / "cache")}
+    return variables
+
+
+def outcomes(checkout: Path, arguments: list[str], variables: dict[str, str]) -> dict[str, str]:
     """Return the outcome of every test: "passed", "failed" or "skipped"."""
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=no", f"--junitxml={report}"]
-        command += [] if expression is None else ["-k", expression]
-        command += [] if plugin is None else ["-p", plugin]
-        paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests" / "hosts"), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-        result = subprocess.run([*command, *files], cwd=checkout, env=environment, check=False)
+        result = subprocess.run([*command, *arguments], cwd=checkout, env=variables, check=False)
         if not report.exists():
             raise RuntimeError(f"pytest wrote no report in {checkout}, exit status {result.returncode}")
         found = {}
@@ -66,14 +95,26 @@ def main() -> int:
     parser.add_argument("host", choices=sorted(HOSTS))
     parser.add_argument("checkout", type=Path)
     parser.add_argument("files", nargs="*", help="test files, relative to the checkout; default: those of the trainers")
+    parser.add_argument("--stand-ins", type=Path, metavar="FOLDER", help="where to build what the hub would give")
     parser.add_argument("-k", dest="expression", help="pytest's -k")
-    arguments = parser.parse_args()
-    plugin, known = HOSTS[arguments.host]
-    files = arguments.files or [name for name in known if (arguments.checkout / name).exists()]
+    parser.add_argument("-m", dest="marks", default="not slow", help="pytest's -m; default: %(default)s")
+    given = parser.parse_intermixed_args()
+    host = HOSTS[given.host]
+    files = given.files or [name for name in host.files if (given.checkout / name).exists()]
     if not files:
-        parser.error(f"{arguments.checkout} has none of {', '.join(known)}")
-    alone = outcomes(arguments.checkout, files, arguments.expression, None)
-    ours = outcomes(arguments.checkout, files, arguments.expression, plugin)
+        parser.error(f"{given.checkout} has none of {', '.join(host.files)}")
+    stand_ins = None if given.stand_ins is None else given.stand_ins.resolve()
+    variables = environment(stand_ins)
+    arguments = ["-m", given.marks, *files]
+    if stand_ins is not None:
+        if not stand_ins.exists():
+            build = [sys.executable, str(PLUGINS / f"{host.stand_ins}.py"), str(stand_ins)]
+            subprocess.run(build, env=variables, check=True)
+        arguments = ["-p", host.stand_ins, "-k", given.expression or host.without, *arguments]
+    elif given.expression is not None:
+        arguments = ["-k", given.expression, *arguments]
+    alone = outcomes(given.checkout, arguments, variables)
+    ours = outcomes(given.checkout, ["-p", host.plugin, *arguments], variables)
     broken = sorted(name for name, outcome in alone.items() if outcome == "passed" and ours.get(name) != "passed")
     print(f"alone:       {counted(alone)}\nwith fastrl: {counted(ours)}")
     for name in broken:

@@ -21,6 +21,7 @@ RANKS = 2
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("sft", {}),
     "dpo": ("dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}),
+    "kto": ("kto", {}),
     "grpo": ("grpo", {"loss_type": "dapo", "entropy_coef": 0.1, "beta": 0.2}),
     "grpo_accumulated": (
         "grpo",

@@ -51,6 +51,9 @@ SETTINGS: list[tuple[str, str, dict[str, Any]]] = [
     ("dpo-mpo", "dpo", {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}),
     ("kto", "kto", {}),
     ("kto-apo", "kto", {"loss_type": "apo_zero_unpaired"}),
+    ("kto-weights", "kto", {"desirable_weight": 1.5, "undesirable_weight": 0.4, "beta": 0.3}),
+    ("kto-precomputed", "kto", {"precompute_ref_log_probs": True}),
+    ("kto-apo-precomputed", "kto", {"loss_type": "apo_zero_unpaired", "precompute_ref_log_probs": True}),
     *((f"grpo-{name}", "grpo", {"loss_type": name}) for name in GRPO_LOSSES),
     *((f"grpo-{name}-sequence", "grpo", {"loss_type": name, **SEQUENCE}) for name in GRPO_LOSSES if name != "vespo"),
     ("grpo-kl", "grpo", {"beta": 0.3}),
@@ -82,10 +85,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compare(kind: str, folder: Path, tmp_path: Path, options: dict[str, Any], **more: Any) -> Run:
-    """Train three times, compare, and return the run with the fused loss (or the patched one, of KTO)."""
+    """Train three times, compare, and return the run with the fused loss."""
     theirs = train(kind, folder, tmp_path, options, **more)
     ours = theirs
-    for mode in ("patched", "fast") if kind in trl_runs.FAST else ("patched",):
+    for mode in ("patched", "fast"):
         ours = train(kind, folder, tmp_path, options, mode=mode, **more)
         assert_same(ours, theirs)
     return ours
@@ -94,9 +97,8 @@ def compare(kind: str, folder: Path, tmp_path: Path, options: dict[str, Any], **
 @pytest.mark.parametrize(("name", "kind", "options"), SETTINGS, ids=[s[0] for s in SETTINGS])
 def test_setting(name: str, kind: str, options: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     run = compare(kind, folder, tmp_path, options)
-    if kind in trl_runs.FAST:
-        expected = "log-probs first" if name in LOGPROBS_FIRST else "formed in the forward: 3 GEMM units"
-        assert expected in run.path
+    expected = "log-probs first" if name in LOGPROBS_FIRST else "formed in the forward: 3 GEMM units"
+    assert expected in run.path
 
 
 def test_the_clip_is_reached(folder: Path, tmp_path: Path) -> None:
@@ -104,6 +106,25 @@ def test_the_clip_is_reached(folder: Path, tmp_path: Path) -> None:
     for kind in ("grpo", "rloo"):
         logs = train(kind, folder, tmp_path, {}, mode="fast").logs
         assert max(log.get("clip_ratio/region_mean", 0.0) for log in logs) > 0.1
+
+
+@pytest.mark.parametrize("precomputed", [False, True])
+def test_kto_against_another_reference(precomputed: bool, folder: Path, tmp_path: Path) -> None:
+    """The KL of the mismatched completions, zero at the first step against the policy itself, moves every row."""
+    reference = trl_runs.tiny_folder(tmp_path / "reference", seed=1)
+    options = {"precompute_ref_log_probs": precomputed, "beta": 0.2}
+    run = compare("kto", folder, tmp_path, options, ref_folder=reference)
+    assert "3 GEMM units" in run.path
+    assert any(log.get("kl", 0.0) > 0.1 for log in run.logs)
+
+
+def test_kto_rows_of_one_label(folder: Path, tmp_path: Path) -> None:
+    """Batches of desirable rows alone, of undesirable rows alone, and blocks of the head that hold either."""
+
+    def sort(trainer: Any) -> None:
+        trainer.train_dataset = trainer.train_dataset.sort("label")
+
+    compare("kto", folder, tmp_path, {}, prepare=sort, ref_folder=trl_runs.tiny_folder(tmp_path / "reference", seed=1))
 
 
 # --- what a batch may hold beside ------------------------------------------------------------------------------------
@@ -215,11 +236,12 @@ def test_tool_mask_and_token_advantages(loss_type: str, folder: Path, tmp_path: 
     [
         ("sft", {}),
         ("dpo", {}),
+        ("kto", {}),
         ("grpo", {"entropy_coef": 0.1, "loss_type": "dapo", "beta": 0.2}),
         ("grpo", {"entropy_coef": 0.1, "loss_type": "grpo"}),
         ("rloo", {}),
     ],
-    ids=["sft", "dpo", "grpo-dapo", "grpo-grpo", "rloo"],
+    ids=["sft", "dpo", "kto", "grpo-dapo", "grpo-grpo", "rloo"],
 )
 def test_gradient_accumulation(kind: str, options: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     options = {**options, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
@@ -232,11 +254,12 @@ def test_gradient_accumulation(kind: str, options: dict[str, Any], folder: Path,
     [
         ("sft", {}, "frozen head, gradients of the log-probs kept: 2 GEMM units"),
         ("dpo", {"loss_type": ["sigmoid", "sft"]}, "frozen head, gradients of the log-probs kept: 2 GEMM units"),
+        ("kto", {}, "frozen head, gradients of the log-probs kept: 2 GEMM units"),
         ("grpo", {"beta": 0.2}, "frozen head, gradients of the log-probs kept: 2 GEMM units"),
         ("grpo", {"entropy_coef": 0.1}, "formed in the forward: 2 GEMM units"),
         ("rloo", {"beta": 0.2}, "frozen head, gradients of the log-probs kept: 2 GEMM units"),
     ],
-    ids=["sft", "dpo", "grpo", "grpo-entropy", "rloo"],
+    ids=["sft", "dpo", "kto", "grpo", "grpo-entropy", "rloo"],
 )
 def test_lora(kind: str, options: dict[str, Any], units: str, folder: Path, tmp_path: Path) -> None:
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=True)
@@ -319,11 +342,14 @@ def test_liger_is_refused(folder: Path, tmp_path: Path) -> None:
         ("dpo", {"loss_type": ["sigmoid", "simulated"]}, "unknown preference loss 'simulated'"),
         ("dpo", {"loss_type": ["sft"], "use_weighting": True}, "weighting"),
         ("dpo", {"loss_type": ["exo_pair"], "label_smoothing": 0.0}, "label_smoothing"),
+        ("kto", {"loss_type": "bco"}, "loss_type must be one of 'kto', 'apo_zero_unpaired', got 'bco'"),
+        ("kto", {"beta": 0.0}, "beta"),
+        ("kto", {"undesirable_weight": -1.0}, "undesirable_weight"),
     ],
 )
 def test_options_without_a_counterpart_are_named(kind: str, options: dict[str, Any], message: str) -> None:
     config = bare_config(kind, **options)
-    translate = fast.preference_loss_from_config if kind == "dpo" else fast.policy_loss_from_config
+    translate = fast.preference_loss_from_config if kind in ("dpo", "kto") else fast.policy_loss_from_config
     with pytest.raises(ValueError, match=message) as error:
         translate(config)
     assert type(config).__name__ in str(error.value)
@@ -341,11 +367,10 @@ def test_options_that_short_runs_do_not_reach() -> None:
 
 
 def test_other_configurations_are_refused() -> None:
-    config = bare_config("kto")
-    with pytest.raises(TypeError, match="got KTOConfig"):
-        fast.policy_loss_from_config(config)
-    with pytest.raises(TypeError, match="got KTOConfig"):
-        fast.preference_loss_from_config(config)
+    with pytest.raises(TypeError, match="must be a GRPOConfig, RLOOConfig or SFTConfig, got KTOConfig"):
+        fast.policy_loss_from_config(bare_config("kto"))
+    with pytest.raises(TypeError, match="must be a DPOConfig or KTOConfig, got GRPOConfig"):
+        fast.preference_loss_from_config(bare_config("grpo"))
 
 
 @pytest.mark.parametrize("change", ["aggregate", "entropy", "kl"])

@@ -33,6 +33,7 @@ TRAINERS = {
 FAST = {
     "sft": fast.FastSFTTrainer,
     "dpo": fast.FastDPOTrainer,
+    "kto": fast.FastKTOTrainer,
     "grpo": fast.FastGRPOTrainer,
     "rloo": fast.FastRLOOTrainer,
 }
@@ -133,12 +134,14 @@ def tiny_experts(directory: Path) -> Path:
 def make_trainer(
     kind: str, folder: Path, output: Path, options: dict[str, Any], trainer: type | None = None, **more: Any
 ) -> Any:
-    """Return a trainer on the tiny model."""
+    """Return a trainer on the tiny model; `ref_folder` has a reference of its own."""
     config = CONFIGS[kind](output_dir=str(output), **{**COMMON, **DEFAULTS[kind], **options})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if kind in ("grpo", "rloo"):
         more["reward_funcs"] = digits
+    if "ref_folder" in more:
+        more["ref_model"] = AutoModelForCausalLM.from_pretrained(more.pop("ref_folder"), dtype=torch.float32)
     made = trainer or TRAINERS[kind]
     tokenizer = tiny_tokenizer(pad_is_eos=False)
     return made(model=model, args=config, train_dataset=dataset(kind), processing_class=tokenizer, **more)

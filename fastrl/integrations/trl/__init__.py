@@ -1,8 +1,8 @@
 """fastrl inside TRL: `with fastrl.integrations.trl.patched(): trainer.train()`, or `enable()` once.
 
 `patched` and `enable` replace the function that gives TRL's trainers their log-probs. `FastGRPOTrainer`,
-`FastRLOOTrainer`, `FastDPOTrainer` and `FastSFTTrainer` also form the gradient of the loss while the head runs.
-TRL is imported when it is first needed.
+`FastRLOOTrainer`, `FastDPOTrainer`, `FastKTOTrainer` and `FastSFTTrainer` also form the gradient of the loss while the
+head runs. TRL is imported when it is first needed.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from fastrl.integrations.trl._translate import preference_loss_from_config as pr
 if TYPE_CHECKING:
     from fastrl.integrations.trl._trainers import FastDPOTrainer as FastDPOTrainer
     from fastrl.integrations.trl._trainers import FastGRPOTrainer as FastGRPOTrainer
+    from fastrl.integrations.trl._trainers import FastKTOTrainer as FastKTOTrainer
     from fastrl.integrations.trl._trainers import FastLossMixin as FastLossMixin
     from fastrl.integrations.trl._trainers import FastRLOOTrainer as FastRLOOTrainer
     from fastrl.integrations.trl._trainers import FastSFTTrainer as FastSFTTrainer
 
-TRAINERS = ("FastDPOTrainer", "FastGRPOTrainer", "FastLossMixin", "FastRLOOTrainer", "FastSFTTrainer")
+TRAINERS = (
+    "FastDPOTrainer", "FastGRPOTrainer", "FastKTOTrainer", "FastLossMixin", "FastRLOOTrainer", "FastSFTTrainer",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

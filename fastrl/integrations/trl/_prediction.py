@@ -6,7 +6,7 @@ gradients of hidden states and head can be formed from the logits that are still
 second time in the backward. The trainer's own code stays what computes the loss, the metrics and the logs; when its
 gradient comes back it must be the predicted one times a number (loss scale, accumulation), or the step raises.
 
-Legend: N live tokens in the order of the batch, S sequences, P pairs, D hidden, V vocabulary.
+Legend: N live tokens in the order of the batch, S sequences, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +22,6 @@ from torch import Tensor
 
 from fastrl.integrations._proof import AdapterMismatchError
 from fastrl.losses.policy import PolicyLoss
-from fastrl.losses.preference import PreferenceLoss
 from fastrl.ops.linear_token_logprobs import Coefficients, check_head, fused_gradient, inverse_temperature
 
 # Roundings, of the largest coefficient of the batch, that two ways to compute the coefficients may differ by. The terms
@@ -291,7 +289,8 @@ def fused_pass(
     return Fused(handle, logprobs, entropy, columns), units_taken
 
 
-def _path(units: float) -> str:
+def gradient_path(units: float) -> str:
+    """Return what a trainer shows of a fused pass."""
     return f"gradient formed in the forward: {units:.3g} GEMM units"
 
 
@@ -317,88 +316,10 @@ class SupervisedPrediction:
             return self.coefficients(logprobs, entropy)
 
         result, units = fused_pass((hidden, weight, bias, targets, request), wanted, of_chunk)
-        self.path = _path(units)
+        self.path = gradient_path(units)
         return result
 
     def coefficients(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, None]:
         """Return -1, or -p."""
         del entropy
         return (-logprobs.exp() if self.kind == "dft" else torch.full_like(logprobs, -1.0)), None
-
-
-@dataclass
-class PairPrediction:
-    """A `PreferenceLoss` of sums over the tokens of completions, chosen rows first."""
-
-    loss: PreferenceLoss
-    lengths: Tensor  # (2P,) live tokens of each row
-    ref_chosen: Tensor  # (P,) sums over tokens
-    ref_rejected: Tensor  # (P,)
-    path: str = ""
-
-    @property
-    def needs_head_pass(self) -> bool:
-        """Entropies carry no gradient."""
-        return False
-
-    def fused(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, request: Any, wanted: Sequence[str]
-    ) -> Fused:
-        """Run the head in blocks of whole pairs, the two rows of a pair one behind the other."""
-        if targets.numel() != int(self.lengths.sum()):
-            raise RuntimeError(
-                f"the model scored {targets.numel()} tokens where the batch has {int(self.lengths.sum())} live ones"
-            )
-        order = self._order()
-        pairs = self._pairs()
-        units = pairs.sum(1).tolist()
-        ends = list(accumulate(units))
-
-        def of_block(logprobs: Tensor, entropy: Tensor, block: slice, index: Tensor) -> tuple[Tensor, None]:
-            del entropy, index
-            inside = [i for i, end in enumerate(ends) if end > block.start and end - units[i] < block.stop]
-            chosen = slice(inside[0], inside[-1] + 1)
-            return self._of_pairs(logprobs, pairs[chosen], chosen), None
-
-        result, taken = fused_pass((hidden[order], weight, bias, targets[order], request), wanted, of_block, units)
-        self.path = _path(taken)
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        columns = {name: column[back] for name, column in result.columns.items()}
-        return Fused(result.handle, result.logprobs[back], result.entropy[back], columns)
-
-    def coefficients(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, None]:
-        """Return the gradient of the loss on log-probs, in the order of the batch."""
-        del entropy
-        order = self._order()
-        pairs = self._pairs()
-        g = self._of_pairs(logprobs[order], pairs, slice(0, pairs.shape[0]))
-        return torch.empty_like(g).scatter_(0, order, g), None
-
-    def _pairs(self) -> Tensor:
-        """Return the live tokens of (chosen, rejected), (P, 2)."""
-        return self.lengths.view(2, -1).t()
-
-    def _order(self) -> Tensor:
-        """Return the tokens (N,) in the order chosen 0, rejected 0, chosen 1, ..."""
-        starts = (self.lengths.cumsum(0) - self.lengths).view(2, -1).t().reshape(-1)
-        lengths = self._pairs().reshape(-1)
-        first = lengths.cumsum(0) - lengths
-        shift = (starts - first).repeat_interleave(lengths)
-        return torch.arange(shift.numel(), device=shift.device) + shift
-
-    def _of_pairs(self, logprobs: Tensor, pairs: Tensor, which: slice) -> Tensor:
-        """Return the gradient (M,) of the pairs `which`, whose tokens are `logprobs` (M,), pair by pair."""
-        lengths = pairs.reshape(-1)
-        row = torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths)
-        with torch.enable_grad():
-            sums = logprobs.new_zeros(lengths.numel(), dtype=torch.float64).index_add_(
-                0, row, logprobs.detach().double()
-            )
-            sums.requires_grad_()
-            loss = self.loss(
-                sums[0::2], sums[1::2], self.ref_chosen[which], self.ref_rejected[which],
-                chosen_lengths=pairs[:, 0], rejected_lengths=pairs[:, 1], n_pairs=float(self._pairs().shape[0]),
-                n_tokens=self._pairs()[:, 0].sum().double(),
-            ).loss  # fmt: skip
-            (g,) = torch.autograd.grad(loss, sums)
-        return g.to(logprobs.dtype)[row]

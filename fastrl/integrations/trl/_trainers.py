@@ -9,20 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from trl import DPOTrainer, GRPOTrainer, RLOOTrainer, SFTTrainer
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer, SFTTrainer
 
 from fastrl.integrations.trl import _seams
-from fastrl.integrations.trl._prediction import (
-    PairPrediction,
-    PolicyPrediction,
-    Prediction,
-    SupervisedPrediction,
-    predicting,
-)
+from fastrl.integrations.trl._prediction import PolicyPrediction, Prediction, SupervisedPrediction, predicting
+from fastrl.integrations.trl._preferences import PairPrediction, RowPrediction
 from fastrl.integrations.trl._switch import patched
 from fastrl.integrations.trl._translate import policy_loss_from_config, preference_loss_from_config
 
@@ -32,6 +28,9 @@ for _trainer, _method, _arguments in (
     (RLOOTrainer, "_compute_loss", LOSS_ARGUMENTS),
     (DPOTrainer, "_compute_loss", (*LOSS_ARGUMENTS, "return_outputs")),
     (DPOTrainer, "compute_ref_log_probs", LOSS_ARGUMENTS),
+    (KTOTrainer, "_compute_loss", (*LOSS_ARGUMENTS, "return_outputs")),
+    (KTOTrainer, "compute_ref_log_probs", LOSS_ARGUMENTS),
+    (KTOTrainer, "_compute_kl_logps", ("self", "model", "batch")),
     (SFTTrainer, "compute_loss", (*LOSS_ARGUMENTS, "return_outputs", "num_items_in_batch")),
 ):
     _seams.check_arguments(f"trl.{_trainer.__name__}.{_method}", getattr(_trainer, _method, None), _arguments)
@@ -209,6 +208,63 @@ class FastDPOTrainer(FastLossMixin, DPOTrainer):
         if self.ld_alpha is not None:
             return "ld_alpha weighs the tokens by the lengths of the pair"
         return "use_weighting weighs the pairs by the policy's probabilities" if self.use_weighting else ""
+
+
+class FastKTOTrainer(FastLossMixin, KTOTrainer):
+    """`trl.KTOTrainer`, any `loss_type`, with the gradient of the loss formed in the forward: 3 GEMM units, TRL's 4.
+
+    The reference's log-probs and those of the mismatched completions, which give the KL that every row is compared
+    with, are computed before the policy's, by TRL's own functions. With images the log-probs come first, as in
+    `patched()`: TRL's function for the reference takes text.
+    """
+
+    _fastrl_kl_logps: Tensor | None = None
+
+    def _fastrl_translate(self) -> Any:
+        return preference_loss_from_config(self.args)
+
+    def _compute_kl_logps(self, model: Any, batch: dict[str, Any]) -> Tensor | None:
+        if self._fastrl_kl_logps is not None:
+            return self._fastrl_kl_logps
+        return super()._compute_kl_logps(model, batch)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        reason = "TRL's function for the reference takes no images" if self._is_vision_dataset else ""
+        if reason or not torch.is_grad_enabled():
+            with self._fastrl_predicting(reason):
+                return super()._compute_loss(model, inputs, return_outputs)
+        before = self.precompute_ref_logps
+        with patched():
+            kl_logps = self._compute_kl_logps(model, inputs)
+            if not before:
+                inputs = inputs | self._fastrl_reference(inputs)
+        prediction = RowPrediction(
+            self.fastrl_loss,
+            inputs["completion_mask"][:, 1:].sum(1),
+            inputs["label"].bool(),
+            inputs["ref_logps"],
+            self._fastrl_reference_point(kl_logps, inputs),
+        )
+        self.precompute_ref_logps, self._fastrl_kl_logps = True, kl_logps
+        try:
+            with self._fastrl_predicting(prediction):
+                return super()._compute_loss(model, inputs, return_outputs)
+        finally:
+            self.precompute_ref_logps, self._fastrl_kl_logps = before, None
+
+    def _fastrl_reference(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the reference's log-probs (B,) under the names of precomputed ones."""
+        # The function leaves the model's cache of keys and values on, which no one reads.
+        model: Any = self.ref_model or self.model
+        logps, kl_logps = self.compute_ref_log_probs(partial(model, use_cache=False), inputs)
+        return {"ref_logps": logps} if kl_logps is None else {"ref_logps": logps, "ref_KL_logps": kl_logps}
+
+    def _fastrl_reference_point(self, kl_logps: Tensor | None, inputs: dict[str, Any]) -> Tensor | None:
+        """Return the KL () that TRL estimates from the mismatched completions of all ranks."""
+        if kl_logps is None:
+            return None
+        kl: Any = self.accelerator.gather_for_metrics((kl_logps - inputs["ref_KL_logps"]).mean().detach())
+        return kl.mean().clamp(min=0)
 
 
 class FastSFTTrainer(FastLossMixin, SFTTrainer):

@@ -8,13 +8,14 @@ from fastrl.losses.policy import PolicyLoss, RolloutCorrection
 from fastrl.losses.preference import PreferenceLoss
 
 if TYPE_CHECKING:
-    from trl import DPOConfig, GRPOConfig, RLOOConfig, SFTConfig
+    from trl import DPOConfig, GRPOConfig, KTOConfig, RLOOConfig, SFTConfig
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 GRPO_LOSSES = (*CLIPPED, "cispo", "sapo", "vespo")
 # The losses of TRL that read the label smoothing, and those of the score margin, which a divergence transforms.
 SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")
 OF_MARGIN = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
+KTO_LOSSES = ("kto", "apo_zero_unpaired")
 # TRL's lower bound of VESPO's rates.
 VESPO_RATE_MIN = 1e-4
 
@@ -126,28 +127,46 @@ def _correction(config: Any) -> RolloutCorrection:
     return RolloutCorrection(level="sequence_sum" if level == "sequence" else "token", op=op, low=low, high=high)
 
 
-def preference_loss_from_config(config: DPOConfig) -> PreferenceLoss:
-    """Return the loss that TRL's `DPOTrainer` computes under `config`.
+def preference_loss_from_config(config: DPOConfig | KTOConfig) -> PreferenceLoss:
+    """Return the loss that TRL's `DPOTrainer` or `KTOTrainer` computes under `config`.
 
     `label_smoothing` enters the losses of TRL that read it (exo_pair, robust, aot, aot_unpaired), `f_divergence_type`
-    those of the score margin; the others have no use for them in TRL either.
+    those of the score margin; the others have no use for them in TRL either. The KL that "kto" compares its rows with
+    is an argument of the call: `reference_point`, or the mismatched completions as `kl_logprobs`.
+
+    Args:
+        config: a `DPOConfig` or `KTOConfig`.
 
     Raises:
         ValueError: an option, or a combination, that fastrl does not compute; it is named.
         TypeError: another configuration.
     """
     kind = type(config).__name__
-    if "DPOConfig" not in {base.__name__ for base in type(config).__mro__}:
-        raise TypeError(f"config must be a DPOConfig, got {kind}")
+    names = {base.__name__ for base in type(config).__mro__}
+    if not names & {"DPOConfig", "KTOConfig"}:
+        raise TypeError(f"config must be a DPOConfig or KTOConfig, got {kind}")
     _refuse_liger(config)
-    weights = config.loss_weights or [1.0] * len(config.loss_type)
     try:
-        parts = [(_preference(name, config), weight) for name, weight in zip(config.loss_type, weights, strict=True)]
-        if len(parts) == 1 and parts[0][1] == 1.0:
-            return parts[0][0]
-        return PreferenceLoss.mixture(parts, beta=config.beta, **_shared(config))
+        return _kto(config) if "KTOConfig" in names else _dpo(config)
     except ValueError as error:
         raise ValueError(f"fastrl cannot compute the loss of this {kind}: {error}") from error
+
+
+def _kto(config: Any) -> PreferenceLoss:
+    if config.loss_type not in KTO_LOSSES:
+        raise ValueError(f"loss_type must be one of {', '.join(map(repr, KTO_LOSSES))}, got {config.loss_type!r}")
+    return PreferenceLoss.preset(
+        config.loss_type, style="trl", beta=config.beta, desirable_weight=config.desirable_weight,
+        undesirable_weight=config.undesirable_weight,
+    )  # fmt: skip
+
+
+def _dpo(config: Any) -> PreferenceLoss:
+    weights = config.loss_weights or [1.0] * len(config.loss_type)
+    parts = [(_preference(name, config), weight) for name, weight in zip(config.loss_type, weights, strict=True)]
+    if len(parts) == 1 and parts[0][1] == 1.0:
+        return parts[0][0]
+    return PreferenceLoss.mixture(parts, beta=config.beta, **_shared(config))
 
 
 def _shared(config: Any) -> dict[str, Any]:
