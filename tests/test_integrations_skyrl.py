@@ -51,11 +51,12 @@ def config(**fields: Any) -> SimpleNamespace:
 
 
 def config_of(case: Case) -> SimpleNamespace:
-    given = {
+    given: dict[str, Any] = {
         key: SimpleNamespace(**value) if isinstance(value, dict) and key != "off_policy_correction" else value
         for key, value in case.peer_config.items()
     }
-    return config(**{**given, "off_policy_correction": correction(**given.get("off_policy_correction", {}))})
+    given["off_policy_correction"] = correction(**case.peer_config["off_policy_correction"])
+    return config(**given)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -101,6 +102,7 @@ def ppo_policy_loss(log_probs, old_log_probs, advantages, config, loss_mask=None
     ratio = (log_probs - old_log_probs).exp()
     clipped = ratio.clamp(1 - config.eps_clip_low, 1 + config.eps_clip_high + getattr(config, "extra", 0.0))
     loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    assert loss_mask is not None
     return (loss * loss_mask).sum(), {"clip_ratio": 0.0}
 
 

@@ -71,7 +71,9 @@ def options_of(cfg: Any) -> dict[str, Any]:
         given = dict(cfg)
     else:
         given = cfg.model_dump() if hasattr(cfg, "model_dump") else dict(vars(cfg))
-    unknown = [name for name, value in given.items() if name not in OPTIONS and value is not None and value is not False]
+    unknown = [
+        name for name, value in given.items() if name not in OPTIONS and value is not None and value is not False
+    ]
     if unknown:
         raise ValueError(
             f"fastrl.integrations.nemo_rl does not support the loss_fn option {', '.join(sorted(unknown))}; known: "
@@ -98,9 +100,7 @@ def policy_loss(cfg: Any) -> PolicyLoss:
         low, high = max(1.0 - o["ratio_clip_min"], 0.0), 1.0 + o["ratio_clip_max"]
         return PolicyLoss.preset("cispo", style="nemo", weight_low=low, weight_high=high, **fields)
     if o["force_on_policy_ratio"]:
-        return PolicyLoss.preset(
-            "ppo", style="nemo", ratio_anchor="self", clip_low=None, clip_high=None, **fields
-        )
+        return PolicyLoss.preset("ppo", style="nemo", ratio_anchor="self", clip_low=None, clip_high=None, **fields)
     if o["disable_ppo_ratio"]:
         return PolicyLoss.preset("reinforce", style="nemo", **fields)
     name = "gspo" if o["sequence_level_importance_ratios"] else "ppo"

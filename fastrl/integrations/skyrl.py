@@ -267,9 +267,7 @@ def _corrects(config: Any) -> bool:
     return all(both) or any(_option(config, name) is not None for name in names)
 
 
-def _corrected(
-    config: Any, old: Tensor, rollout: Tensor, live: Tensor
-) -> tuple[Tensor, Tensor | None, Metrics]:
+def _corrected(config: Any, old: Tensor, rollout: Tensor, live: Tensor) -> tuple[Tensor, Tensor | None, Metrics]:
     """Return (keep-mask, weights or None, metrics) of SkyRL's off-policy correction, in SkyRL's order.
 
     Outliers and the token mask remove tokens first; weights and sequence masks are then over those that are left.
@@ -302,9 +300,7 @@ def _corrected(
     return kept, weights, {**metrics, **added, **more}
 
 
-def _weights(
-    config: Any, old: Tensor, rollout: Tensor, keep: Tensor, ratio: Tensor
-) -> tuple[Tensor | None, Metrics]:
+def _weights(config: Any, old: Tensor, rollout: Tensor, keep: Tensor, ratio: Tensor) -> tuple[Tensor | None, Metrics]:
     """Return the truncated weights (B, T), or None, and the share that was truncated."""
     kind = _option(config, "tis_ratio_type")
     if kind is None:
