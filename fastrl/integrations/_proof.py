@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -164,7 +165,7 @@ def moved_apart(
 ) -> Tensor:
     """Return log-probs up to 0.75 nats away, at most -1e-3: where policies are equal, no bound would be looked at."""
     n, width = logprobs.numel(), logprobs.shape[-1] if logprobs.numel() else 1
-    steps = torch.arange(n, dtype=logprobs.dtype)
+    steps = torch.arange(n, dtype=logprobs.dtype, device=logprobs.device)
     apart = 0.5 * (1.7 * steps).cos() + 0.25 * (1.0 + 2.3 * steps.div(width, rounding_mode="floor")).cos()
     return (logprobs + apart.view(logprobs.shape)).clamp(max=-1e-3)
 
@@ -179,8 +180,8 @@ def prove_loss(
 ) -> bool:
     """Compare a loss and its gradient with those of the host's own loss; return whether there was a gradient.
 
-    Both get the same log-probs, in float64 on the CPU, moved apart from the old ones so that bounds are met, and the
-    same seed for what they draw.
+    Both get the same log-probs, in float64, moved apart from the old ones so that bounds are met, and the same seed for
+    what they draw on the CPU.
 
     Args:
         adapter: what is being proved, for the message.
@@ -195,7 +196,7 @@ def prove_loss(
     Raises:
         AdapterMismatchError: the loss or the gradient of a token differs by more than `LOSS_PRECISION`.
     """
-    point = moved_apart(on_cpu(logprobs))
+    point = moved_apart(logprobs.detach().double())
     theirs, their_gradient = _value_and_gradient(host, point)
     if not (theirs.isfinite() and their_gradient.isfinite().all() and bool(their_gradient.any())):
         return False
@@ -219,12 +220,18 @@ def prove_loss(
 
 
 def _value_and_gradient(loss: Callable[[Tensor], Tensor], point: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
+    plain = torch.autocast(point.device.type, enabled=False)
+    with torch.enable_grad(), plain, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         leaf = point.clone().requires_grad_()
         value = loss(leaf)
         (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True)
     return value.detach().double(), torch.zeros_like(point) if gradient is None else gradient.detach()
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what `torch.compile` wrapped, or the function itself: a few rows are not worth a compilation."""
+    return getattr(function, "_torchdynamo_orig_callable", function)
 
 
 class FirstUse:
@@ -233,10 +240,21 @@ class FirstUse:
     def __init__(self) -> None:
         self._proved: set[Hashable] = set()
         self._lock = threading.Lock()
+        self.wanted = True
+        """Whether anything is proved at all."""
+
+    @contextmanager
+    def asked(self, wanted: bool) -> Iterator[None]:
+        """Set `wanted` inside this context."""
+        before, self.wanted = self.wanted, wanted
+        try:
+            yield
+        finally:
+            self.wanted = before
 
     def once(self, key: Hashable, attempt: Callable[[], bool]) -> None:
         """Run `attempt` unless `key` is proved; it counts as proved when it returns True and is repeated otherwise."""
-        if key in self._proved:
+        if not self.wanted or key in self._proved:
             return
         if attempt():
             with self._lock:
