@@ -11,6 +11,7 @@ from oracle import assert_as_accurate
 from torch import Tensor, nn
 
 from fastrl.integrations import openrlhf as adapter
+from fastrl.integrations._proof import AdapterMismatchError
 
 CASES = [case for case in cases("policy") if case.peer == "OpenRLHF"]
 CALL = ("dp_size", "batch_num_tokens", "global_batch_size")
@@ -38,16 +39,26 @@ class HostLoss(nn.Module):
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def scale() -> float:
+    """What the host multiplies its logits by."""
+    return 1.0
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch, scale: float) -> dict[str, Any]:
     class Loss(HostLoss):
         __init__ = HostLoss.__init__
         forward = HostLoss.forward
 
     def log_probs_from_logits(logits, labels, temperature=1.0):
-        raise AssertionError("the host's own log-probs ran")
+        assert logits.shape[:-1].numel() <= 32, "the host's own log-probs ran on more than the proof's rows"
+        logits.div_(temperature)
+        return (scale * logits).log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
     def compute_entropy(logits):
-        raise AssertionError("the host's own entropy ran")
+        assert logits.shape[:-1].numel() <= 32, "the host's own entropy ran on more than the proof's rows"
+        logp = (scale * logits).log_softmax(-1)
+        return -(logp.exp() * logp).sum(-1)
 
     functions = {"log_probs_from_logits": log_probs_from_logits, "compute_entropy": compute_entropy}
     modules = {name: ModuleType(f"openrlhf.models.{name}") for name in ("loss", "utils", "actor")}
@@ -64,7 +75,7 @@ def test_policy_loss_reproduces_openrlhf(host: dict[str, Any], case: Case) -> No
     x = case.leaves(torch.float64)
     given = {k: v for k, v in case.peer_config.items() if v is not None}
     module = host["loss"].PolicyLoss(**{k: v for k, v in given.items() if k not in CALL})
-    with adapter.patched():
+    with adapter.patched(prove=False):
         loss, clip_ratio, ppo_kl, vllm_kl, filtered = module(
             x["logprobs"], x["old_logprobs"], x["advantages"], action_mask=x["mask"],
             rollout_log_probs=x.get("rollout_logprobs"), **{k: v for k, v in given.items() if k in CALL},
@@ -83,13 +94,14 @@ def test_policy_loss_reproduces_openrlhf(host: dict[str, Any], case: Case) -> No
 
 def test_log_probs_and_entropy(host: dict[str, Any]) -> None:
     g = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 5, 37, generator=g)
-    labels = torch.randint(0, 37, (3, 5), generator=g)
+    logits = torch.randn(3, 20, 37, generator=g)[:, :15]
+    labels = torch.randint(0, 37, (3, 15), generator=g)
     before = logits.clone()
     with adapter.patched():
         actor = host["actor"]
         logprobs, entropy = actor.log_probs_from_logits(logits, labels, 0.7), actor.compute_entropy(logits)
     assert torch.equal(logits, before)
+    assert len(adapter._proofs._proved) == 2
 
     def exact(x: Tensor) -> tuple[Tensor, Tensor]:
         tempered, plain = (x / 0.7).log_softmax(-1), x.log_softmax(-1)
@@ -97,6 +109,47 @@ def test_log_probs_and_entropy(host: dict[str, Any]) -> None:
 
     for got, want, plain in zip((logprobs, entropy), exact(logits.double()), exact(logits), strict=True):
         assert_as_accurate("rows", got, want, plain)
+
+
+@pytest.mark.parametrize("scale", [0.9])
+def test_a_host_that_scales_its_logits_is_refused(host: dict[str, Any]) -> None:
+    logits, labels = torch.randn(4, 19, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+    with adapter.patched():
+        with pytest.raises(
+            AdapterMismatchError, match=r"log_probs_from_logits\) does not reproduce the host: logprobs"
+        ):
+            host["actor"].log_probs_from_logits(logits, labels)
+        with pytest.raises(AdapterMismatchError, match=r"compute_entropy\) does not .*: entropy .*enable\(prove=False"):
+            host["actor"].compute_entropy(logits)
+    with adapter.patched(prove=False):
+        host["actor"].log_probs_from_logits(logits, labels)
+
+
+def ppo(self, log_probs, old_log_probs, advantages, action_mask=None, rollout_log_probs=None, dp_size=1,
+        batch_num_tokens=None, global_batch_size=None):  # fmt: skip
+    ratio = (log_probs - old_log_probs).exp()
+    clipped = ratio.clamp(1 - self.clip_eps_low, 1 + self.clip_eps_high)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    return (loss * action_mask).sum() / action_mask.sum(), None, None, None, None
+
+
+def test_a_loss_is_compared_with_the_hosts(host: dict[str, Any]) -> None:
+    owner = host["loss"].PolicyLoss
+    owner.forward = ppo
+    g = torch.Generator().manual_seed(0)
+    old = -3.0 * torch.rand(6, 9, generator=g)
+    mask = torch.ones(6, 9)
+    advantages = torch.randn(6, 9, generator=g)
+    with adapter.patched():
+        owner()(old, old, torch.zeros(6, 9), mask)
+        assert not adapter._proofs._proved
+        owner()(old, old, advantages, mask)
+        assert len(adapter._proofs._proved) == 1
+        with pytest.raises(AdapterMismatchError, match=r"PolicyLoss\) does not reproduce the host: the loss is"):
+            owner(dual_clip=1.1)(old, old, advantages, mask)  # this host knows no dual clip
+    with adapter.patched(prove=False):
+        owner(dual_clip=1.1)(old, old, advantages, mask)
+    assert adapter._proofs.wanted
 
 
 def test_everything_comes_back(host: dict[str, Any]) -> None:

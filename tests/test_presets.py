@@ -223,13 +223,15 @@ def test_default_numbers(name: str, style: str | None, expected: dict[str, Any])
     assert {field: getattr(loss, field) for field in expected} == expected
 
 
-def test_slime_bounds_the_product_of_ratio_and_estimate() -> None:
+def test_slime_and_nemo_rl_bound_the_product_of_ratio_and_estimate() -> None:
     kl = TRAINER_KL["slime"] | {"kl_coef": 0.01}
     assert PolicyLoss.preset("grpo", style="slime", **kl).kl_value_clamp_order == "before"
     unbiased = PolicyLoss.preset("grpo", style="slime", **kl, kl_gradient="ratio_weighted")
     assert unbiased.kl_value_clamp_order == "after"
     kl = TRAINER_KL["nemo"] | {"kl_coef": 0.01}
-    assert PolicyLoss.preset("dapo", style="nemo", **kl).kl_value_clamp_order == "before"
+    assert PolicyLoss.preset("dapo", style="nemo", **kl).kl_value_clamp_order == "after"
+    assert PolicyLoss.preset("grpo", style="nemo").kl_value_clamp_order == "after"
+    assert PolicyLoss.preset("grpo", style="nemo", kl_value_clamp=None).kl_value_clamp_order == "before"
 
 
 def test_unknown_names_are_refused() -> None:

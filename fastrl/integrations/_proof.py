@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -133,16 +134,127 @@ def _flat(value: Any) -> Tensor:
     return value.detach().to("cpu", torch.float64).reshape(-1)
 
 
+LOSS_SEQUENCES = 4
+"""Sequences that the proof of a loss looks at."""
+
+LOSS_PRECISION = 1e-5
+"""Share of a loss or a gradient that single precision inside a host, and its epsilons in denominators, explain."""
+
+
+def sampled_sequences(mask: Tensor, advantages: Tensor) -> Tensor:
+    """Return the indices (K,) of the first sequences with a live token whose advantage is not 0, on the CPU.
+
+    Args:
+        mask: (B, T), live where it is not 0.
+        advantages: (B, T).
+    """
+    return ((mask != 0) & (advantages != 0)).any(-1).nonzero().squeeze(-1)[:LOSS_SEQUENCES].cpu()
+
+
+def on_cpu(value: Any, rows: Tensor | None = None) -> Any:
+    """Return a tensor (its `rows`, where they are given) as a detached copy on the CPU, floats in float64."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach()
+    picked = value if rows is None else value[rows.to(value.device)]
+    return picked.to("cpu", torch.float64 if value.is_floating_point() else value.dtype, copy=True)
+
+
+def moved_apart(
+    logprobs: Tensor,  # (B, T) or (N,)
+) -> Tensor:
+    """Return log-probs up to 0.75 nats away, at most -1e-3: where policies are equal, no bound would be looked at."""
+    n, width = logprobs.numel(), logprobs.shape[-1] if logprobs.numel() else 1
+    steps = torch.arange(n, dtype=logprobs.dtype, device=logprobs.device)
+    apart = 0.5 * (1.7 * steps).cos() + 0.25 * (1.0 + 2.3 * steps.div(width, rounding_mode="floor")).cos()
+    return (logprobs + apart.view(logprobs.shape)).clamp(max=-1e-3)
+
+
+def prove_loss(
+    adapter: str,
+    ours: Callable[[Tensor], Tensor],
+    host: Callable[[Tensor], Tensor],
+    logprobs: Tensor,  # (B, T) or (N,)
+    *,
+    undo: str,
+) -> bool:
+    """Compare a loss and its gradient with those of the host's own loss; return whether there was a gradient.
+
+    Both get the same log-probs, in float64, moved apart from the old ones so that bounds are met, and the same seed for
+    what they draw on the CPU.
+
+    Args:
+        adapter: what is being proved, for the message.
+        ours: the adapter's loss of log-probs, a scalar.
+        host: the host's own, unpatched.
+        logprobs: of a few sequences; nothing is asked of what stands under the mask but that it is finite.
+        undo: how the user switches the adapter off, for the message.
+
+    Returns:
+        False where the host's loss is not finite or its gradient is 0 everywhere: prove again at the next call.
+
+    Raises:
+        AdapterMismatchError: the loss or the gradient of a token differs by more than `LOSS_PRECISION`.
+    """
+    point = moved_apart(logprobs.detach().double())
+    theirs, their_gradient = _value_and_gradient(host, point)
+    if not (theirs.isfinite() and their_gradient.isfinite().all() and bool(their_gradient.any())):
+        return False
+    mine, gradient = _value_and_gradient(ours, point)
+    size = float(theirs.abs() + (their_gradient.abs() * point.abs().clamp(min=1.0)).sum())
+    pairs = [("the loss", mine, theirs, LOSS_PRECISION * size)]
+    allowed = LOSS_PRECISION * float(their_gradient.abs().max())
+    difference = (gradient - their_gradient).abs().nan_to_num(nan=math.inf).reshape(-1)
+    worst = int(difference.argmax())
+    name = f"the gradient of compared log-prob {worst}"
+    pairs.append((name, gradient.reshape(-1)[worst], their_gradient.reshape(-1)[worst], allowed))
+    for what, mine, theirs, granted in pairs:
+        off = abs(float(mine) - float(theirs))
+        if not off <= granted:
+            raise AdapterMismatchError(
+                f"{adapter} does not reproduce the host: {what} is {float(mine):.7g}, the host's own "
+                f"{float(theirs):.7g}; the difference {off:.3g} exceeds {granted:.3g}. This version or setting of the "
+                f"host computes another loss than the adapter knows; {undo}"
+            )
+    return True
+
+
+def _value_and_gradient(loss: Callable[[Tensor], Tensor], point: Tensor) -> tuple[Tensor, Tensor]:
+    plain = torch.autocast(point.device.type, enabled=False)
+    with torch.enable_grad(), plain, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        leaf = point.clone().requires_grad_()
+        value = loss(leaf)
+        (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True)
+    return value.detach().double(), torch.zeros_like(point) if gradient is None else gradient.detach()
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what `torch.compile` wrapped, or the function itself: a few rows are not worth a compilation."""
+    return getattr(function, "_torchdynamo_orig_callable", function)
+
+
 class FirstUse:
     """Remembers what has been proved, so that each setting pays for its proof once per process."""
 
     def __init__(self) -> None:
         self._proved: set[Hashable] = set()
         self._lock = threading.Lock()
+        self.wanted = True
+        """Whether anything is proved at all."""
+
+    @contextmanager
+    def asked(self, wanted: bool) -> Iterator[None]:
+        """Set `wanted` inside this context."""
+        before, self.wanted = self.wanted, wanted
+        try:
+            yield
+        finally:
+            self.wanted = before
 
     def once(self, key: Hashable, attempt: Callable[[], bool]) -> None:
         """Run `attempt` unless `key` is proved; it counts as proved when it returns True and is repeated otherwise."""
-        if key in self._proved:
+        if not self.wanted or key in self._proved:
             return
         if attempt():
             with self._lock:

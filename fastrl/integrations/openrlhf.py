@@ -13,13 +13,23 @@ Legend: B sequences, A actions (padded), V vocabulary.
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastrl.integrations._host import Host, Switch
+from fastrl.integrations._proof import (
+    FirstUse,
+    on_cpu,
+    prove,
+    prove_loss,
+    sampled_sequences,
+    sampled_tokens,
+    uncompiled,
+)
 from fastrl.losses.policy import PolicyLoss, RolloutCorrection
 from fastrl.ops.token_logprobs import token_logprobs
 
@@ -34,6 +44,10 @@ _OPTIONS = (
     "is_correction_mode", "is_correction_gating", "is_correction_threshold",
 )  # fmt: skip
 _INIT_ARGUMENTS = ("self", *_OPTIONS)
+_UNDO = "undo with fastrl.integrations.openrlhf.disable(), or switch the proof off with enable(prove=False)"
+
+_proofs = FirstUse()
+_originals: dict[str, Callable[..., Any]] = {}  # OpenRLHF's own functions, while the switch is on
 
 
 @functools.lru_cache(maxsize=32)
@@ -95,6 +109,50 @@ def _forward(
     options["is_correction_threshold"] = tuple(options["is_correction_threshold"])
     loss = policy_loss(**options)
     mask = torch.ones_like(log_probs, dtype=torch.bool) if action_mask is None else action_mask
+    counts = (dp_size, batch_num_tokens, global_batch_size)
+    key = (*options.items(), rollout_log_probs is None, *(count is None for count in counts))
+    columns = (log_probs, old_log_probs, advantages, mask, rollout_log_probs)
+    _proofs.once(key, lambda: _loss_proved(self, loss, columns, counts))
+    return _computed(loss, *columns, *counts)
+
+
+def _loss_proved(
+    module: Any, loss: PolicyLoss, columns: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None], counts: Any
+) -> bool:
+    """Compare the loss of a few sequences with OpenRLHF's own."""
+    log_probs, old, advantages, mask, rollout = columns
+    rows = sampled_sequences(mask, advantages)
+    if rows.numel() == 0:
+        return False
+    keep = on_cpu(mask, rows)
+    point, few_old, few_advantages, few_rollout = (
+        None if x is None else torch.where(keep != 0, on_cpu(x, rows), 0.0)
+        for x in (log_probs, old, advantages, rollout)
+    )
+    assert point is not None
+    assert few_old is not None
+    assert few_advantages is not None
+    few = (few_old, few_advantages, keep, few_rollout, *(on_cpu(count) for count in counts))
+    return prove_loss(
+        f"{HOST.adapter} (PolicyLoss)",
+        lambda leaf: _computed(loss, leaf, *few)[0],
+        lambda leaf: _originals["forward"](module, leaf, *few)[0],
+        point,
+        undo=_UNDO,
+    )
+
+
+def _computed(
+    loss: PolicyLoss,
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    rollout_log_probs: Tensor | None,
+    dp_size: int,
+    batch_num_tokens: float | Tensor | None,
+    global_batch_size: float | Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     by_token = loss.aggregate == "token_mean"
     count = batch_num_tokens if by_token else global_batch_size
     counts: dict[str, Any] = {} if count is None else {"n_tokens" if by_token else "n_sequences": count}
@@ -137,6 +195,10 @@ def log_probs_from_logits(
     temperature: float = 1.0,
 ) -> Tensor:
     """Return the log-probs of `labels`, (...) float32; `logits` are left as they are, where OpenRLHF's are divided."""
+    _proofs.once(
+        ("logprobs", logits.dtype, logits.shape[-1], logits.device.type, temperature == 1.0),
+        lambda: _rows_proved("log_probs_from_logits", logits, labels, temperature),
+    )
     return token_logprobs(logits, labels, temperature=temperature).logprobs
 
 
@@ -144,42 +206,88 @@ def compute_entropy(
     logits: Tensor,  # (..., V)
 ) -> Tensor:
     """Return the entropy of every row, (...) float32, differentiable."""
+    _proofs.once(
+        ("entropy", logits.dtype, logits.shape[-1], logits.device.type),
+        lambda: _rows_proved("compute_entropy", logits, None, 1.0),
+    )
+    return _entropy(logits)
+
+
+def _entropy(logits: Tensor) -> Tensor:
     labels = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
     return token_logprobs(logits, labels).entropy
+
+
+def _rows_proved(name: str, logits: Tensor, labels: Tensor | None, temperature: float) -> bool:
+    """Compare a few rows with OpenRLHF's own function of that name, which may write over the logits that it gets."""
+    if name not in _originals:
+        return False
+    # Rows by their indices: a view of the logits that is not contiguous would be copied as a whole by a reshape.
+    chosen = torch.unravel_index(sampled_tokens(logits.shape[:-1].numel(), logits.device), logits.shape[:-1])
+    rows = logits.detach()[chosen]
+    with torch.no_grad():
+        if labels is None:
+            quantity, ours = "entropy", _entropy(rows)
+            theirs = uncompiled(_originals[name])(rows.clone()[None])
+        else:
+            picked = labels[chosen]
+            quantity, ours = "logprobs", token_logprobs(rows, picked, temperature=temperature).logprobs
+            theirs = _originals[name](rows.clone()[None], picked[None], temperature)
+    return prove(
+        f"{HOST.adapter} ({name})",
+        {quantity: ours},
+        {quantity: theirs},
+        largest_logit=(rows.float() / temperature).abs().amax(-1),
+        dtype=logits.dtype,
+        terms=1,
+        vocabulary=rows.shape[-1],
+        undo=_UNDO,
+    )
 
 
 def _find() -> list[tuple[Any, str, Any]]:
     owner = HOST.attribute(HOST.module("openrlhf.models.loss"), "PolicyLoss")
     HOST.function(owner, "__init__", _INIT_ARGUMENTS)
-    HOST.function(owner, "forward", _LOSS_ARGUMENTS)
+    originals = {"forward": HOST.function(owner, "forward", _LOSS_ARGUMENTS)}
     found: list[tuple[Any, str, Any]] = [(owner, "forward", _forward)]
     for path in ("openrlhf.models.utils", "openrlhf.models.actor"):
         module = HOST.module(path)
-        HOST.function(module, "log_probs_from_logits", ("logits", "labels", "temperature"))
-        HOST.function(module, "compute_entropy", ("logits",))
+        for name, arguments in (("log_probs_from_logits", ("logits", "labels", "temperature")),
+                                ("compute_entropy", ("logits",))):  # fmt: skip
+            originals[name] = HOST.function(module, name, arguments)
         found += [
             (module, "log_probs_from_logits", log_probs_from_logits),
             (module, "compute_entropy", compute_entropy),
         ]
+    _originals.update(originals)
+    _proofs.forget()
     return found
 
 
 _switch = Switch(HOST, _find)
 
 
-def patched() -> AbstractContextManager[None]:
+@contextmanager
+def patched(*, prove: bool = True) -> Iterator[None]:
     """Run OpenRLHF's policy loss, log-probs and entropies on fastrl inside this context, process-wide.
+
+    Args:
+        prove: whether the first use of each setting is compared with OpenRLHF's own code: the log-probs and entropies
+            of 32 rows of the logits, the loss and its gradient of 4 sequences.
 
     Raises:
         ImportError: OpenRLHF cannot be imported.
         RuntimeError: this OpenRLHF's signatures are not those that the adapter fits.
+        In a call: AdapterMismatchError where OpenRLHF's own numbers are others.
     """
-    return _switch.patched()
+    with _proofs.asked(prove), _switch.patched():
+        yield
 
 
-def enable() -> None:
+def enable(*, prove: bool = True) -> None:
     """Run OpenRLHF's policy loss, log-probs and entropies on fastrl from here on, as inside `patched()`."""
     _switch.enable()
+    _proofs.wanted = prove
 
 
 def disable() -> None:

@@ -183,8 +183,8 @@ class PolicyLoss:
     kl_value_clamp: float | None = None
     """Bound of the estimate's value."""
     kl_value_clamp_order: str = "before"
-    """With "ratio_weighted": whether `kl_value_clamp` bounds the estimate "before" it is multiplied by the ratio
-    (NeMo-RL), or the product, "after" (slime)."""
+    """With "ratio_weighted": whether `kl_value_clamp` bounds the estimate "before" it is multiplied by the ratio,
+    or the product, "after" (NeMo-RL, slime): then a bounded term has no gradient."""
     kl_ratio_max: float | None = None
     """Cap of the ratio in "straight_through_ratio"."""
     kl_ratio_anchor: str | None = None

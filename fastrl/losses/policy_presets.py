@@ -426,7 +426,8 @@ def preset_fields(name: str, style: str | None = None, given: Fields | None = No
                 fields.pop(dependent, None)
     if style is not None and style in _LENGTH_EPS and chosen.get("aggregate") == "sequence_mean":
         fields["denominator_eps"] = _LENGTH_EPS[style]
-    if style in _CLAMPS_PRODUCT and chosen.get("kl_gradient") == "ratio_weighted" and chosen.get("kl_value_clamp"):
+    merged = {**fields, **chosen}
+    if style in _CLAMPS_PRODUCT and merged.get("kl_gradient") == "ratio_weighted" and merged.get("kl_value_clamp"):
         fields["kl_value_clamp_order"] = "after"
     return fields
 
@@ -434,7 +435,7 @@ def preset_fields(name: str, style: str | None = None, given: Fields | None = No
 # What a trainer adds to each length in a mean over tokens of a sequence.
 _LENGTH_EPS: Mapping[str, float] = dict.fromkeys(("verl", "openrlhf", "nemo"), 1e-8)
 # Trainers that bound the KL estimate times its ratio, where others bound the estimate.
-_CLAMPS_PRODUCT = ("slime",)
+_CLAMPS_PRODUCT = ("slime", "nemo")
 # Fields that mean something only for some values of another field.
 _QUALIFIERS: Mapping[str, frozenset[str]] = {
     "aggregate": frozenset({"denominator_eps"}),
