@@ -25,6 +25,7 @@ SEPARABLE = [
 ]
 COUPLED = [name for name in PolicyLoss.presets() if name not in SEPARABLE]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+WIDTHS = (torch.float64, torch.float32)
 CONVERSIONS = {"plain": {}, "softcap": {"softcap": 8.0, "logit_scale": -0.7}, "per token": {"temperature": "per token"}}
 
 
@@ -70,7 +71,7 @@ def plain(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return what `evaluate` returns from plain PyTorch at `dtype`."""
     leaf = logits.detach().clone().to(dtype).requires_grad_()
-    options = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in options.items()}
+    options = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()}
     logprobs, entropy, _ = reference.token_logprobs(leaf[:, :-1], labels, **options)
     numbers = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in given.items()}
     loss = spec(logprobs, entropy=entropy, **numbers).loss
@@ -143,6 +144,53 @@ def test_bits_are_those_of_the_parts(name: str, backend: str, monkeypatch: pytes
     for key, (total, count) in parts.metrics.items():
         assert torch.equal(fused.metrics[key][0], total), key
         assert torch.equal(fused.metrics[key][1], count), key
+
+
+def sets_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return sets (rows, time, V) that hold the labels and about half of the other tokens."""
+    generator = torch.Generator().manual_seed(5)
+    sets = torch.rand(logits[:, :-1].shape, generator=generator) < 0.5
+    return sets.scatter_(-1, labels[..., None], True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["grpo", "gspo"])
+@pytest.mark.parametrize("restricted", ["allowed", "logits_rounding", "allowed logits_rounding"])
+def test_restricted_rows_are_those_of_token_logprobs(restricted: str, name: str, backend: str) -> None:
+    """Sets and rounding: float64 judges the gradient, and the bits are those of `token_logprobs` and the call."""
+    logits, labels, given = batch()
+    sets = sets_of(logits, labels)
+    how: dict[str, Any] = {"allowed": sets} if "allowed" in restricted else {}
+    if "logits_rounding" in restricted:
+        how["logits_rounding"] = "bf16"
+    spec, options = PolicyLoss.preset(name, entropy_coef=0.05), {"temperature": 0.8, "softcap": 8.0}
+    got = evaluate(spec, logits, labels, given, 3.0, backend=backend, **options, **how)
+    leaf = logits.clone().requires_grad_()
+    masked = torch.where(given["mask"], labels, -100)
+    rows = fastrl.token_logprobs(leaf[:, :-1], masked, backend=backend, **options, **how)
+    parts = spec(rows.logprobs, entropy=rows.entropy, **given)
+    (3.0 * parts.loss).backward()
+    assert torch.equal(got[0], parts.loss.detach())
+    assert torch.equal(got[1], leaf.grad)
+    if "logits_rounding" in restricted:
+        # The gradient is straight through: that of the rounded logits.
+        logits = logits.bfloat16().float()
+    judged = {"allowed": sets} if "allowed" in restricted else {}
+    exact, eager = (plain(spec, logits, labels, given, dtype, 3.0, **options, **judged) for dtype in WIDTHS)
+    assert_as_accurate("loss", got[0], exact[0], eager[0])
+    assert_as_accurate("gradient", got[1], exact[1], eager[1])
+    if judged:
+        assert not got[1][:, :-1][~sets].any()
+
+
+def test_restricted_rows_in_place_are_refused_by_name() -> None:
+    logits, labels, given = batch()
+    spec, made = PolicyLoss.preset("dapo"), logits.requires_grad_() * 1.0
+    for how in ({"allowed": sets_of(logits, labels)}, {"logits_rounding": "bf16"}):
+        with pytest.raises(ValueError, match=f"inplace=True .* but for {next(iter(how))}= copies"):
+            spec.from_logits(made[:, :-1], labels, inplace=True, **how, **given)
+    with pytest.raises(ValueError, match="logits_rounding must be one of"):
+        spec.from_logits(made[:, :-1], labels, logits_rounding="int8", **given)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -439,6 +439,8 @@ class PolicyLoss:
         softcap: float | None = None,
         backend: str = "auto",
         inplace: bool = False,
+        allowed: Tensor | None = None,  # (..., V) bool, (..., ceil(V/32)) int32 or (..., K) int64
+        logits_rounding: str | None = None,
         **inputs: Any,
     ) -> LossOutput:
         """Return the loss from logits aligned with `labels`; `inputs` are those of the call, without `entropy`.
@@ -449,8 +451,9 @@ class PolicyLoss:
         Where a token's gradient depends on its own row alone, it is formed here and the backward hands it out: the
         only memory of the size of the logits is the gradient's, and the logits are not kept. Losses that couple the
         tokens of a sequence or of the batch (a sequence ratio, VESPO, GMPO, KL-Cov, a correction without
-        `old_logprobs`) form it in the backward, and so do float16 logits, whose gradient must see the loss scale
-        before it is rounded, and graphs of `torch.compile`. Without a gradient to form, none is.
+        `old_logprobs`) form it in the backward, and so do `allowed` and `logits_rounding`, float16 logits, whose
+        gradient must see the loss scale before it is rounded, and graphs of `torch.compile`. Without a gradient to
+        form, none is.
 
         Args:
             logits: (B, T, V) or (N, V), of any strides: a slice is not copied.
@@ -460,11 +463,13 @@ class PolicyLoss:
                 version is raised, so that an earlier operation whose backward needs them raises there as PyTorch does.
                 The memory is the gradient's from then on and must not be written to. Ignored where no gradient is
                 wanted.
+            allowed, logits_rounding: as in `token_logprobs`, for rollout log-probs over the tokens that a sampler left,
+                or of rounded logits; so ratio and entropy are those of what was sampled from. Not with `inplace`.
             inputs: `advantages`, `mask`, `old_logprobs`, ...: see the call.
 
         Raises:
-            ValueError, TypeError, RuntimeError: as `token_logprobs` and the call do; with `inplace`, for losses and
-                dtypes whose gradient is formed in the backward, leaves and views of leaves that require grad, rows
+            ValueError, TypeError, RuntimeError: as `token_logprobs` and the call do; with `inplace`, for losses, dtypes
+                and options whose gradient is formed in the backward, leaves and views of leaves that require grad, rows
                 that overlap or whose entries are apart, and inference tensors.
         """
         _refuse_entropy(inputs)
@@ -473,12 +478,13 @@ class PolicyLoss:
             "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap, "ignore_index": IGNORED,
             "backend": backend,
         }  # fmt: skip
-        reason = self._why_in_backward(logits, inputs)
+        restricted = {"allowed": allowed, "logits_rounding": logits_rounding}
+        reason = self._why_in_backward(logits, inputs, [name for name, x in restricted.items() if x is not None])
         if inplace and reason is not None:
             raise ValueError(f"inplace=True needs the gradient to be formed in the forward, but {reason}")
         wanted = torch.is_grad_enabled() and isinstance(logits, Tensor) and logits.requires_grad
         if reason is not None or not wanted:
-            result = token_logprobs(logits, masked, **options)
+            result = token_logprobs(logits, masked, **options, **restricted)
             return self(result.logprobs, entropy=result.entropy, **inputs)
         rows = checked_rows(logits, masked, **options)
         layout = Layout.of(masked.shape, masked.device, inputs.pop("cu_seqlens", None), "labels")
@@ -488,8 +494,10 @@ class PolicyLoss:
         metrics = policy_metrics(self, batch, logprobs, entropy, columns, terms)
         return LossOutput(loss, metrics, layout.restore(logprobs), layout.restore(entropy))
 
-    def _why_in_backward(self, logits: Any, inputs: dict[str, Any]) -> str | None:
-        """Return why the gradient cannot be formed in the forward, or None."""
+    def _why_in_backward(self, logits: Any, inputs: dict[str, Any], restricted: list[str]) -> str | None:
+        """Return why the gradient cannot be formed in the forward, or None; `restricted`: options that change rows."""
+        if restricted:
+            return f"for {' and '.join(f'{name}=' for name in restricted)} copies of the rows are prepared tile by tile"
         if self.couples_sequences or self.ratio_level not in ("token", "none"):
             return "this loss couples the tokens of a sequence or of the batch"
         if self.correction is not None and inputs.get("old_logprobs") is None:
