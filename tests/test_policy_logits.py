@@ -17,6 +17,7 @@ import fastrl
 from fastrl import PolicyLoss, RolloutCorrection, reference
 from fastrl.losses import policy
 from fastrl.ops import policy_logits as op
+from fastrl.ops.policy import NUMBERS
 
 SEPARABLE = [
     name
@@ -451,3 +452,70 @@ def test_compiles_without_a_graph_break(name: str, backend: str) -> None:
     (3.0 * torch.compile(loss, fullgraph=True, backend="aot_eager")(traced)).backward()
     error, largest = float((traced.grad - eager.grad).abs().max()), float(eager.grad.abs().max())
     assert error <= 4.0 * torch.finfo(torch.float32).eps * largest
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "sliced"), [("dapo", torch.float32, False), ("grpo", torch.bfloat16, True)], ids=str
+)
+def test_in_place_goes_into_a_whole_graph(name: str, dtype: torch.dtype, sliced: bool) -> None:
+    """The Triton kernel as an operator that writes over its logits: the bits are those outside the graph."""
+    torch._dynamo.reset()
+    logits, labels, given = batch()
+    spec = PolicyLoss.preset(name, entropy_coef=0.05)
+    heat = torch.linspace(0.5, 2.0, labels.numel()).view(labels.shape)
+
+    def step(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        made = (x if sliced else x[:, :-1]) * 1.0
+        rows = made[:, :-1] if sliced else made
+        options = {"backend": "triton", "inplace": True, "temperature": heat, "softcap": 8.0}
+        output = spec.from_logits(rows, labels, **given, **options)
+        return output.loss, output.logprobs, output.metrics["ratio"][0]
+
+    found = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaf = logits.to(dtype).clone().requires_grad_()
+        loss, *others = function(leaf)
+        # A power of two, as Triton's interpreter breaks ties of bfloat16 in its own way.
+        (-2.0 * loss).backward()
+        found.append((loss.detach(), leaf.grad, *others))
+    for got, want in zip(found[1], found[0], strict=True):
+        assert torch.equal(got, want)
+    assert found[0][1].any()
+
+
+def test_in_place_in_a_graph_is_refused_where_it_cannot_be() -> None:
+    logits, labels, given = batch()
+    spec, leaf = PolicyLoss.preset("dapo"), logits.requires_grad_()
+
+    def step(x: Tensor, backend: str, sliced: bool) -> Tensor:
+        rows = x[:, :-1] if sliced else (x * 1.0)[:, :-1]
+        return spec.from_logits(rows, labels, backend=backend, inplace=True, **given).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for backend, sliced, message in (
+        ("torch", False, "only the Triton kernel writes over the logits"),
+        ("triton", True, "a view of a leaf that requires grad"),
+    ):
+        torch._dynamo.reset()
+        with pytest.raises((ValueError, torch._dynamo.exc.Unsupported), match=message):
+            compiled(leaf, backend, sliced)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_opcheck(full: bool) -> None:
+    """Schema, fake tensors and tracing of the operator that writes over its logits."""
+    logits, labels, given = batch()
+    n = labels.numel()
+    columns = [given["advantages"].repeat_interleave(5), torch.full((n,), 1.0 / n), given["old_logprobs"].reshape(-1)]
+    names, axes = "advantages,weights,anchor", "clip,,,plain,loss,before"
+    numbers = dict.fromkeys(NUMBERS, math.inf) | {"low": 0.8, "high": 1.2, "tau_pos": 1.0, "tau_neg": 1.0}
+    heat = None
+    if full:
+        names, axes = f"{names},entropy_weights,kl_weights,kl_anchor", "clip,,k3,plain,loss,before"
+        columns += [columns[1], columns[1], given["ref_logprobs"].reshape(-1)]
+        numbers["dual_clip"] = 3.0
+        heat = torch.linspace(0.5, 2.0, n).view(labels.shape)
+    for rows in (logits[:, :-1].clone(), logits.clone()[:, :-1]):
+        arguments = (rows, labels, heat, columns, names, 0.8, -0.7, 8.0, -100, axes, list(numbers.values()))
+        checks = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
+        torch.library.opcheck(torch.ops.fastrl.policy_logits_.default, arguments, test_utils=checks)

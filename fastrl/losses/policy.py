@@ -21,7 +21,7 @@ from fastrl.losses.output import LossOutput
 from fastrl.losses.policy_hidden import Batch, fused_from_hidden, with_path
 from fastrl.losses.policy_metrics import policy_metrics
 from fastrl.losses.policy_presets import PRESETS, preset_fields
-from fastrl.ops.dispatch import outside_graphs
+from fastrl.ops.dispatch import choose, outside_graphs
 from fastrl.ops.linear_token_logprobs import (
     check_head,
     check_restrictions,
@@ -452,8 +452,8 @@ class PolicyLoss:
         only memory of the size of the logits is the gradient's, and the logits are not kept. Losses that couple the
         tokens of a sequence or of the batch (a sequence ratio, VESPO, GMPO, KL-Cov, a correction without
         `old_logprobs`) form it in the backward, and so do `allowed` and `logits_rounding`, float16 logits, whose
-        gradient must see the loss scale before it is rounded, and graphs of `torch.compile`. Without a gradient to
-        form, none is.
+        gradient must see the loss scale before it is rounded, and graphs of `torch.compile`, whose backward cannot
+        hand out what the forward made. Without a gradient to form, none is.
 
         Args:
             logits: (B, T, V) or (N, V), of any strides: a slice is not copied.
@@ -462,7 +462,8 @@ class PolicyLoss:
             inplace: write the gradient over the logits, which are lost: no memory of their size is taken at all. Their
                 version is raised, so that an earlier operation whose backward needs them raises there as PyTorch does.
                 The memory is the gradient's from then on and must not be written to. Ignored where no gradient is
-                wanted.
+                wanted. Inside `torch.compile` on Triton only: half the memory of a graph that keeps the logits for the
+                backward, for one more write of the logits' size.
             allowed, logits_rounding: as in `token_logprobs`, for rollout log-probs over the tokens that a sampler left,
                 or of rounded logits; so ratio and entropy are those of what was sampled from. Not with `inplace`.
             inputs: `advantages`, `mask`, `old_logprobs`, ...: see the call.
@@ -479,7 +480,8 @@ class PolicyLoss:
             "backend": backend,
         }  # fmt: skip
         restricted = {"allowed": allowed, "logits_rounding": logits_rounding}
-        reason = self._why_in_backward(logits, inputs, [name for name, x in restricted.items() if x is not None])
+        changed = [name for name, x in restricted.items() if x is not None]
+        reason = self._why_in_backward(logits, inputs, changed, inplace, backend)
         if inplace and reason is not None:
             raise ValueError(f"inplace=True needs the gradient to be formed in the forward, but {reason}")
         wanted = torch.is_grad_enabled() and isinstance(logits, Tensor) and logits.requires_grad
@@ -494,7 +496,9 @@ class PolicyLoss:
         metrics = policy_metrics(self, batch, logprobs, entropy, columns, terms)
         return LossOutput(loss, metrics, layout.restore(logprobs), layout.restore(entropy))
 
-    def _why_in_backward(self, logits: Any, inputs: dict[str, Any], restricted: list[str]) -> str | None:
+    def _why_in_backward(
+        self, logits: Any, inputs: dict[str, Any], restricted: list[str], inplace: bool, backend: str
+    ) -> str | None:
         """Return why the gradient cannot be formed in the forward, or None; `restricted`: options that change rows."""
         if restricted:
             return f"for {' and '.join(f'{name}=' for name in restricted)} copies of the rows are prepared tile by tile"
@@ -504,8 +508,12 @@ class PolicyLoss:
             return "correction without old_logprobs= needs the log-probs of the whole batch"
         if isinstance(logits, Tensor) and logits.dtype == torch.float16:
             return "a float16 gradient must see the loss scale before it is rounded"
-        if torch.compiler.is_compiling():
-            return "torch.compile has no storage to write over"
+        if not torch.compiler.is_compiling():
+            return None
+        if not inplace:
+            return "the backward of a graph cannot hand out what its forward made, and scaling that costs more"
+        if isinstance(logits, Tensor) and choose(backend, logits.device).backend != "triton":
+            return "inside torch.compile only the Triton kernel writes over the logits"
         return None
 
     @outside_graphs
