@@ -559,7 +559,8 @@ class PolicyLoss:
         tokens of a sequence), N D for the gradient of the hidden states and V D 4 for that of the head; a head of half
         precision has its gradient summed in float32 and cast when the logits are gone: V D 2 more, or nothing where the
         logits were larger. On a GPU such a head takes C V 2 + 16384 D 4 beside the logits, for operands and products.
-        The backward scales the gradients where they are and adds nothing.
+        The backward scales the gradients where they are and adds nothing. Those of float16 wait for it in float32, N D
+        4 and V D 4, as the loss scale must come before the rounding; it then takes N D 2 and V D 2 for what it returns.
         """
         _refuse_entropy(inputs)
         masked = _masked_labels(labels, inputs.get("mask"))
