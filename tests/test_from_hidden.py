@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 from memory import MemoryWatch
+from oracle import budget
+from torch import Tensor
 
 import fastrl
-from fastrl import PolicyLoss, linear_token_logprobs
+from fastrl import PolicyLoss, PreferenceLoss, linear_token_logprobs, reference
+from fastrl.losses.policy_hidden import ROUNDED_ROWS
 from fastrl.ops.dispatch import choose
 from fastrl.ops.linear_token_logprobs import CPU_WIDEN_ROWS
 from fastrl.ops.rows_torch import TILE_ROWS
@@ -67,6 +70,92 @@ def test_memory_of_from_hidden(dtype: torch.dtype, zeros: int, factor: float | N
     # The row kernels in PyTorch, where there is no C++ compiler, take ten tiles of their own rows.
     rows = 0 if choose("auto", leaves[0].device).backend == "cpu" else 10 * TILE_ROWS * vocabulary * 4
     assert tile + head <= watch.peak <= 1.05 * formula + rows
+
+
+def half_batch(n: int = 24, dim: int = 16, vocabulary: int = 300) -> tuple[list[Tensor], Tensor, dict[str, Any]]:
+    """Return hidden states, head and bias in float16, labels, and inputs that make gradients of 1e-9."""
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(n, dim, generator=generator), 0.25 * torch.randn(vocabulary, dim, generator=generator)
+    labels = torch.randint(0, vocabulary, (n,), generator=generator)
+    given = {"advantages": torch.randn(n, generator=generator), "mask": torch.ones(n), "n_tokens": 1e6}
+    return [x.half() for x in (hidden, weight, 0.1 * weight[:, 0])], labels, given | {"n_sequences": 1e6}
+
+
+@pytest.mark.parametrize("tail_mass", [0.0, 1e-4])
+@pytest.mark.parametrize("trained", ["all", "hidden"])
+@pytest.mark.parametrize("name", ["grpo", "gspo", "kl_cov", "sigmoid"])
+def test_float16_survives_the_loss_scale(name: str, trained: str, tail_mass: float) -> None:
+    """A gradient below float16's smallest number is there once the loss scale has multiplied it, on every path."""
+    inputs, labels, given = half_batch()
+
+    def gradients(dtype: torch.dtype, factor: float, fused: bool) -> list[Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_(trained == "all" or i == 0) for i, x in enumerate(inputs)]
+        shaped, ids = leaves[0].view(4, 6, -1), labels.view(4, 6)
+        numbers = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in given.items()}
+        if name == "sigmoid":
+            spec: Any = PreferenceLoss.preset(name, reference=False)
+            numbers = {"mask": torch.ones(4, 6), "n_pairs": 1e6}
+        else:
+            spec = PolicyLoss.preset(name)
+            numbers |= {"advantages": numbers["advantages"].view(4, 6), "mask": torch.ones(4, 6)}
+            numbers["ref_logprobs"] = torch.full((4, 6), -6.0)
+        if fused:
+            options = {"chunk_tokens": 8, "tail_mass": tail_mass, "bias": leaves[2]}
+            loss = spec.from_hidden(shaped, leaves[1], ids, **options, **numbers).loss
+        else:
+            logprobs, _, _ = reference.linear_token_logprobs(shaped, leaves[1], ids, leaves[2])
+            call = spec.from_logprobs if name == "sigmoid" else spec
+            loss = call(logprobs, **numbers).loss
+        (factor * loss).backward()
+        return [x.grad for x in leaves if x.grad is not None]
+
+    scale = 2.0**20
+    exact, eager = gradients(torch.float64, scale, False), gradients(torch.float32, scale, False)
+    unscaled, scaled = gradients(torch.float16, 1.0, True), gradients(torch.float16, scale, True)
+    for i, got in enumerate(scaled):
+        assert got.dtype == torch.float16
+        # What the short lists may leave out has tests of its own.
+        allowance = tail_mass * float(exact[i].abs().max())
+        error = float((got.double() - exact[i]).abs().max())
+        assert error <= budget(exact[i], eager[i], torch.float16) + allowance
+        assert float(unscaled[i].abs().max()) <= 2e-3 * float(got.abs().max())
+
+
+def test_memory_of_float16() -> None:
+    """Both gradients in float32 after the forward, and what is returned beside them in the backward."""
+    n, dim, vocabulary, chunk = 512, 256, 10000, 128
+    leaves = torch.randn(4, n // 4, dim).half().requires_grad_(), (torch.randn(vocabulary, dim) / 16).half()
+    leaves[1].requires_grad_()
+    labels = torch.randint(0, vocabulary, (4, n // 4))
+    inputs = {"advantages": torch.ones(4), "mask": torch.ones(4, n // 4)}
+    with MemoryWatch() as watch:
+        loss = PolicyLoss.preset("reinforce").from_hidden(*leaves, labels, **inputs, chunk_tokens=chunk).loss
+    tile, sums = chunk * vocabulary * 4 + CPU_WIDEN_ROWS * (dim + chunk) * 4, (vocabulary + n) * dim * 4
+    rows = 0 if choose("auto", leaves[0].device).backend == "cpu" else 10 * TILE_ROWS * vocabulary * 4
+    assert watch.peak <= 1.05 * (tile + sums) + rows
+    with MemoryWatch() as watch:
+        (loss * 2.0).backward()
+    assert watch.peak <= 1.05 * (vocabulary + n) * dim * 2 + ROUNDED_ROWS * dim * 4
+
+
+def test_float16_operands_of_a_gpu_keep_small_gradients() -> None:
+    """The scaling in front of the half-precision products: exact, and not thrown off by zeros, NaN or infinities."""
+    torch.manual_seed(0)
+    for size in (1e-30, 3e-12, 1.0, 1e5, 2.0**100):
+        gradient = size * torch.randn(5, 70)
+        operand, factor = module._as_float16(gradient)
+        assert operand.dtype == torch.float16
+        assert float(torch.log2(factor)).is_integer()
+        largest = gradient.abs().max()
+        assert float((operand.float() * factor - gradient).abs().max()) <= 2.0**-11 * float(largest)
+    gradient = torch.randn(5, 70)
+    gradient[1, 2], gradient[3] = torch.inf, torch.nan
+    for given in (gradient, torch.zeros(5, 70)):
+        operand, factor = module._as_float16(given)
+        back = operand.float() * factor
+        assert torch.equal(back.isfinite(), given.isfinite())
+        clean = given.isfinite()
+        assert float((back - given)[clean].abs().max()) <= 2.0**-9
 
 
 @pytest.mark.parametrize("needs", ["", "hidden", "weight", "hidden weight"])

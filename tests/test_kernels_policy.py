@@ -292,9 +292,9 @@ def test_numbers_and_columns_have_the_kernels_names() -> None:
     assert kernels.PolicyColumns._fields == op.CONSTANTS
     assert set(op.CONSTANTS) <= set(reference.TokenColumns._fields)
     defaults = PolicyLoss()
-    assert op._numbers(defaults) == list(kernels.PolicyNumbers())
+    assert op.numbers_of(defaults) == list(kernels.PolicyNumbers())
     axes = dataclasses.replace(defaults, kl="k3", kl_gradient="ratio_weighted", kl_ratio_anchor="self")
-    assert op._axes(axes) == ("clip", "", "k3", "ratio_weighted", "own", "before")
+    assert op.axes_of(axes) == ("clip", "", "k3", "ratio_weighted", "own", "before")
 
 
 def test_op_has_a_schema_a_fake_and_a_gradient() -> None:
@@ -308,8 +308,8 @@ def test_op_has_a_schema_a_fake_and_a_gradient() -> None:
             None if shared is None else shared[:8].clone().requires_grad_(),
             [x[:8] for x in constants.values()],
             ",".join(constants),
-            *op._axes(spec),
-            op._numbers(spec),
+            *op.axes_of(spec),
+            op.numbers_of(spec),
             True,
         )
         checks = ("test_schema", "test_faketensor", "test_autograd_registration")

@@ -17,6 +17,7 @@ import fastrl
 from fastrl import PolicyLoss, RolloutCorrection, reference
 from fastrl.losses import policy
 from fastrl.ops import policy_logits as op
+from fastrl.ops.policy import NUMBERS
 
 SEPARABLE = [
     name
@@ -25,6 +26,7 @@ SEPARABLE = [
 ]
 COUPLED = [name for name in PolicyLoss.presets() if name not in SEPARABLE]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+WIDTHS = (torch.float64, torch.float32)
 CONVERSIONS = {"plain": {}, "softcap": {"softcap": 8.0, "logit_scale": -0.7}, "per token": {"temperature": "per token"}}
 
 
@@ -70,7 +72,7 @@ def plain(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return what `evaluate` returns from plain PyTorch at `dtype`."""
     leaf = logits.detach().clone().to(dtype).requires_grad_()
-    options = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in options.items()}
+    options = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()}
     logprobs, entropy, _ = reference.token_logprobs(leaf[:, :-1], labels, **options)
     numbers = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in given.items()}
     loss = spec(logprobs, entropy=entropy, **numbers).loss
@@ -143,6 +145,53 @@ def test_bits_are_those_of_the_parts(name: str, backend: str, monkeypatch: pytes
     for key, (total, count) in parts.metrics.items():
         assert torch.equal(fused.metrics[key][0], total), key
         assert torch.equal(fused.metrics[key][1], count), key
+
+
+def sets_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return sets (rows, time, V) that hold the labels and about half of the other tokens."""
+    generator = torch.Generator().manual_seed(5)
+    sets = torch.rand(logits[:, :-1].shape, generator=generator) < 0.5
+    return sets.scatter_(-1, labels[..., None], True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["grpo", "gspo"])
+@pytest.mark.parametrize("restricted", ["allowed", "logits_rounding", "allowed logits_rounding"])
+def test_restricted_rows_are_those_of_token_logprobs(restricted: str, name: str, backend: str) -> None:
+    """Sets and rounding: float64 judges the gradient, and the bits are those of `token_logprobs` and the call."""
+    logits, labels, given = batch()
+    sets = sets_of(logits, labels)
+    how: dict[str, Any] = {"allowed": sets} if "allowed" in restricted else {}
+    if "logits_rounding" in restricted:
+        how["logits_rounding"] = "bf16"
+    spec, options = PolicyLoss.preset(name, entropy_coef=0.05), {"temperature": 0.8, "softcap": 8.0}
+    got = evaluate(spec, logits, labels, given, 3.0, backend=backend, **options, **how)
+    leaf = logits.clone().requires_grad_()
+    masked = torch.where(given["mask"], labels, -100)
+    rows = fastrl.token_logprobs(leaf[:, :-1], masked, backend=backend, **options, **how)
+    parts = spec(rows.logprobs, entropy=rows.entropy, **given)
+    (3.0 * parts.loss).backward()
+    assert torch.equal(got[0], parts.loss.detach())
+    assert torch.equal(got[1], leaf.grad)
+    if "logits_rounding" in restricted:
+        # The gradient is straight through: that of the rounded logits.
+        logits = logits.bfloat16().float()
+    judged = {"allowed": sets} if "allowed" in restricted else {}
+    exact, eager = (plain(spec, logits, labels, given, dtype, 3.0, **options, **judged) for dtype in WIDTHS)
+    assert_as_accurate("loss", got[0], exact[0], eager[0])
+    assert_as_accurate("gradient", got[1], exact[1], eager[1])
+    if judged:
+        assert not got[1][:, :-1][~sets].any()
+
+
+def test_restricted_rows_in_place_are_refused_by_name() -> None:
+    logits, labels, given = batch()
+    spec, made = PolicyLoss.preset("dapo"), logits.requires_grad_() * 1.0
+    for how in ({"allowed": sets_of(logits, labels)}, {"logits_rounding": "bf16"}):
+        with pytest.raises(ValueError, match=f"inplace=True .* but for {next(iter(how))}= copies"):
+            spec.from_logits(made[:, :-1], labels, inplace=True, **how, **given)
+    with pytest.raises(ValueError, match="logits_rounding must be one of"):
+        spec.from_logits(made[:, :-1], labels, logits_rounding="int8", **given)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -403,3 +452,70 @@ def test_compiles_without_a_graph_break(name: str, backend: str) -> None:
     (3.0 * torch.compile(loss, fullgraph=True, backend="aot_eager")(traced)).backward()
     error, largest = float((traced.grad - eager.grad).abs().max()), float(eager.grad.abs().max())
     assert error <= 4.0 * torch.finfo(torch.float32).eps * largest
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "sliced"), [("dapo", torch.float32, False), ("grpo", torch.bfloat16, True)], ids=str
+)
+def test_in_place_goes_into_a_whole_graph(name: str, dtype: torch.dtype, sliced: bool) -> None:
+    """The Triton kernel as an operator that writes over its logits: the bits are those outside the graph."""
+    torch._dynamo.reset()
+    logits, labels, given = batch()
+    spec = PolicyLoss.preset(name, entropy_coef=0.05)
+    heat = torch.linspace(0.5, 2.0, labels.numel()).view(labels.shape)
+
+    def step(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        made = (x if sliced else x[:, :-1]) * 1.0
+        rows = made[:, :-1] if sliced else made
+        options = {"backend": "triton", "inplace": True, "temperature": heat, "softcap": 8.0}
+        output = spec.from_logits(rows, labels, **given, **options)
+        return output.loss, output.logprobs, output.metrics["ratio"][0]
+
+    found = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaf = logits.to(dtype).clone().requires_grad_()
+        loss, *others = function(leaf)
+        # A power of two, as Triton's interpreter breaks ties of bfloat16 in its own way.
+        (-2.0 * loss).backward()
+        found.append((loss.detach(), leaf.grad, *others))
+    for got, want in zip(found[1], found[0], strict=True):
+        assert torch.equal(got, want)
+    assert found[0][1].any()
+
+
+def test_in_place_in_a_graph_is_refused_where_it_cannot_be() -> None:
+    logits, labels, given = batch()
+    spec, leaf = PolicyLoss.preset("dapo"), logits.requires_grad_()
+
+    def step(x: Tensor, backend: str, sliced: bool) -> Tensor:
+        rows = x[:, :-1] if sliced else (x * 1.0)[:, :-1]
+        return spec.from_logits(rows, labels, backend=backend, inplace=True, **given).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for backend, sliced, message in (
+        ("torch", False, "only the Triton kernel writes over the logits"),
+        ("triton", True, "a view of a leaf that requires grad"),
+    ):
+        torch._dynamo.reset()
+        with pytest.raises((ValueError, torch._dynamo.exc.Unsupported), match=message):
+            compiled(leaf, backend, sliced)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_opcheck(full: bool) -> None:
+    """Schema, fake tensors and tracing of the operator that writes over its logits."""
+    logits, labels, given = batch()
+    n = labels.numel()
+    columns = [given["advantages"].repeat_interleave(5), torch.full((n,), 1.0 / n), given["old_logprobs"].reshape(-1)]
+    names, axes = "advantages,weights,anchor", "clip,,,plain,loss,before"
+    numbers = dict.fromkeys(NUMBERS, math.inf) | {"low": 0.8, "high": 1.2, "tau_pos": 1.0, "tau_neg": 1.0}
+    heat = None
+    if full:
+        names, axes = f"{names},entropy_weights,kl_weights,kl_anchor", "clip,,k3,plain,loss,before"
+        columns += [columns[1], columns[1], given["ref_logprobs"].reshape(-1)]
+        numbers["dual_clip"] = 3.0
+        heat = torch.linspace(0.5, 2.0, n).view(labels.shape)
+    for rows in (logits[:, :-1].clone(), logits.clone()[:, :-1]):
+        arguments = (rows, labels, heat, columns, names, 0.8, -0.7, 8.0, -100, axes, list(numbers.values()))
+        checks = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
+        torch.library.opcheck(torch.ops.fastrl.policy_logits_.default, arguments, test_utils=checks)

@@ -21,7 +21,7 @@ from fastrl.losses.output import LossOutput
 from fastrl.losses.policy_hidden import Batch, fused_from_hidden, with_path
 from fastrl.losses.policy_metrics import policy_metrics
 from fastrl.losses.policy_presets import PRESETS, preset_fields
-from fastrl.ops.dispatch import outside_graphs
+from fastrl.ops.dispatch import choose, outside_graphs
 from fastrl.ops.linear_token_logprobs import (
     check_head,
     check_restrictions,
@@ -439,6 +439,8 @@ class PolicyLoss:
         softcap: float | None = None,
         backend: str = "auto",
         inplace: bool = False,
+        allowed: Tensor | None = None,  # (..., V) bool, (..., ceil(V/32)) int32 or (..., K) int64
+        logits_rounding: str | None = None,
         **inputs: Any,
     ) -> LossOutput:
         """Return the loss from logits aligned with `labels`; `inputs` are those of the call, without `entropy`.
@@ -449,8 +451,9 @@ class PolicyLoss:
         Where a token's gradient depends on its own row alone, it is formed here and the backward hands it out: the
         only memory of the size of the logits is the gradient's, and the logits are not kept. Losses that couple the
         tokens of a sequence or of the batch (a sequence ratio, VESPO, GMPO, KL-Cov, a correction without
-        `old_logprobs`) form it in the backward, and so do float16 logits, whose gradient must see the loss scale
-        before it is rounded, and graphs of `torch.compile`. Without a gradient to form, none is.
+        `old_logprobs`) form it in the backward, and so do `allowed` and `logits_rounding`, float16 logits, whose
+        gradient must see the loss scale before it is rounded, and graphs of `torch.compile`, whose backward cannot
+        hand out what the forward made. Without a gradient to form, none is.
 
         Args:
             logits: (B, T, V) or (N, V), of any strides: a slice is not copied.
@@ -459,12 +462,15 @@ class PolicyLoss:
             inplace: write the gradient over the logits, which are lost: no memory of their size is taken at all. Their
                 version is raised, so that an earlier operation whose backward needs them raises there as PyTorch does.
                 The memory is the gradient's from then on and must not be written to. Ignored where no gradient is
-                wanted.
+                wanted. Inside `torch.compile` on Triton only: half the memory of a graph that keeps the logits for the
+                backward, for one more write of the logits' size.
+            allowed, logits_rounding: as in `token_logprobs`, for rollout log-probs over the tokens that a sampler left,
+                or of rounded logits; so ratio and entropy are those of what was sampled from. Not with `inplace`.
             inputs: `advantages`, `mask`, `old_logprobs`, ...: see the call.
 
         Raises:
-            ValueError, TypeError, RuntimeError: as `token_logprobs` and the call do; with `inplace`, for losses and
-                dtypes whose gradient is formed in the backward, leaves and views of leaves that require grad, rows
+            ValueError, TypeError, RuntimeError: as `token_logprobs` and the call do; with `inplace`, for losses, dtypes
+                and options whose gradient is formed in the backward, leaves and views of leaves that require grad, rows
                 that overlap or whose entries are apart, and inference tensors.
         """
         _refuse_entropy(inputs)
@@ -473,12 +479,14 @@ class PolicyLoss:
             "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap, "ignore_index": IGNORED,
             "backend": backend,
         }  # fmt: skip
-        reason = self._why_in_backward(logits, inputs)
+        restricted = {"allowed": allowed, "logits_rounding": logits_rounding}
+        changed = [name for name, x in restricted.items() if x is not None]
+        reason = self._why_in_backward(logits, inputs, changed, inplace, backend)
         if inplace and reason is not None:
             raise ValueError(f"inplace=True needs the gradient to be formed in the forward, but {reason}")
         wanted = torch.is_grad_enabled() and isinstance(logits, Tensor) and logits.requires_grad
         if reason is not None or not wanted:
-            result = token_logprobs(logits, masked, **options)
+            result = token_logprobs(logits, masked, **options, **restricted)
             return self(result.logprobs, entropy=result.entropy, **inputs)
         rows = checked_rows(logits, masked, **options)
         layout = Layout.of(masked.shape, masked.device, inputs.pop("cu_seqlens", None), "labels")
@@ -488,16 +496,24 @@ class PolicyLoss:
         metrics = policy_metrics(self, batch, logprobs, entropy, columns, terms)
         return LossOutput(loss, metrics, layout.restore(logprobs), layout.restore(entropy))
 
-    def _why_in_backward(self, logits: Any, inputs: dict[str, Any]) -> str | None:
-        """Return why the gradient cannot be formed in the forward, or None."""
+    def _why_in_backward(
+        self, logits: Any, inputs: dict[str, Any], restricted: list[str], inplace: bool, backend: str
+    ) -> str | None:
+        """Return why the gradient cannot be formed in the forward, or None; `restricted`: options that change rows."""
+        if restricted:
+            return f"for {' and '.join(f'{name}=' for name in restricted)} copies of the rows are prepared tile by tile"
         if self.couples_sequences or self.ratio_level not in ("token", "none"):
             return "this loss couples the tokens of a sequence or of the batch"
         if self.correction is not None and inputs.get("old_logprobs") is None:
             return "correction without old_logprobs= needs the log-probs of the whole batch"
         if isinstance(logits, Tensor) and logits.dtype == torch.float16:
             return "a float16 gradient must see the loss scale before it is rounded"
-        if torch.compiler.is_compiling():
-            return "torch.compile has no storage to write over"
+        if not torch.compiler.is_compiling():
+            return None
+        if not inplace:
+            return "the backward of a graph cannot hand out what its forward made, and scaling that costs more"
+        if isinstance(logits, Tensor) and choose(backend, logits.device).backend != "triton":
+            return "inside torch.compile only the Triton kernel writes over the logits"
         return None
 
     @outside_graphs
@@ -543,7 +559,8 @@ class PolicyLoss:
         tokens of a sequence), N D for the gradient of the hidden states and V D 4 for that of the head; a head of half
         precision has its gradient summed in float32 and cast when the logits are gone: V D 2 more, or nothing where the
         logits were larger. On a GPU such a head takes C V 2 + 16384 D 4 beside the logits, for operands and products.
-        The backward scales the gradients where they are and adds nothing.
+        The backward scales the gradients where they are and adds nothing. Those of float16 wait for it in float32, N D
+        4 and V D 4, as the loss scale must come before the rounding; it then takes N D 2 and V D 2 for what it returns.
         """
         _refuse_entropy(inputs)
         masked = _masked_labels(labels, inputs.get("mask"))

@@ -20,9 +20,13 @@ from fastrl.losses.output import LossOutput
 from fastrl.losses.policy_metrics import policy_metrics
 from fastrl.ops.linear_token_logprobs import Head, fused_gradient
 from fastrl.ops.policy import fused_policy_terms
+from fastrl.ops.policy_logits import scaled
 from fastrl.ops.sampling_rows import check_labels_are_allowed
 from fastrl.ops.segments import segment_sum
 from fastrl.ops.sparse_rows import Tally
+
+# Rows that are rounded at once, as PyTorch takes a copy of them on a CPU.
+ROUNDED_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,9 @@ class FusedFromHidden(torch.autograd.Function):
     `fused_gradient`, and `loss` maps (logprobs, entropy) of all tokens to the scalar.
 
     The first backward gives the buffers themselves away, scaled in place: a second copy of the head's gradient would
-    be the largest tensor of the step. Autograd may keep a buffer as `.grad` and add to it later, so nothing here reads
-    it again: a further backward (`retain_graph=True`) forms the gradient anew from the coefficients, to the same bits.
+    be the largest tensor of the step. Those of float16 inputs wait in float32 and are rounded when they are scaled.
+    Autograd may keep a buffer as `.grad` and add to it later, so nothing here reads it again: a further backward
+    (`retain_graph=True`) forms the gradient anew from the coefficients, to the same bits.
     """
 
     @staticmethod
@@ -125,6 +130,7 @@ class FusedFromHidden(torch.autograd.Function):
         loss = plan.loss(logprobs, entropy)
         if any(plan.needs):
             ctx.gradients = gradients
+            ctx.dtypes = tuple(None if x is None else x.dtype for x in (hidden, weight, bias))
             ctx.how = (plan.head, plan.needs, plan.units, plan.live, plan.rounding)
             g, h = (_joined([block[i] for block in found]) for i in range(2))
             ctx.save_for_backward(hidden, weight, bias, labels, inverse, plan.allowed, g, h)
@@ -139,7 +145,9 @@ class FusedFromHidden(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             gradients = _formed_again(*ctx.saved_tensors, *ctx.how)
-        return (*(None if g is None else _scale(g, grads[0]) for g in gradients), None, None, None)
+        backend = ctx.how[0].backend
+        handed = (_handed_out(*given, grads[0], backend) for given in zip(gradients, ctx.dtypes, strict=True))
+        return (*handed, None, None, None)
 
 
 def _joined(blocks: list[Any]) -> Tensor | None:
@@ -171,14 +179,22 @@ def _formed_again(
     return fused_gradient(hidden, weight, bias, labels, inverse, head, needs, known, units, live, allowed, rounding)[2]
 
 
-def _scale(gradient: Tensor, factor: Tensor) -> Tensor:
-    """Return the gradient times the upstream factor, in place, without waiting for a device.
+def _handed_out(gradient: Tensor | None, dtype: torch.dtype | None, factor: Tensor, backend: str) -> Tensor | None:
+    """Return gradient * factor in `dtype`, without waiting for a device: in place where the gradient has that dtype.
 
-    A factor of 1, which `loss.backward()` passes, is seen on a CPU alone: there looking at it costs nothing.
+    A factor of 1, which `loss.backward()` passes, costs nothing there: on a CPU the host sees it, elsewhere the kernel.
     """
-    if factor.device.type == "cpu" and factor.item() == 1.0:
-        return gradient
-    return gradient.mul_(factor)
+    if gradient is None or dtype is None:
+        return None
+    if gradient.dtype != dtype:
+        # Rounded once, behind the scale: 1e-9 is nothing in float16, but not under a loss scale of 65536.
+        rounded = torch.empty_like(gradient, dtype=dtype)
+        for source, target in zip(gradient.split(ROUNDED_ROWS), rounded.split(ROUNDED_ROWS), strict=True):
+            torch.mul(source, factor, out=target)
+        return rounded
+    if factor.device.type == "cpu":
+        return gradient if factor.item() == 1.0 else gradient.mul_(factor)
+    return scaled(gradient, factor, backend, keep=False)
 
 
 def fused_from_hidden(

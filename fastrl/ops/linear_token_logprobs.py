@@ -26,6 +26,7 @@ Legend: N tokens, D hidden, V vocabulary, C rows of a chunk.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -299,9 +300,24 @@ def chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tenso
     return out
 
 
-def _for_products(gradient: Tensor, weight: Tensor) -> Tensor:
-    """Return dlogits (C, V) as the operand of the GEMMs: in the head's dtype on a GPU, cast once for both of them."""
-    return gradient.to(weight.dtype) if gradient.device.type == "cuda" else gradient
+def _for_products(gradient: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return (operand, factor): dlogits (C, V) as the operand of the GEMMs, whose products times the factor are wanted.
+
+    On a GPU the operand has the head's dtype and is cast once for both of them.
+    """
+    if gradient.device.type != "cuda":
+        return gradient, None
+    return _as_float16(gradient) if weight.dtype == torch.float16 else (gradient.to(weight.dtype), None)
+
+
+def _as_float16(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (x, factor) with x * factor = gradient, x in float16 and |x| < 2^14: what is small does not vanish.
+
+    The factor is a power of two, so that nothing is rounded twice. Beside entries that are not finite it is no help.
+    """
+    largest = torch.linalg.vector_norm(gradient, math.inf).nan_to_num(nan=1.0, posinf=1.0).clamp(2.0**-100, 2.0**100)
+    power = largest / torch.frexp(largest).mantissa
+    return torch.mul(gradient, 2.0**14 / power, out=torch.empty_like(gradient, dtype=torch.float16)), power * 2.0**-14
 
 
 def _times_weight(gradient: Tensor, weight: Tensor) -> Tensor:
@@ -319,7 +335,9 @@ def _times_weight(gradient: Tensor, weight: Tensor) -> Tensor:
     if weight.dtype == wide:
         return gradient @ weight
     if weight.device.type == "cuda":
-        return torch.mm(_for_products(gradient, weight), weight, out_dtype=wide)
+        operand, factor = (gradient, None) if gradient.dtype == weight.dtype else _for_products(gradient, weight)
+        product = torch.mm(operand, weight, out_dtype=wide)
+        return product if factor is None else product.mul_(factor)
     total = torch.zeros((gradient.shape[0], weight.shape[1]), dtype=wide, device=gradient.device)
     for start in range(0, weight.shape[0], CPU_WIDEN_ROWS):
         block = slice(start, start + CPU_WIDEN_ROWS)
@@ -327,8 +345,8 @@ def _times_weight(gradient: Tensor, weight: Tensor) -> Tensor:
     return total
 
 
-def _add_weight_gradient(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-    """Add gradient^T (V, C) @ hidden (C, D) to `total` (V, D), which is at least float32."""
+def _add_weight_gradient(total: Tensor, gradient: Tensor, hidden: Tensor, factor: Tensor | None = None) -> None:
+    """Add gradient^T (V, C) @ hidden (C, D) to `total` (V, D), at least float32; both operands of `_for_products`."""
     # In place and with the vocabulary outermost: 0.89 of the time of the logits' GEMM at C = 256, D = 576, V = 49152;
     # in vocabulary blocks 0.90, as the transpose (D, V) 1.09.
     if hidden.dtype == total.dtype or hidden.device.type != "cuda":
@@ -336,7 +354,8 @@ def _add_weight_gradient(total: Tensor, gradient: Tensor, hidden: Tensor) -> Non
         return
     for start in range(0, total.shape[0], GPU_HEAD_ROWS):
         block = slice(start, start + GPU_HEAD_ROWS)
-        total[block] += torch.mm(gradient[:, block].t(), hidden, out_dtype=total.dtype)
+        product = torch.mm(gradient[:, block].t(), hidden, out_dtype=total.dtype)
+        total[block] += product if factor is None else product.mul_(factor)
 
 
 @dataclass
@@ -469,17 +488,22 @@ class Gradients:
     """The gradients of hidden states, head and bias, gathered chunk by chunk; only those that are asked for.
 
     With `per_live_row` the gradient of the hidden states is (L, D), of the live rows, and not rounded to their dtype.
+    With `unscaled`, which says that a loss scale is yet to multiply them, gradients of float16 stay in float32.
     """
 
-    def __init__(self, chunks: Chunks, needs: tuple[bool, bool, bool], per_live_row: bool = False) -> None:
+    def __init__(
+        self, chunks: Chunks, needs: tuple[bool, bool, bool], per_live_row: bool = False, *, unscaled: bool = False
+    ) -> None:
         self.chunks = chunks
         self.wanted = any(needs)
+        self.unrounded = unscaled and chunks.hidden.dtype == torch.float16
         wide = _wide(chunks.hidden.dtype)
         self.hidden = None
         if needs[0] and per_live_row:
             self.hidden = chunks.hidden.new_empty((chunks.live.numel(), chunks.hidden.shape[1]), dtype=wide)
         elif needs[0]:
-            self.hidden = torch.zeros_like(chunks.hidden, memory_format=torch.contiguous_format)
+            dtype = wide if self.unrounded else chunks.hidden.dtype
+            self.hidden = torch.zeros_like(chunks.hidden, dtype=dtype, memory_format=torch.contiguous_format)
         self.weight = buffers.zeros(chunks.weight.shape, wide, chunks.weight.device) if needs[1] else None
         self.bias = torch.zeros(chunks.weight.shape[0], dtype=wide, device=chunks.weight.device) if needs[2] else None
         self.per_live_row = per_live_row
@@ -527,12 +551,12 @@ class Gradients:
         """Add rows dlogits (C, V), which may be followed by rows of zeros, at their places in `hidden`."""
         if places.numel() == 0:
             return
-        operand = _for_products(dlogits, self.chunks.weight)
+        operand, factor = _for_products(dlogits, self.chunks.weight)
         if self.hidden is not None:
-            product = _times_weight(operand, self.chunks.weight)
-            self.hidden[places] = product[: places.numel()].to(self.hidden.dtype)
+            product = _times_weight(operand, self.chunks.weight)[: places.numel()]
+            self.hidden[places] = (product if factor is None else product.mul_(factor)).to(self.hidden.dtype)
         if self.weight is not None:
-            _add_weight_gradient(self.weight, operand, states)
+            _add_weight_gradient(self.weight, operand, states, factor)
         if self.bias is not None:
             self.bias += dlogits.sum(0)
 
@@ -542,7 +566,9 @@ class Gradients:
             self.sparse.flush(self)
 
     def cast(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return (dhidden, dweight, dbias) in the dtypes of their inputs, after the last `flush`."""
+        """Return (dhidden, dweight, dbias) after the last `flush`, in their inputs' dtypes or, `unscaled`, float32."""
+        if self.unrounded:
+            return self.hidden, self.weight, self.bias
         weight = None if self.weight is None else self.weight.to(self.chunks.weight.dtype)
         bias = None if self.bias is None or self.chunks.bias is None else self.bias.to(self.chunks.bias.dtype)
         return self.hidden, weight, bias
@@ -610,12 +636,13 @@ def fused_gradient(
         tally: receives how many rows were sparse and dense, and the largest mass left out, where `tail_mass` > 0.
 
     Returns:
-        The last is the number of rows whose logits were formed a second time, because their sequence is longer than
-        `BLOCK_CHUNKS` chunks.
+        The gradients have the dtypes of their inputs, but for float16: theirs are float32, for the loss scale, which
+        the caller is given only in the backward, to come before the rounding. The last is the number of rows whose
+        logits were formed a second time, because their sequence is longer than `BLOCK_CHUNKS` chunks.
     """
     restricted = {"live": live, "allowed": allowed, "rounding": rounding}
     chunks = Chunks.of(hidden, weight, bias, labels, inverse, head, **restricted, ahead=units is None)
-    gradients = Gradients(chunks, needs)
+    gradients = Gradients(chunks, needs, unscaled=True)
     if tally is not None and gradients.sparse is not None:
         gradients.sparse.tally = tally
     found = chunks.outputs()

@@ -83,8 +83,8 @@ def fused_policy_terms(
         pooled,
         list(constants.values()),
         ",".join(constants),
-        *_axes(spec),
-        _numbers(spec),
+        *axes_of(spec),
+        numbers_of(spec),
         torch.is_grad_enabled() and needs_gradient,
     )
     return reference.TokenTerms(
@@ -98,7 +98,7 @@ def fused_policy_terms(
     )
 
 
-def _axes(spec: Any) -> tuple[str, str, str, str, str, str]:
+def axes_of(spec: Any) -> tuple[str, str, str, str, str, str]:
     """Return (surrogate, carrier, kl, kl_gradient, kl_ratio, kl_clamp) as the kernel names them."""
     kl_ratio = "loss"
     if spec.kl_ratio_anchor is not None:
@@ -108,7 +108,7 @@ def _axes(spec: Any) -> tuple[str, str, str, str, str, str]:
     return spec.surrogate, spec.carrier or "", spec.kl or "", spec.kl_gradient, kl_ratio, spec.kl_value_clamp_order
 
 
-def _numbers(spec: Any) -> list[float]:
+def numbers_of(spec: Any) -> list[float]:
     """Return `NUMBERS` of a loss; open bounds are infinite."""
     low, high = _bounds(spec)
     limit = reference.LOG_RATIO_LIMIT
@@ -131,14 +131,14 @@ def kernel_axes(spec: Any) -> Any:
     """Return the kernels' `PolicyAxes` of a loss."""
     from fastrl_kernels import policy
 
-    return policy.PolicyAxes(*_axes(spec))
+    return policy.PolicyAxes(*axes_of(spec))
 
 
 def kernel_numbers(spec: Any) -> Any:
     """Return the kernels' `PolicyNumbers` of a loss."""
     from fastrl_kernels import policy
 
-    return policy.PolicyNumbers(*_numbers(spec))
+    return policy.PolicyNumbers(*numbers_of(spec))
 
 
 def kernel_columns(values: Sequence[Tensor | None]) -> Any:
@@ -222,24 +222,29 @@ def _(
     numbers: Sequence[float],
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        *term_outputs(logprobs, surrogate, kl, numbers),
+        logprobs.new_empty(logprobs.shape if gradient else 0),
+        logprobs.new_empty(logprobs.shape if gradient and sequence_log_ratio is not None else 0),
+    )
+
+
+def term_outputs(
+    like: Tensor,  # (N,)
+    surrogate: str,
+    kl: str,
+    numbers: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return tensors of the shapes and dtypes of the kernels' terms of N tokens, (0,) for those that a loss lacks."""
+
     def row(wanted: bool = True) -> Tensor:
-        return logprobs.new_empty(logprobs.shape if wanted else 0)
+        return like.new_empty(like.shape if wanted else 0)
 
     def flags() -> Tensor:
-        return torch.empty(logprobs.shape, dtype=torch.bool, device=logprobs.device)
+        return torch.empty(like.shape, dtype=torch.bool, device=like.device)
 
     dual = surrogate == "clip" and dict(zip(NUMBERS, numbers, strict=True))["dual_clip"] < math.inf
-    return (
-        row(),
-        row(),
-        row(),
-        flags(),
-        flags(),
-        row(kl != ""),
-        flags() if dual else row(False),
-        row(gradient),
-        row(gradient and sequence_log_ratio is not None),
-    )
+    return row(), row(), row(), flags(), flags(), row(kl != ""), flags() if dual else row(False)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

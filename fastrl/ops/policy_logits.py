@@ -1,9 +1,10 @@
 """The policy loss of rows of logits with its gradient formed in the forward, for losses separable over tokens.
 
-One kernel on Triton: one read and one write of the logits. Elsewhere the log-probs of all rows, the token arithmetic
-once, and the gradient of all rows: two reads and one write. Tiles of rows that stay in a CPU's cache would save the
-second read, but not time: at N=1024, V=49152 the two walks took 26 ms at any tile from 16 rows (27 ms) to all of them,
-and each tile's token arithmetic another 0.5 ms.
+One kernel on Triton: one read and one write of the logits; over the logits themselves also in a graph of
+`torch.compile`, whose backward cannot hand out what the forward made and takes another read and write to scale it.
+Elsewhere the log-probs of all rows, the token arithmetic once, and the gradient of all rows: two reads and one write.
+Tiles of rows that stay in a CPU's cache would save the second read, but not time: at N=1024, V=49152 the two walks took
+26 ms at any tile from 16 rows (27 ms) to all of them, and each tile's token arithmetic another 0.5 ms.
 
 Legend: N tokens, V vocabulary.
 """
@@ -19,7 +20,17 @@ from torch import Tensor
 
 from fastrl import reference
 from fastrl.ops import buffers
-from fastrl.ops.policy import CONSTANTS, fused_policy_terms, kernel_axes, kernel_columns, kernel_numbers
+from fastrl.ops.policy import (
+    CONSTANTS,
+    NUMBERS,
+    axes_of,
+    fused_policy_terms,
+    kernel_axes,
+    kernel_columns,
+    kernel_numbers,
+    numbers_of,
+    term_outputs,
+)
 from fastrl.ops.token_logprobs import Rows, backward_rows, forward_rows, once_differentiable, row_blocks
 
 # Rows scaled at a time where a half-precision gradient needs a float32 factor.
@@ -43,7 +54,7 @@ def policy_logits(
         rows: what belongs to them.
         columns: the constants of the token arithmetic, without `sequence_log_ratio`.
         lengths: tokens of each sequence, which decide the order of the loss's sum.
-        inplace: write the gradient over the logits; see `check_inplace`.
+        inplace: write the gradient over the logits; see `check_inplace`. Inside `torch.compile` only True, on Triton.
 
     Returns:
         The loss is differentiable once with respect to `logits`. The backward of a graph that is not kept hands out
@@ -52,6 +63,8 @@ def policy_logits(
     """
     if inplace:
         check_inplace(logits)
+    if torch.compiler.is_compiling():
+        return _in_a_graph(spec, logits, rows, columns, lengths)
     plan = _Plan(spec, rows, columns, lengths, inplace)
     loss, logprobs, entropy, *terms = _PolicyLogits.apply(logits, plan)
     return loss, logprobs, entropy, reference.TokenTerms(*terms)
@@ -59,13 +72,15 @@ def policy_logits(
 
 def check_inplace(logits: Tensor) -> None:
     """Raise `ValueError` where the gradient cannot be written over the logits."""
-    if torch.is_inference(logits):
+    # A graph has no inference tensors, and asking would break it.
+    if not torch.compiler.is_compiling() and torch.is_inference(logits):
         raise ValueError("inplace=True needs logits made outside inference mode; pass logits.clone() or inplace=False")
     if logits.is_leaf:
         raise ValueError(
             "inplace=True would overwrite a leaf that requires grad; pass the output of an operation, or inplace=False"
         )
-    if logits._is_view() and logits._base is not None and logits._base.is_leaf and logits._base.requires_grad:
+    base = logits._base
+    if base is not None and base.is_leaf and base.requires_grad:
         raise ValueError("inplace=True would overwrite a view of a leaf that requires grad; pass inplace=False")
     if not _rows_apart(logits):
         raise ValueError(
@@ -218,10 +233,20 @@ def _in_one_kernel(
     spec: Any, logits: Tensor, rows: Rows, columns: reference.TokenColumns, gradients: Tensor | None
 ) -> tuple[Tensor, Tensor, reference.TokenTerms]:
     """Return what `loss_and_gradient` returns, through the Triton kernel."""
+    values = [getattr(columns, name) for name in CONSTANTS]
+    return _through_kernel(kernel_axes(spec), kernel_numbers(spec), logits, rows, values, gradients)
+
+
+def _through_kernel(
+    axes: Any,  # PolicyAxes
+    numbers: Any,  # PolicyNumbers
+    logits: Tensor,  # (..., V)
+    rows: Rows,
+    values: Sequence[Tensor | None],  # (N,) each, named by `CONSTANTS`
+    gradients: Tensor | None,  # (N, V), or None to write over the logits
+) -> tuple[Tensor, Tensor, reference.TokenTerms]:
     from fastrl_kernels import policy_logits as kernels
 
-    axes, numbers = kernel_axes(spec), kernel_numbers(spec)
-    values = [getattr(columns, name) for name in CONSTANTS]
     parts = []
     for block, part in _parts(row_blocks(logits.detach(), rows.labels, rows.inverse_rows, *values)):
         x, labels, inverse, *given = block
@@ -249,3 +274,126 @@ def _in_one_kernel(
         dual_clipped=None if results[0].dual_clipped is None else _joined([x.dual_clipped for x in results]),
     )
     return logprobs, entropy, terms
+
+
+def _in_a_graph(
+    spec: Any, logits: Tensor, rows: Rows, columns: reference.TokenColumns, lengths: Tensor
+) -> tuple[Tensor, Tensor, Tensor, reference.TokenTerms]:
+    """Return what `policy_logits` returns with `inplace`, inside `torch.compile`."""
+    gradient = logits.detach()
+    constants = {name: getattr(columns, name) for name in CONSTANTS if getattr(columns, name) is not None}
+    results = _policy_logits_(
+        gradient,
+        rows.labels,
+        rows.inverse_rows,
+        list(constants.values()),
+        ",".join(constants),
+        rows.inverse,
+        rows.logit_scale,
+        rows.softcap,
+        rows.ignore_index,
+        ",".join(axes_of(spec)),
+        numbers_of(spec),
+    )
+    logprobs, entropy, contribution, surrogate, ratio, below, above, kl, dual = results
+    terms = reference.TokenTerms(
+        contribution=contribution,
+        surrogate=surrogate,
+        kl=None if spec.kl is None else kl,
+        ratio=ratio,
+        clipped_low=below,
+        clipped_high=above,
+        dual_clipped=dual if spec.surrogate == "clip" and spec.dual_clip is not None else None,
+    )
+    loss = _with_known_gradient(logits, gradient, reference.total(contribution, lengths))
+    return loss, logprobs, entropy, terms
+
+
+@torch.library.custom_op("fastrl::with_known_gradient", mutates_args=())
+def _with_known_gradient(logits: Tensor, gradient: Tensor, loss: Tensor) -> Tensor:
+    """Return the loss, whose gradient with respect to the logits is known."""
+    return loss.clone()
+
+
+@_with_known_gradient.register_fake
+def _(logits: Tensor, gradient: Tensor, loss: Tensor) -> Tensor:
+    return torch.empty_like(loss)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _backward(ctx: Any, factor: Tensor) -> tuple[Tensor, None, None]:
+    once_differentiable()
+    # Plain arithmetic, which the compiler fuses with its neighbours and may do in the memory of the gradient.
+    (gradient,) = ctx.saved_tensors
+    return (gradient.to(factor.dtype) * factor).to(gradient.dtype), None, None
+
+
+_with_known_gradient.register_autograd(_backward, setup_context=_setup_context)
+
+
+# As `policy_terms`: what a loss lacks is left out of the lists of tensors, and empty in what is returned.
+@torch.library.custom_op("fastrl::policy_logits_", mutates_args=("logits",))
+def _policy_logits_(
+    logits: Tensor,  # (..., V)
+    labels: Tensor,  # (...)
+    inverse_rows: Tensor | None,  # (...)
+    constants: Sequence[Tensor],  # (N,) each
+    names: str,
+    inverse: float,
+    logit_scale: float,
+    softcap: float,
+    ignore_index: int,
+    axes: str,
+    numbers: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from fastrl_kernels import policy
+
+    given = dict(zip(names.split(","), constants, strict=True))
+    rows = Rows(labels, inverse, inverse_rows, logit_scale, softcap, ignore_index, "triton")
+    logprobs, entropy, terms = _through_kernel(
+        policy.PolicyAxes(*axes.split(",")),
+        policy.PolicyNumbers(**dict(zip(NUMBERS, numbers, strict=True))),
+        logits,
+        rows,
+        [given.get(name) for name in CONSTANTS],
+        None,
+    )
+
+    def present(x: Tensor | None) -> Tensor:
+        return logprobs.new_empty(0) if x is None else x
+
+    return (
+        logprobs,
+        entropy,
+        terms.contribution,
+        terms.surrogate,
+        terms.ratio,
+        terms.clipped_low,
+        terms.clipped_high,
+        present(terms.kl),
+        present(terms.dual_clipped),
+    )
+
+
+@_policy_logits_.register_fake
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    inverse_rows: Tensor | None,
+    constants: Sequence[Tensor],
+    names: str,
+    inverse: float,
+    logit_scale: float,
+    softcap: float,
+    ignore_index: int,
+    axes: str,
+    numbers: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    row = torch.empty(
+        labels.numel(), dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32, device=logits.device
+    )
+    surrogate, _, kl, *_ = axes.split(",")
+    return torch.empty_like(row), row, *term_outputs(row, surrogate, kl, numbers)

@@ -213,7 +213,7 @@ class Collector:
         self._held: list[tuple[Tensor, Tensor]] = []
 
     def take(self, sums: Accumulators, places: Tensor, states: Tensor, logits: Tensor, problem: Problem) -> None:
-        """Add one chunk: its hidden states (C, D) and logits (C, V), which may be overwritten."""
+        """Add some chunks: their hidden states (C, D) and logits (C, V), which may be overwritten."""
         lists = find(self.backend, logits, problem, self.rule, **self.scalars)
         self.tally.add(lists)
         # The one host synchronisation of a chunk on a GPU: the GEMMs of the dense rows have a size.
@@ -224,10 +224,11 @@ class Collector:
         if sums.hidden is not None:
             sums.hidden[places] = times_matrix(self.backend, lists, self.weight).to(sums.hidden.dtype)
         accumulate(self.backend, lists, states, sums.weight, sums.bias)
-        if dense.numel() > 0:
-            if self._count + dense.numel() > self._room:
+        # A loss that couples the tokens of a sequence hands over several chunks at once, the room holds one.
+        for some in dense.split(self._room) if dense.numel() else ():
+            if self._count + some.numel() > self._room:
                 self.flush(sums)
-            self._hold(places[dense], states[dense], logits, dense, problem.at(dense))
+            self._hold(places[some], states[some], logits, some, problem.at(some))
 
     def flush(self, sums: Accumulators) -> None:
         """Add the dense rows that are held."""
