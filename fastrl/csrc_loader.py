@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 ISAS = ("baseline", "avx2", "avx512")
+CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 SOURCES = ("token_logprobs.cc", "sparse_rows.cc", "rows_baseline.cc", "rows_avx2.cc", "rows_avx512.cc")
@@ -114,7 +115,7 @@ def _library() -> Path:
 
 
 @contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
+def exclusive(path: Path) -> Iterator[None]:
     """Hold an advisory lock on a file; another process that builds the same library waits."""
     import fcntl  # POSIX only, like the build
 
@@ -170,7 +171,7 @@ def _load() -> Any:
         library = _library()
         if not library.exists():
             library.parent.mkdir(parents=True, exist_ok=True)
-            with _exclusive(library.with_suffix(".lock")):
+            with exclusive(library.with_suffix(".lock")):
                 if not library.exists():
                     _build(library)
     except OSError as error:
@@ -272,12 +273,12 @@ def token_logprobs_fwd(
         ValueError, TypeError: shapes, devices, dtypes and options that do not fit.
         RuntimeError: the kernels cannot be built here.
     """
-    logits = _logits(logits)
+    logits = checked_logits(logits)
     n = logits.shape[0]
     arguments = _shared(logits, labels, inv_temperature, logit_scale, softcap, ignore_index)
-    logprobs, entropy, logsumexp = (torch.empty(n, dtype=_result_dtype(logits)) for _ in range(3))
+    logprobs, entropy, logsumexp = (torch.empty(n, dtype=result_dtype(logits)) for _ in range(3))
     if n > 0:
-        kept = torch.empty(0, dtype=logprobs.dtype) if residual is None else _residual(residual, logprobs)
+        kept = torch.empty(0, dtype=logprobs.dtype) if residual is None else checked_residual(residual, logprobs)
         cpu_module().token_logprobs_fwd(*arguments, logprobs, entropy, logsumexp, kept, *_how_to_run())
     return logprobs, entropy, logsumexp
 
@@ -313,15 +314,17 @@ def token_logprobs_bwd(
             without being them.
         RuntimeError: the kernels cannot be built here.
     """
-    given, logits = logits, _logits(logits)
+    given, logits = logits, checked_logits(logits)
     n = logits.shape[0]
-    dtype = _result_dtype(logits)
-    result = torch.empty(logits.shape, dtype=logits.dtype) if out is None else _out(out, given)
+    dtype = result_dtype(logits)
+    result = torch.empty(logits.shape, dtype=logits.dtype) if out is None else checked_out(out, given)
     arguments = _shared(logits, labels, inv_temperature, logit_scale, softcap, ignore_index)
-    saved = [_rows(name, x, n) for name, x in (("logprobs", logprobs), ("entropy", entropy), ("logsumexp", logsumexp))]
+    saved = [
+        checked_rows(name, x, n) for name, x in (("logprobs", logprobs), ("entropy", entropy), ("logsumexp", logsumexp))
+    ]
     absent = torch.empty(0, dtype=dtype)
     grads = [
-        absent if grad is None else _rows(name, grad, n).to(dtype).contiguous()
+        absent if grad is None else checked_rows(name, grad, n).to(dtype).contiguous()
         for name, grad in (
             ("grad_logprobs", grad_logprobs),
             ("grad_entropy", grad_entropy),
@@ -330,7 +333,7 @@ def token_logprobs_bwd(
     ]
     if n > 0:
         saved = [x.to(dtype).contiguous() for x in saved]
-        kept = absent if residual is None else _residual(residual, saved[0])
+        kept = absent if residual is None else checked_residual(residual, saved[0])
         cpu_module().token_logprobs_bwd(*arguments, *saved, kept, *grads, result.detach(), *_how_to_run())
     return result
 
@@ -372,14 +375,14 @@ def sparse_rows(
         ValueError, TypeError: shapes, devices, dtypes and options that do not fit.
         RuntimeError: the kernels cannot be built here.
     """
-    logits = _logits(logits)
+    logits = checked_logits(logits)
     if logits.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"logits must be float32 or float64, got {logits.dtype}")
     n, dtype = logits.shape[0], logits.dtype
     arguments = _shared(logits, labels, inv_temperature, logit_scale, softcap, ignore_index)
     absent = torch.empty(0, dtype=dtype)
     upstream = [
-        absent if grad is None else _rows(name, grad, n).to(dtype).contiguous()
+        absent if grad is None else checked_rows(name, grad, n).to(dtype).contiguous()
         for name, grad in zip(("grad_logprobs", "grad_entropy", "grad_logsumexp"), grads, strict=True)
     ]
     counts = torch.empty(n, dtype=torch.int32)
@@ -388,8 +391,8 @@ def sparse_rows(
     left = torch.empty(n, dtype=torch.float64)
     if n > 0:
         names = ("logprobs", "entropy", "logsumexp")
-        saved = [_rows(name, x, n).to(dtype).contiguous() for name, x in zip(names, outputs[:3], strict=True)]
-        residual = _residual(outputs[3], saved[0]) if outputs[3].numel() == n else absent
+        saved = [checked_rows(name, x, n).to(dtype).contiguous() for name, x in zip(names, outputs[:3], strict=True)]
+        residual = checked_residual(outputs[3], saved[0]) if outputs[3].numel() == n else absent
         rule = (float(tail_mass), float(threshold), int(candidates), int(min_entries))
         given = (*arguments, *saved, residual, *upstream, *rule)
         cpu_module().sparse_rows(*given, counts, indices, values, left, *_how_to_run())
@@ -429,7 +432,8 @@ def sparse_accumulate(
     cpu_module().sparse_accumulate(counts, indices, values, wide, *given, vocabulary, *_how_to_run())
 
 
-def _result_dtype(logits: Tensor) -> torch.dtype:
+def result_dtype(logits: Tensor) -> torch.dtype:
+    """Return the dtype in which rows are computed and their results are stored."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
@@ -438,12 +442,13 @@ def _how_to_run() -> tuple[int, int]:
     return _isa_index(os.environ.get("FASTRL_CPU_ISA")), torch.get_num_threads()
 
 
-def _logits(logits: Tensor) -> Tensor:
+def checked_logits(logits: Tensor, device_type: str = "cpu") -> Tensor:
     """Return the logits as (N, V) with adjacent vocabulary entries, or raise."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits must be a torch.Tensor, got {type(logits).__name__}")
-    if logits.device.type != "cpu" or logits.layout != torch.strided:
-        raise ValueError(f"logits must be a dense tensor on the CPU, got {logits.layout} on {logits.device}")
+    if logits.device.type != device_type or logits.layout != torch.strided:
+        place = "the CPU" if device_type == "cpu" else f"a {device_type} device"
+        raise ValueError(f"logits must be a dense tensor on {place}, got {logits.layout} on {logits.device}")
     if logits.dtype not in DTYPES:
         raise TypeError(f"logits must be float32, bfloat16, float16 or float64, got {logits.dtype}")
     if logits.dim() != 2 or logits.shape[1] < 1:
@@ -452,13 +457,33 @@ def _logits(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
-def _rows(name: str, x: Tensor, n: int) -> Tensor:
+def checked_rows(name: str, x: Tensor, n: int, device: torch.device = CPU) -> Tensor:
     """Return a tensor of one number per row, or raise."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.shape != (n,) or x.device.type != "cpu":
-        raise ValueError(f"{name} must be ({n},) on the CPU, got {tuple(x.shape)} on {x.device}")
+    if x.shape != (n,) or x.device != device:
+        raise ValueError(f"{name} must be ({n},) on {_place(device)}, got {tuple(x.shape)} on {x.device}")
     return x.detach()
+
+
+def checked_labels(labels: Tensor, n: int, device: torch.device = CPU) -> Tensor:
+    """Return the labels of the rows as contiguous int64, or raise."""
+    labels = checked_rows("labels", labels, n, device)
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
+    return labels.long().contiguous()
+
+
+def check_head(logit_scale: float, softcap: float) -> None:
+    """Raise where a scale or a softcap leaves the range in which the kernels are accurate."""
+    if not 1e-30 <= abs(logit_scale) <= 1e30:
+        raise ValueError(f"logit_scale must be finite and not 0 (1e-30 to 1e30 either way), got {logit_scale!r}")
+    if softcap != 0.0 and not 1e-30 <= softcap <= 1e30:
+        raise ValueError(f"softcap must be 0 for none, or within 1e-30 and 1e30, got {softcap!r}")
+
+
+def _place(device: torch.device) -> str:
+    return "the CPU" if device.type == "cpu" else str(device)
 
 
 def _shared(
@@ -471,23 +496,18 @@ def _shared(
 ) -> tuple[Any, ...]:
     """Return the arguments that forward and backward share, in the kernels' order."""
     n = logits.shape[0]
-    labels = _rows("labels", labels, n)
-    if labels.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
+    labels = checked_labels(labels, n)
     if isinstance(inv_temperature, Tensor):
-        per_row, scalar = _rows("inv_temperature", inv_temperature, n).double().contiguous(), 1.0
+        per_row, scalar = checked_rows("inv_temperature", inv_temperature, n).double().contiguous(), 1.0
     else:
         per_row, scalar = torch.empty(0, dtype=torch.float64), float(inv_temperature)
-    if not 1e-30 <= abs(logit_scale) <= 1e30:
-        raise ValueError(f"logit_scale must be finite and not 0 (1e-30 to 1e30 either way), got {logit_scale!r}")
-    if softcap != 0.0 and not 1e-30 <= softcap <= 1e30:
-        raise ValueError(f"softcap must be 0 for none, or within 1e-30 and 1e30, got {softcap!r}")
-    return logits, labels.long().contiguous(), per_row, scalar, float(logit_scale), float(softcap), int(ignore_index)
+    check_head(logit_scale, softcap)
+    return logits, labels, per_row, scalar, float(logit_scale), float(softcap), int(ignore_index)
 
 
-def _residual(residual: Tensor, like: Tensor) -> Tensor:
+def checked_residual(residual: Tensor, like: Tensor) -> Tensor:
     """Return the residual if it is one contiguous number per row of the dtype of `like`, or raise."""
-    residual = _rows("residual", residual, like.numel())
+    residual = checked_rows("residual", residual, like.numel(), like.device)
     if residual.dtype != like.dtype or not residual.is_contiguous():
         raise ValueError(f"residual must be contiguous and {like.dtype}, got {residual.dtype} {residual.stride()}")
     return residual
@@ -499,13 +519,13 @@ def _extent(x: Tensor) -> tuple[int, int]:
     return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
 
-def _out(out: Tensor, logits: Tensor) -> Tensor:
+def checked_out(out: Tensor, logits: Tensor) -> Tensor:
     """Return `out` if the gradient can be written to it, or raise."""
     if not isinstance(out, Tensor):
         raise TypeError(f"out must be a torch.Tensor, got {type(out).__name__}")
-    if out.shape != logits.shape or out.dtype != logits.dtype or out.device.type != "cpu":
+    if out.shape != logits.shape or out.dtype != logits.dtype or out.device != logits.device:
         raise ValueError(
-            f"out must be {tuple(logits.shape)} {logits.dtype} on the CPU, "
+            f"out must be {tuple(logits.shape)} {logits.dtype} on {_place(logits.device)}, "
             f"got {tuple(out.shape)} {out.dtype} on {out.device}"
         )
     n, v = out.shape

@@ -88,7 +88,7 @@ def patch(
             step then takes 4 GEMM units in place of 3, or 2 with a frozen head. Otherwise they are detached and only
             the loss has a gradient, formed in the forward.
         chunk_tokens: rows of logits held at once; None: 256 on a CPU, 2048 elsewhere.
-        backend: of the row kernels: "auto", "torch", "cpu" or "triton".
+        backend: of the row kernels: "auto", "torch", "cpu", "triton" or "cuda".
 
     Returns:
         A `Patch`: `undo()` or leaving it as a context manager gives the forward back; `unpatch(model)` does too.

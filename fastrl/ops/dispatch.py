@@ -20,7 +20,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "torch", "cpu", "triton")
+BACKENDS = ("auto", "torch", "cpu", "triton", "cuda")
 GPU_TYPES = ("cuda", "xpu")
 
 
@@ -54,6 +54,13 @@ def cpu_available() -> tuple[bool, str]:
 cpu_available._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
+def cuda_available(device: torch.device) -> tuple[bool, str]:
+    """Return whether the CUDA row kernels can run on `device`, and why not; they are built here if they can."""
+    from fastrl import csrc_cuda
+
+    return csrc_cuda.cuda_available(device, build=True)
+
+
 @functools.cache
 def _say_once(message: str) -> None:
     logger.warning(message)
@@ -83,6 +90,11 @@ def _choose(backend: str, device: torch.device) -> Choice:
         if not available:
             raise RuntimeError(f"backend 'cpu' cannot be used: {reason}")
         return Choice("cpu", reason)
+    if backend == "cuda":
+        available, reason = cuda_available(device)
+        if not available:
+            raise RuntimeError(f"backend 'cuda' cannot be used: {reason}")
+        return Choice("cuda", reason)
     if device.type in GPU_TYPES:
         available, reason = triton_available(device)
         return Choice("triton", reason) if available else Choice("torch", reason)
@@ -104,9 +116,10 @@ _traced_choice._dynamo_marked_constant = True  # pyright: ignore[reportFunctionM
 
 
 def choose_row_statistics(backend: str, device: torch.device) -> Choice:
-    """Return the backend of the row statistics, which the C++ kernels do not have; raise as `choose`."""
-    if backend == "cpu":
-        raise RuntimeError("backend 'cpu' (C++) has no row statistics; use 'auto', 'torch' or 'triton'")
+    """Return the backend of the row statistics, which the C++ and CUDA kernels do not have; raise as `choose`."""
+    if backend in ("cpu", "cuda"):
+        language = "C++" if backend == "cpu" else "CUDA"
+        raise RuntimeError(f"backend {backend!r} ({language}) has no row statistics; use 'auto', 'torch' or 'triton'")
     if backend == "auto" and device.type not in GPU_TYPES:
         return Choice("torch", "neither the C++ kernels nor Triton have them on this device")
     return choose(backend, device)
@@ -155,7 +168,7 @@ def keeps_residual(backend: str) -> bool:
 
     PyTorch's rows sum the row again.
     """
-    return backend in ("triton", "cpu")
+    return backend in ("triton", "cpu", "cuda")
 
 
 def row_kernels(backend: str) -> ModuleType:
@@ -168,6 +181,10 @@ def row_kernels(backend: str) -> ModuleType:
         from fastrl import csrc_loader
 
         return csrc_loader
+    if backend == "cuda":
+        from fastrl import csrc_cuda
+
+        return csrc_cuda
     from fastrl.ops import rows_torch
 
     return rows_torch
@@ -186,7 +203,8 @@ def explain(device: str | torch.device = "cpu", backend: str = "auto") -> dict[s
     device = torch.device(device)
     vocabulary = _told(choose, backend, device)
     chosen = vocabulary.partition(":")[0] if not vocabulary.startswith("refused") else "torch"
-    pointwise = chosen if chosen == "triton" else "torch"
+    # On a GPU the token arithmetic goes through Triton whatever the rows go through.
+    pointwise = "triton" if chosen == "triton" or (chosen == "cuda" and triton_available(device)[0]) else "torch"
     return {
         "token_logprobs": vocabulary,
         "linear_token_logprobs": vocabulary,

@@ -130,7 +130,7 @@ def linear_token_logprobs(
         tp_group: process group over which the rows of the head are spread: `weight` (V_r, D) and `bias` are then this
             rank's shard, of any size, or a DTensor sharded on dimension 0; `labels` are global ids, and every rank of
             the group makes the call, and its backward, with the same hidden states. See `fastrl.ops.vocab_parallel`.
-        backend: of the row kernels: "auto", "torch", "cpu" or "triton". The GEMMs are PyTorch's.
+        backend: of the row kernels: "auto", "torch", "cpu", "triton" or "cuda". The GEMMs are PyTorch's.
         keep_units: with a frozen head, whether the forward keeps the gradients of the log-probs, (N, D). A function of
             the log-probs then takes 2 GEMM units in all, but one of the entropies or logsumexps 4; False makes that 3,
             for either, and keeps nothing. With `tp_group` only True is offered.

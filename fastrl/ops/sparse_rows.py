@@ -131,7 +131,7 @@ def _kernels(backend: str) -> _Kernels:
         from fastrl import csrc_loader
 
         return _Kernels(csrc_loader.sparse_rows, csrc_loader.sparse_times_matrix, csrc_loader.sparse_accumulate)
-    if backend == "triton":
+    if backend in ("triton", "cuda"):  # there are no lists in CUDA: those of Triton come with PyTorch for the device
         from fastrl_kernels import sparse_rows as module
     else:
         from fastrl.ops import sparse_rows_torch as module

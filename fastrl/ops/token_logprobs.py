@@ -48,7 +48,8 @@ def token_logprobs(
         logit_scale: factor on the logits, before the softcap.
         softcap: bound c of c tanh(x / c), or None.
         ignore_index: label of rows to leave out; their outputs and gradients are exactly 0 whatever the logits hold.
-        backend: "auto", "torch", "cpu" (C++), or "triton"; a named backend is used or refused.
+        backend: "auto", "torch", "cpu" (C++), "triton" or "cuda" (clusters of compute capability 9.0, not run on a
+            device yet); a named backend is used or refused.
         allowed: the tokens that each row was sampled from, where an engine reports log-probs over what top-k, top-p or
             a grammar left: a bool mask, a bitmask (bit i of word w is token 32 w + i, as grammar engines pack it) or
             ids padded with -1; told apart by their dtype. A label outside its set has log-prob -inf, without gradient,
