@@ -2,9 +2,9 @@
 
     python examples/iterative.py [RUN_DIR]
 
-The pairs are right against wrong completions of the policy itself, so the reward model learns what a checker knows: a
-stand-in for the judgements of people. The policy is never shown the checker, only the reward model; `exact`, with
-weight 0, is reported.
+The pairs are the right answer against a wrong completion of the policy itself, so the reward model learns what a checker
+knows: a stand-in for the judgements of people. The policy is never shown the checker, only the reward model; `exact`,
+with weight 0, is reported.
 """
 
 import sys
@@ -23,14 +23,16 @@ if __name__ == "__main__":
         sys.argv[1] if len(sys.argv) > 1 else "runs/iterative",
         rounds=2,
         pairs=PairsConfig(
-            task_parameters=SUMS, rewards={"exact": 1.0}, problems=128, group_size=8, max_new_tokens=12, **PROMPT
+            task_parameters=SUMS, rewards={"exact": 1.0}, problems=96, group_size=1, max_new_tokens=12,
+            chosen="answer", answer_template=" {answer}", **PROMPT,
         ),
         reward_model=RewardModelConfig(
-            steps=15, examples_per_step=8, learning_rate=1e-5, head_learning_rate_factor=10.0, max_tokens=64, **PROMPT
+            steps=8, examples_per_step=8, learning_rate=2e-5, head_learning_rate_factor=10.0, max_tokens=64, **PROMPT
         ),
         grpo=GRPOConfig(
-            task_parameters=SUMS, rewards={"exact": 0.0}, steps=15, prompts_per_step=8, group_size=8,
-            max_new_tokens=12, kl_coef=0.02, learning_rate=1e-5, warmup_steps=3, eval_problems=100, **PROMPT,
+            task_parameters=SUMS, rewards={"exact": 0.0}, steps=8, prompts_per_step=8, group_size=4,
+            max_new_tokens=12, kl_coef=0.02, learning_rate=1e-5, warmup_steps=2, eval_problems=100,
+            eval_batch_size=100, **PROMPT,
         ),
     )  # fmt: skip
     print(folders[-1])
