@@ -406,8 +406,9 @@ def test_losses_are_those_of_the_golden_run(folder: Path, tmp_path: Path) -> Non
             assert line[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
-def test_the_example_is_a_configuration() -> None:
-    values = yaml.safe_load((EXAMPLES / "ppo.yaml").read_text())
+@pytest.mark.parametrize("name", ["ppo", "trust_region"])
+def test_the_examples_are_configurations(name: str) -> None:
+    values = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
     config = PPOConfig(**values)
     build_loss(config)
     assert {key: value for key, value in config.as_dict().items() if key in values} == values
