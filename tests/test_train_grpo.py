@@ -258,7 +258,7 @@ def test_what_a_run_leaves(folder: Path, tmp_path: Path) -> None:
     assert run_grpo(settings(tmp_path / "model", tmp_path / "next", steps=1)).steps == 1
 
 
-@pytest.mark.parametrize("name", ["demo", "smoke"])
+@pytest.mark.parametrize("name", ["demo", "smoke", "dapo", "process"])
 def test_the_examples_are_configurations(name: str) -> None:
     values = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
     config = GRPOConfig(**values)

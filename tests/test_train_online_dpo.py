@@ -63,7 +63,7 @@ def test_a_step_is_that_of_the_formula_in_plain_pytorch(micro: int | None) -> No
     )  # fmt: skip
     pairs = torch.tensor([1, 6, 11]), torch.tensor([3, 4, 8])
     ref = torch.where(rollout.completion_mask, -3.0 * torch.rand(rollout.completion_mask.shape), 0.0)
-    config = SimpleNamespace(micro_batch_size=micro, temperature=0.8)
+    config = SimpleNamespace(micro_batch_size=micro, temperature=0.8, packing=False)
     run: Any = SimpleNamespace(device="cpu", config=config, backward=lambda value: value.backward())
     totals = MetricSums()
     loss = PreferenceLoss.preset("sigmoid", beta=0.2)

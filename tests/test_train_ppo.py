@@ -297,14 +297,14 @@ def test_a_trust_region_step_is_the_longest_of_the_search_that_is_allowed(tmp_pa
         moved += float(step.square().sum())
     assert math.sqrt(moved) == pytest.approx(length.last, rel=1e-4)
 
-    here = measure(learner.model, learner.head, learner.loss_function, batch, micro_batches(config), 1.0)
+    here = measure(learner.model, learner.head, learner.loss_function, batch, micro_batches(config), config)
     assert here.kl == pytest.approx(metrics["trust_region/kl"])
     assert here.kl <= 0.01
     assert here.loss < metrics["loss"]
     with torch.no_grad():  # twice the step is not allowed: that was tried before it
         for before, after in zip(start.model.parameters(), learner.model.parameters(), strict=True):
             after.add_(after - before)
-    twice = measure(learner.model, learner.head, learner.loss_function, batch, micro_batches(config), 1.0)
+    twice = measure(learner.model, learner.head, learner.loss_function, batch, micro_batches(config), config)
     assert twice.kl > 0.01 or twice.loss >= metrics["loss"]
 
 
@@ -406,8 +406,9 @@ def test_losses_are_those_of_the_golden_run(folder: Path, tmp_path: Path) -> Non
             assert line[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
-def test_the_example_is_a_configuration() -> None:
-    values = yaml.safe_load((EXAMPLES / "ppo.yaml").read_text())
+@pytest.mark.parametrize("name", ["ppo", "trust_region"])
+def test_the_examples_are_configurations(name: str) -> None:
+    values = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
     config = PPOConfig(**values)
     build_loss(config)
     assert {key: value for key, value in config.as_dict().items() if key in values} == values

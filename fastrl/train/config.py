@@ -206,7 +206,8 @@ class BatchConfig(TaskConfig):
     It changes the memory, not the gradient: the loss is divided by the counts of the whole optimiser step."""
     packing: bool = False
     """Run each completion with its prompt as a sequence of a packed stream, without padding. False runs a prompt once
-    for all its completions, and pads these. Both give the same log-probs and gradients, within rounding."""
+    for all its completions, and pads these. Both give the same log-probs and gradients, within rounding; what has fewer
+    tokens is faster: packing where completions are long and differ in length, shared prompts elsewhere."""
     packing_tokens: int = 512
     """Tokens of a packed stream, more where a sequence is longer; without FlashAttention its mask has their square."""
 
