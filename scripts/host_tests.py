@@ -34,7 +34,7 @@ class Host:
     stand_ins: str
     """The module that builds what the tests would load from the hub, and the plugin that lets them find it."""
     without: str
-    """pytest's -k for what the stand-ins cannot serve, unless one is given."""
+    """pytest's -k for what the stand-ins cannot serve; one that is given is added to it."""
     files: tuple[str, ...]
 
 
@@ -110,7 +110,8 @@ def main() -> int:
         if not stand_ins.exists():
             build = [sys.executable, str(PLUGINS / f"{host.stand_ins}.py"), str(stand_ins)]
             subprocess.run(build, env=variables, check=True)
-        arguments = ["-p", host.stand_ins, "-k", given.expression or host.without, *arguments]
+        expression = host.without if given.expression is None else f"({given.expression}) and {host.without}"
+        arguments = ["-p", host.stand_ins, "-k", expression, *arguments]
     elif given.expression is not None:
         arguments = ["-k", given.expression, *arguments]
     alone = outcomes(given.checkout, arguments, variables)

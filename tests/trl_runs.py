@@ -147,6 +147,18 @@ def make_trainer(
     return made(model=model, args=config, train_dataset=dataset(kind), processing_class=tokenizer, **more)
 
 
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return copies of the trained weights, whole where DeepSpeed has sharded them."""
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    gathered: Any = contextlib.nullcontext()
+    if any(hasattr(value, "ds_id") for value in trained.values()):
+        import deepspeed
+
+        gathered = deepspeed.zero.GatheredParameters(list(trained.values()))
+    with gathered:
+        return {name: value.detach().clone() for name, value in trained.items()}
+
+
 def train(
     kind: str,
     folder: Path,
@@ -172,9 +184,9 @@ def train(
             return loss
 
         trainer.training_step = training_step
-        run.before = {k: v.detach().clone() for k, v in trainer.model.named_parameters() if v.requires_grad}
+        run.before = weights(trainer.model)
         trainer.train()
-    run.after = {k: v.detach().clone() for k, v in trainer.model.named_parameters() if v.requires_grad}
+    run.after = weights(trainer.model)
     run.path = getattr(trainer, "fastrl_path", "")
     for logs in trainer.state.log_history:
         run.logs.append({k: v for k, v in logs.items() if not any(word in k for word in UNTIMED)})

@@ -11,6 +11,7 @@ there.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -313,9 +314,17 @@ def build(folder: Path) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let `load_dataset` find the stand-ins before a test module binds it by name."""
+    """Let `load_dataset` find the stand-ins before a test module binds it by name.
+
+    Without a GPU Liger's kernels cannot run, and TRL's tests with them leave their patches in transformers' classes:
+    TRL is told that Liger is not installed.
+    """
     del config
     import datasets
+    import torch
+
+    if not torch.cuda.is_available():
+        importlib.import_module("trl.import_utils").is_liger_kernel_available = lambda *_, **__: False
 
     folder = Path(os.environ["TRL_STAND_INS"]) / "datasets"
     original = datasets.load_dataset
