@@ -10,6 +10,7 @@ from oracle import assert_as_accurate
 from torch import Tensor
 
 from fastrl.integrations import slime as adapter
+from fastrl.integrations._proof import AdapterMismatchError
 from fastrl.losses.policy import PolicyLoss
 
 # slime's off-policy sequence mask (use_opsm) is refused.
@@ -17,7 +18,28 @@ CASES = [case for case in cases("policy") if case.peer == "slime" and "opsm" not
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+def cap() -> float:
+    """The host's softcap; the default one rounds away."""
+    return 1e6
+
+
+# slime's loss refers to these by name, in its module.
+def get_log_probs_and_entropy(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("the host's own loss reached the vocabulary")
+
+
+def policy_loss_function(args, batch, logits, sum_of_sample_mean):
+    _, rows = get_log_probs_and_entropy(logits, args=args)
+    logprobs, old = torch.cat(rows["log_probs"]), torch.cat(batch["log_probs"])
+    advantages = torch.cat(batch["advantages"])
+    ratio = (logprobs - old).exp()
+    clipped = ratio.clamp(1 - args.eps_clip, 1 + args.eps_clip_high)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    return sum_of_sample_mean(loss) - args.entropy_coef * sum_of_sample_mean(torch.cat(rows["entropy"])), {}
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch, cap: float) -> dict[str, ModuleType]:
     """Stand for slime's modules: the log-probs of a batch are its logits."""
 
     def get_log_probs_and_entropy(logits: Tensor, *, response_lengths: list[int], **kwargs: Any) -> Any:
@@ -27,21 +49,28 @@ def host(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     def calculate_log_probs_and_entropy(
         logits, tokens, tp_group, with_entropy=False, chunk_size=-1, log_prob_keep_mask=None, with_entropy_grad=True
     ):
-        raise AssertionError("the host's own log-probs ran")
+        assert len(logits) <= 32, "the host's own log-probs ran on more than the proof's rows"
+        logits = cap * torch.tanh(logits / cap)
+        plain = logits.log_softmax(-1)
+        kept = logits if log_prob_keep_mask is None else torch.where(log_prob_keep_mask, logits, -torch.inf)
+        entropy = -(plain.exp() * plain).sum(-1) if with_entropy else None
+        return kept.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)), entropy
 
     modules = {name: ModuleType(f"slime.{name}") for name in ("ppo_utils", "loss")}
     for module in modules.values():
         vars(module)["calculate_log_probs_and_entropy"] = calculate_log_probs_and_entropy
     vars(modules["loss"])["get_log_probs_and_entropy"] = get_log_probs_and_entropy
     vars(modules["loss"])["get_rollout_top_p_logprob_kwargs"] = lambda args, batch: {}
+    vars(modules["loss"])["policy_loss_function"] = policy_loss_function
     monkeypatch.setattr(type(adapter.HOST), "module", lambda self, path: modules[path.rpartition(".")[2]])
+    adapter._loss_proofs.forget()
     return modules
 
 
 def arguments(**fields: Any) -> SimpleNamespace:
     defaults = {
         "eps_clip": 0.2, "eps_clip_high": 0.28, "eps_clip_c": None, "advantage_estimator": "grpo", "use_kl_loss": False,
-        "entropy_coef": 0.0, "use_rollout_logprobs": False,
+        "entropy_coef": 0.0, "use_rollout_logprobs": False, "fastrl_prove": False,
     }  # fmt: skip
     return SimpleNamespace(**{**defaults, **fields})
 
@@ -145,6 +174,32 @@ def test_what_does_not_fit_is_refused(host: dict[str, ModuleType]) -> None:
         adapter.calculate_log_probs_and_entropy(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), group)
 
 
+def test_the_first_loss_is_compared_with_the_hosts(host: dict[str, ModuleType]) -> None:
+    x = CASES[0].leaves(torch.float64)
+    batch, logits = batch_of(x)
+    reduce = reducer(x, False)
+    proved = arguments(fastrl_prove=True, entropy_coef=0.1)
+    nothing = {**batch, "advantages": [torch.zeros_like(row) for row in batch["advantages"]]}
+    adapter.policy_loss(proved, nothing, logits, reduce)
+    assert not adapter._loss_proofs._proved
+    loss, _ = adapter.policy_loss(proved, batch, logits, reduce)
+    assert len(adapter._loss_proofs._proved) == 1
+    assert torch.equal(loss, adapter.policy_loss(arguments(entropy_coef=0.1), batch, logits, reduce)[0])
+    dual = {"eps_clip_c": 1.1}  # this host knows no dual clip
+    with pytest.raises(AdapterMismatchError, match=r"policy_loss\) does not reproduce the host: .*fastrl_prove: false"):
+        adapter.policy_loss(arguments(fastrl_prove=True, **dual), batch, logits, reduce)
+    adapter.policy_loss(arguments(**dual), batch, logits, reduce)
+
+
+@pytest.mark.parametrize("cap", [2.0])
+def test_a_host_with_a_softcap_is_refused(host: dict[str, ModuleType]) -> None:
+    logits, tokens = torch.randn(40, 19, generator=torch.Generator().manual_seed(0)), torch.zeros(40, dtype=torch.long)
+    with adapter.patched(), pytest.raises(AdapterMismatchError, match=r"logprobs of compared token .*enable\(prove=Fa"):
+        host["loss"].calculate_log_probs_and_entropy(logits, tokens, None)
+    with adapter.patched(prove=False):
+        host["loss"].calculate_log_probs_and_entropy(logits, tokens, None)
+
+
 def test_an_empty_micro_batch_keeps_its_graph(host: dict[str, ModuleType]) -> None:
     x = CASES[0].leaves(torch.float64)
     batch, _ = batch_of({name: value[:, :0] for name, value in x.items() if value.dim() == 2})
@@ -168,6 +223,7 @@ def test_log_probs_take_slimes_place(host: dict[str, ModuleType], kept: bool) ->
         logprobs, entropy = host["loss"].calculate_log_probs_and_entropy(
             logits, tokens, None, with_entropy=True, log_prob_keep_mask=mask if kept else None
         )
+        assert len(adapter._proofs._proved) == 1
     after = [vars(module)["calculate_log_probs_and_entropy"] for module in host.values()]
     assert all(now is then for now, then in zip(after, before, strict=True))
     assert logprobs.shape == (6, 1)

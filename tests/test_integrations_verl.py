@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastrl.integrations import verl as adapter
 from fastrl.integrations._proof import AdapterMismatchError
-from fastrl.integrations.verl import _fused
+from fastrl.integrations.verl import _fused, _losses
 from fastrl.losses.policy import PolicyLoss, RolloutCorrection
 
 NEEDS_VERL = "needs verl 0.9 and tensordict, omegaconf, hydra-core, codetiming, ray, torchdata"
@@ -70,6 +70,34 @@ def test_losses_reproduce_verl(case: Case) -> None:
     loss.backward()
     case.check_gradients(x)
     assert all(not value.requires_grad and value.dim() == 0 for value in metrics.values())
+
+
+def wider_clip(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights=None):
+    """Stand for a verl whose PPO loss is another one: no dual clip, and a clip that is wider by config.extra."""
+    ratio = (log_prob - old_log_prob).exp()
+    clipped = ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio + config.extra)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    return (loss * response_mask).sum() / response_mask.sum(), {}
+
+
+def test_the_first_loss_is_compared_with_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = SimpleNamespace(POLICY_LOSS_REGISTRY={"vanilla": wider_clip})
+    monkeypatch.setitem(sys.modules, "verl.trainer.ppo.core_algos", core)
+    g = torch.Generator().manual_seed(0)
+    old, advantages, mask = -3 * torch.rand(6, 9, generator=g), torch.randn(6, 9, generator=g), torch.ones(6, 9)
+    call = (old, old, advantages, mask, "token-mean")
+    proofs = _losses.proofs
+    proofs.forget()
+    with pytest.raises(AdapterMismatchError, match=r"fastrl_vanilla\) does not reproduce the host: .*prove=False"):
+        adapter.LOSSES["fastrl_vanilla"](*call, SimpleNamespace(clip_ratio=0.2, clip_ratio_c=50.0, extra=0.1))
+    with proofs.asked(False):
+        adapter.LOSSES["fastrl_vanilla"](*call, SimpleNamespace(clip_ratio=0.2, clip_ratio_c=50.0, extra=0.1))
+    same = SimpleNamespace(clip_ratio=0.2, clip_ratio_c=50.0, extra=0.0)
+    adapter.LOSSES["fastrl_vanilla"](old, old, torch.zeros(6, 9), mask, "token-mean", same)
+    assert not proofs._proved
+    adapter.LOSSES["fastrl_vanilla"](*call, same)
+    assert len(proofs._proved) == 1
+    proofs.forget()
 
 
 ADVANTAGE_CASES = [

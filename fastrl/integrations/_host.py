@@ -31,6 +31,8 @@ class Host:
     """The version or commit that the adapter was tested with."""
     adapter: str
     """The module of the adapter."""
+    install: str = ""
+    """How it is installed, for the error where it cannot be imported."""
 
     def version(self) -> str:
         """Return the installed version, or "of unknown version" for one that was not installed as a distribution."""
@@ -44,8 +46,10 @@ class Host:
         try:
             return importlib.import_module(path)
         except ImportError as error:
+            hint = f"; {self.install}" if self.install else ""
             raise ImportError(
-                f"{self.adapter} needs {self.name} (tested with {self.tested}): {path} cannot be imported: {error}"
+                f"{self.adapter} needs {self.name} (tested with {self.tested}): {path} cannot be imported: "
+                f"{error}{hint}"
             ) from error
 
     def attribute(self, owner: Any, name: str) -> Any:
@@ -58,12 +62,16 @@ class Host:
     def function(self, owner: Any, name: str, arguments: tuple[str, ...]) -> Callable[..., Any]:
         """Return the function `owner.name`; raise RuntimeError unless it takes exactly `arguments`."""
         function = self.attribute(owner, name)
+        self.check_arguments(f"{_path(owner)}.{name}", function, arguments)
+        return function
+
+    def check_arguments(self, name: str, function: Callable[..., Any] | None, arguments: tuple[str, ...]) -> None:
+        """Raise RuntimeError unless `function`, which messages call `name`, is there and takes exactly `arguments`."""
+        if function is None:
+            raise self.unsupported(f"{name} does not exist")
         found = tuple(inspect.signature(function).parameters)
         if found != arguments:
-            raise self.unsupported(
-                f"{_path(owner)}.{name} takes ({', '.join(found)}), expected ({', '.join(arguments)})"
-            )
-        return function
+            raise self.unsupported(f"{name} takes ({', '.join(found)}), expected ({', '.join(arguments)})")
 
     def unsupported(self, what: str) -> RuntimeError:
         """Return the error for a host that the adapter does not fit."""

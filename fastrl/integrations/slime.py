@@ -12,23 +12,36 @@ Legend: S samples of the micro-batch, N tokens of their responses one after the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastrl.integrations._host import Host, Switch
+from fastrl.integrations._proof import FirstUse, prove, prove_loss, sampled_tokens, uncompiled
 from fastrl.losses.kl import kl_estimate
 from fastrl.losses.policy import PolicyLoss
 from fastrl.ops.token_logprobs import token_logprobs
 
 HOST = Host("slime", "slime", "624b824a8", "fastrl.integrations.slime")
 
+_proofs = FirstUse()
+_loss_proofs = FirstUse()
+_originals: list[Callable[..., Any]] = []  # slime's own log-probs, while the switch is on
+
 Reduction = Callable[[Tensor], Tensor]
 Hook = Callable[[Any, Any, Tensor, Reduction], tuple[Tensor, dict[str, Tensor]]]
 
+_UNDO = "undo with fastrl.integrations.slime.disable(), or switch the proof off with enable(prove=False)"
+_UNDO_LOSS = "use --loss-type policy_loss, or set fastrl_prove: false in the file of --custom-config-path"
+_LOSS_ARGUMENTS = ("args", "batch", "logits", "sum_of_sample_mean")
+_SETTINGS = (
+    "advantage_estimator", "eps_clip", "eps_clip_high", "eps_clip_c", "use_kl_loss", "kl_loss_coef", "kl_loss_type",
+    "use_unbiased_kl", "entropy_coef", "use_rollout_logprobs", "calculate_per_token_loss",
+)  # fmt: skip
 _REFUSED = ("use_tis", "get_mismatch_metrics", "use_opsm", "custom_pg_loss_reducer_function_path")
 _ROWS_ARGUMENTS = (
     "logits", "tokens", "tp_group", "with_entropy", "chunk_size", "log_prob_keep_mask", "with_entropy_grad",
@@ -43,11 +56,15 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return slime's policy loss and its metrics, from its arguments: eps_clip, eps_clip_high, eps_clip_c, ...
 
+    The first call with a setting computes slime's own loss of the same log-probs too, unless `args.fastrl_prove` is
+    False (a key of the file that --custom-config-path names).
+
     Raises:
+        AdapterMismatchError: in the first call, where slime's own loss or its gradient is another one.
         ValueError: options that are not supported: use_tis, get_mismatch_metrics, use_opsm,
             custom_pg_loss_reducer_function_path, context parallelism.
     """
-    return _computed(_loss_of(args), args, batch, logits, sum_of_sample_mean)
+    return _computed(_loss_of(args), args, batch, logits, sum_of_sample_mean, getattr(args, "fastrl_prove", True))
 
 
 def custom_loss(loss: PolicyLoss) -> Hook:
@@ -75,7 +92,7 @@ def custom_loss(loss: PolicyLoss) -> Hook:
         raise ValueError(f"slime's hook for losses does not take {', '.join(own)}")
 
     def hook(args: Any, batch: Any, logits: Tensor, sum_of_sample_mean: Reduction) -> tuple[Tensor, dict[str, Tensor]]:
-        return _computed(loss, args, batch, logits, sum_of_sample_mean)
+        return _computed(loss, args, batch, logits, sum_of_sample_mean, False)
 
     return hook
 
@@ -94,7 +111,7 @@ def _loss_of(args: Any) -> PolicyLoss:
 
 
 def _computed(
-    loss: PolicyLoss, args: Any, batch: Any, logits: Tensor, reduction: Reduction
+    loss: PolicyLoss, args: Any, batch: Any, logits: Tensor, reduction: Reduction, prove: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     module = _checked_host(args)
     _, rows = module.get_log_probs_and_entropy(
@@ -111,6 +128,15 @@ def _computed(
         zero = 0.0 * logits.sum()
         names = ("loss", "pg_loss", "entropy_loss", "pg_clipfrac", "ppo_kl")
         return zero, {name: zero.detach() for name in names}
+    if prove:
+        key = (*(getattr(args, name, None) for name in _SETTINGS), bool(batch.get("log_probs")))
+        _loss_proofs.once(key, lambda: _loss_proved(loss, module, args, batch, logprobs, entropy, reduction))
+    return _terms(loss, args, batch, logprobs, entropy, reduction)
+
+
+def _terms(
+    loss: PolicyLoss, args: Any, batch: Any, logprobs: Tensor, entropy: Tensor, reduction: Reduction
+) -> tuple[Tensor, dict[str, Tensor]]:
     old = _old_logprobs(args, batch, logprobs)
     total, metrics = _policy_term(loss, batch, logprobs, old, reduction)
     entropy_loss = reduction(entropy)
@@ -126,6 +152,38 @@ def _computed(
         gap = (compared - torch.cat(batch["rollout_log_probs"])).abs()
         metrics["train_rollout_logprob_abs_diff"] = reduction(gap)
     return total, {"loss": total.detach(), **metrics}
+
+
+def _loss_proved(
+    loss: PolicyLoss, module: Any, args: Any, batch: Any, logprobs: Tensor, entropy: Tensor, reduction: Reduction
+) -> bool:
+    """Compare the loss of the micro-batch's log-probs, a number per token, with slime's own."""
+    original = HOST.function(module, "policy_loss_function", _LOSS_ARGUMENTS)
+    mask = torch.cat(list(batch["loss_masks"])) != 0
+    point = torch.where(mask, logprobs.detach(), 0.0)
+    fixed = entropy.detach().double()
+
+    def host(leaf: Tensor) -> Tensor:
+        rows = {
+            "log_probs": list(leaf.split(batch["response_lengths"])),
+            "entropy": list(fixed.split(batch["response_lengths"])),
+        }
+        # slime's function with its log-probs given: its own globals, but for the ones that reach the vocabulary.
+        names = {name: uncompiled(value) for name, value in original.__globals__.items()}
+        names["get_log_probs_and_entropy"] = lambda *args, **kwargs: (None, rows)
+        names["_maybe_capture_log_probs"] = lambda *args, **kwargs: None
+        given = types.FunctionType(
+            original.__code__, names, original.__name__, original.__defaults__, original.__closure__
+        )
+        return given(args, batch, leaf.view(1, -1, 1), reduction)[0]
+
+    return prove_loss(
+        f"{HOST.adapter} (policy_loss)",
+        lambda leaf: _terms(loss, args, batch, leaf, fixed, reduction)[0],
+        host,
+        point,
+        undo=_UNDO_LOSS,
+    )
 
 
 def _checked_host(args: Any) -> Any:
@@ -227,41 +285,84 @@ def calculate_log_probs_and_entropy(
     if logits.shape[0] == 0:
         empty = logits.new_zeros((0,))
         return empty, empty if with_entropy else None
-    result = token_logprobs(logits, tokens, allowed=log_prob_keep_mask)
+    setting = (with_entropy, log_prob_keep_mask is None, with_entropy_grad)
+    key = (logits.dtype, logits.shape[-1], logits.device.type, *setting)
+    _proofs.once(key, lambda: _rows_proved(logits, tokens, tp_group, log_prob_keep_mask, with_entropy))
+    logprobs, entropy = _rows(logits, tokens, log_prob_keep_mask, with_entropy, with_entropy_grad)
+    return logprobs.unsqueeze(-1), entropy
+
+
+def _rows(
+    logits: Tensor, tokens: Tensor, keep: Tensor | None, with_entropy: bool, with_entropy_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    result = token_logprobs(logits, tokens, allowed=keep)
     if not with_entropy:
-        return result.logprobs.unsqueeze(-1), None
+        return result.logprobs, None
     entropy = result.entropy
-    if log_prob_keep_mask is not None:
+    if keep is not None:
         with torch.set_grad_enabled(with_entropy_grad and torch.is_grad_enabled()):
             entropy = token_logprobs(logits, tokens).entropy
-    return result.logprobs.unsqueeze(-1), entropy if with_entropy_grad else entropy.detach()
+    return result.logprobs, entropy if with_entropy_grad else entropy.detach()
+
+
+def _rows_proved(logits: Tensor, tokens: Tensor, tp_group: Any, keep: Tensor | None, with_entropy: bool) -> bool:
+    """Compare a few rows with slime's own function, which may write over the logits that it gets."""
+    if not _originals:
+        return False
+    chosen = sampled_tokens(logits.shape[0], logits.device)
+    rows, picked = logits.detach()[chosen], tokens[chosen]
+    kept = None if keep is None else keep[chosen]
+    with torch.no_grad():
+        logprobs, entropy = _rows(rows, picked, kept, with_entropy, False)
+        theirs, their_entropy = _originals[-1](
+            rows.clone(), picked, tp_group, with_entropy=with_entropy, log_prob_keep_mask=kept
+        )
+    return prove(
+        f"{HOST.adapter} (calculate_log_probs_and_entropy)",
+        {"logprobs": logprobs, "entropy": entropy},
+        {"logprobs": theirs, "entropy": their_entropy},
+        largest_logit=rows.float().abs().amax(-1),
+        dtype=logits.dtype,
+        terms=1,
+        vocabulary=rows.shape[-1],
+        undo=_UNDO,
+    )
 
 
 def _find() -> list[tuple[Any, str, Any]]:
     found = []
     for path in ("slime.utils.ppo_utils", "slime.backends.megatron_utils.loss"):
         module = HOST.module(path)
-        HOST.function(module, "calculate_log_probs_and_entropy", _ROWS_ARGUMENTS)
+        original = HOST.function(module, "calculate_log_probs_and_entropy", _ROWS_ARGUMENTS)
         found.append((module, "calculate_log_probs_and_entropy", calculate_log_probs_and_entropy))
+    _originals[:] = [original]
+    _proofs.forget()
     return found
 
 
 _switch = Switch(HOST, _find)
 
 
-def patched() -> AbstractContextManager[None]:
+@contextmanager
+def patched(*, prove: bool = True) -> Iterator[None]:
     """Run slime's log-probs and entropies on fastrl inside this context, process-wide; one tensor-parallel rank.
+
+    Args:
+        prove: whether the first use of each setting is compared with slime's own code on 32 rows of the logits.
 
     Raises:
         ImportError: slime, or Megatron under it, cannot be imported.
         RuntimeError: this slime's function takes other arguments.
+        In a call: AdapterMismatchError where slime's own numbers are others.
     """
-    return _switch.patched()
+    with _proofs.asked(prove), _switch.patched():
+        yield
 
 
-def enable() -> None:
+def enable(*, prove: bool = True) -> None:
     """Run slime's log-probs and entropies on fastrl from here on, as inside `patched()`."""
     _switch.enable()
+    _proofs.wanted = prove
 
 
 def disable() -> None:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import sys
 import threading
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from fastrl.integrations._host import Switch
 from fastrl.integrations.trl import _seams
 from fastrl.integrations.trl._logprobs import FusedLogProbFunction
 
 _lock = threading.RLock()
-_bindings: list[tuple[Any, str, Any, Any]] = []  # (module, name, TRL's object, ours)
-_contexts = 0
-_permanent = False
 
 
 @contextmanager
@@ -36,37 +33,28 @@ def patched(*, round_logits: bool | None = None) -> Iterator[None]:
         ImportError: TRL is not installed.
         RuntimeError: this TRL's signatures are not those that the adapter fits.
     """
-    global _contexts
-    with _lock:
-        _install(round_logits)
-        _contexts += 1
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
         with _lock:
-            _contexts -= 1
-            _restore_when_unused()
+            _choose(round_logits)
+            stack.enter_context(_switch.patched())
+        yield
 
 
 def enable(*, round_logits: bool | None = None) -> None:
     """Run TRL on fastrl's log-probs from here on, as inside `patched()`; a second call changes nothing."""
-    global _permanent
     with _lock:
-        _install(round_logits)
-        _permanent = True
+        _choose(round_logits)
+        _switch.enable()
 
 
 def disable() -> None:
     """Undo `enable()`; inside a `patched()` context TRL's own objects come back when that ends."""
-    global _permanent
-    with _lock:
-        _permanent = False
-        _restore_when_unused()
+    _switch.disable()
 
 
 def enabled() -> bool:
     """Return whether TRL runs on fastrl's log-probs now."""
-    return bool(_bindings)
+    return _switch.on
 
 
 def _always(device: Any) -> bool:
@@ -75,38 +63,26 @@ def _always(device: Any) -> bool:
     return True
 
 
-def _install(round_logits: bool | None) -> None:
-    """Replace every binding of TRL's function in the modules of TRL that are loaded."""
+def _choose(round_logits: bool | None) -> None:
+    """Set how the logits are rounded; raise where the switch is on with another choice."""
     if not isinstance(round_logits, (bool, type(None))):
         raise TypeError(f"round_logits must be True, False or None, got {round_logits!r}")
-    if _bindings:
-        if round_logits not in (None, FusedLogProbFunction.round_logits):
-            raise ValueError(f"round_logits={round_logits}, but fastrl is on with {FusedLogProbFunction.round_logits}")
-        return
+    if not _switch.on:
+        FusedLogProbFunction.round_logits = bool(round_logits)
+    elif round_logits not in (None, FusedLogProbFunction.round_logits):
+        raise ValueError(f"round_logits={round_logits}, but fastrl is on with {FusedLogProbFunction.round_logits}")
+
+
+def _find() -> list[tuple[Any, str, Any]]:
+    """Return every binding of TRL's function in the modules of TRL that are loaded."""
     utils = _seams.utils()
     original = getattr(utils, _seams.FUNCTION)
     FusedLogProbFunction.original = original
-    FusedLogProbFunction.round_logits = bool(round_logits)
-    found = [(utils, _seams.COMPACT, getattr(utils, _seams.COMPACT), _always)]
+    found = [(utils, _seams.COMPACT, _always)]
     for name, module in sorted(sys.modules.items()):
         if module is not None and name.partition(".")[0] == "trl":
-            found += [(module, key, original, FusedLogProbFunction) for key, x in vars(module).items() if x is original]
-    for module, name, _, ours in found:
-        setattr(module, name, ours)
-    _bindings.extend(found)
+            found += [(module, key, FusedLogProbFunction) for key, x in vars(module).items() if x is original]
+    return found
 
 
-def _restore_when_unused() -> None:
-    if _contexts or _permanent:
-        return
-    while _bindings:
-        module, name, original, ours = _bindings.pop()
-        if getattr(module, name, None) is not ours:
-            warnings.warn(
-                f"{module.__name__}.{name} was replaced by something else while fastrl's patch was on; it is left as "
-                "it is, and TRL's own object is not put back there",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-            continue
-        setattr(module, name, original)
+_switch = Switch(_seams.HOST, _find)

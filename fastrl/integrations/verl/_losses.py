@@ -9,6 +9,7 @@ Legend: B sequences of the micro-batch, T padded response length.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrl.integrations._proof import FirstUse, on_cpu, prove_loss, sampled_sequences
 from fastrl.losses.output import LossOutput
 from fastrl.losses.policy import PolicyLoss
 from fastrl.losses.selection import covariance_keep_mask
@@ -30,6 +32,9 @@ AGGREGATES: Mapping[str, str] = {
 """verl's loss_agg_mode -> `PolicyLoss.aggregate`."""
 
 LossFunction = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+
+proofs = FirstUse()
+"""What has been compared with verl's own losses in this process."""
 
 
 @dataclass(frozen=True)
@@ -130,32 +135,86 @@ def _function(name: str, build: Callable[[str, Any], PolicyLoss], form: Form) ->
         if config is None:
             raise ValueError(f"fastrl_{name} needs verl's actor config, got config=None")
         loss = build(loss_agg_mode, config)
-        inputs: dict[str, Any]
-        inputs, dp_size = _counts(loss, config, log_prob)
-        selection = None
-        if form.preset == "clip_cov":
-            selection = _covariance(config, log_prob, old_log_prob, advantages, response_mask)
-        if loss.surrogate == "geometric":
-            # verl takes the weights' geometric mean, and the mean over every sequence of the micro-batch.
-            if rollout_is_weights is not None:
-                advantages = advantages * _sequence_weights(response_mask, rollout_is_weights)
-            inputs, dp_size = {"n_sequences": float(log_prob.shape[0])}, 1
-        elif rollout_is_weights is not None:
-            advantages = _weighted(name, loss, advantages, rollout_is_weights)
-        output = loss(
-            log_prob,
-            advantages=advantages,
-            mask=response_mask,
-            old_logprobs=old_log_prob,
-            selection=selection,
-            **inputs,
-        )
-        metrics = _metrics(form, loss, output, log_prob, old_log_prob, advantages, response_mask, selection)
-        return output.loss * dp_size, metrics
+        columns = (old_log_prob, log_prob, advantages, response_mask)
+        original = _original(name)
+        if original is not None:
+            attempt = functools.partial(
+                _proved, name, form, loss, original, loss_agg_mode, config, columns, rollout_is_weights
+            )
+            proofs.once((name, repr(loss), loss_agg_mode, rollout_is_weights is None), attempt)
+        return _computed(name, form, loss, config, *columns, rollout_is_weights)
 
     compute.__name__ = compute.__qualname__ = f"fastrl_{name}"
     compute.__doc__ = f"Compute verl's {name!r} with fastrl; (loss, metrics) as verl's policy losses return them."
     return compute
+
+
+def _computed(
+    name: str,
+    form: Form,
+    loss: PolicyLoss,
+    config: Any,
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    weights: Tensor | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    inputs: dict[str, Any]
+    inputs, dp_size = _counts(loss, config, log_prob)
+    selection = None
+    if form.preset == "clip_cov":
+        selection = _covariance(config, log_prob, old_log_prob, advantages, response_mask)
+    if loss.surrogate == "geometric":
+        # verl takes the weights' geometric mean, and the mean over every sequence of the micro-batch.
+        if weights is not None:
+            advantages = advantages * _sequence_weights(response_mask, weights)
+        inputs, dp_size = {"n_sequences": float(log_prob.shape[0])}, 1
+    elif weights is not None:
+        advantages = _weighted(name, loss, advantages, weights)
+    output = loss(
+        log_prob,
+        advantages=advantages,
+        mask=response_mask,
+        old_logprobs=old_log_prob,
+        selection=selection,
+        **inputs,
+    )
+    metrics = _metrics(form, loss, output, log_prob, old_log_prob, advantages, response_mask, selection)
+    return output.loss * dp_size, metrics
+
+
+def _original(name: str) -> LossFunction | None:
+    """Return verl's own loss of this name; None where verl has none, or is not there (as in a test of ours)."""
+    core = sys.modules.get("verl.trainer.ppo.core_algos")
+    return None if core is None else getattr(core, "POLICY_LOSS_REGISTRY", {}).get(name)
+
+
+def _proved(
+    name: str,
+    form: Form,
+    loss: PolicyLoss,
+    original: LossFunction,
+    mode: str,
+    config: Any,
+    columns: tuple[Tensor, Tensor, Tensor, Tensor],
+    weights: Tensor | None,
+) -> bool:
+    """Compare the loss of a few sequences with verl's own."""
+    old, log_prob, advantages, mask = columns
+    rows = sampled_sequences(mask, advantages)
+    if rows.numel() == 0:
+        return False
+    keep = on_cpu(mask, rows)
+    few_old, point, few_advantages = (torch.where(keep != 0, on_cpu(x, rows), 0.0) for x in (old, log_prob, advantages))
+    few_weights = None if weights is None else torch.where(keep != 0, on_cpu(weights, rows), 1.0)
+    return prove_loss(
+        f"fastrl.integrations.verl (fastrl_{name})",
+        lambda leaf: _computed(name, form, loss, config, few_old, leaf, few_advantages, keep, few_weights)[0],
+        lambda leaf: original(few_old, leaf, few_advantages, keep, mode, config, few_weights)[0],
+        point,
+        undo=f"use loss_mode={name!r}, or register(prove=False)",
+    )
 
 
 def _built(name: str, form: Form) -> Callable[[str, Any], PolicyLoss]:

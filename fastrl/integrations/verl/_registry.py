@@ -7,7 +7,7 @@ from typing import Any
 
 from fastrl.integrations._host import Host
 from fastrl.integrations.verl._advantages import ESTIMATORS
-from fastrl.integrations.verl._losses import LOSSES, policy_loss
+from fastrl.integrations.verl._losses import LOSSES, policy_loss, proofs
 from fastrl.losses.policy import PolicyLoss
 
 HOST = Host("verl", "verl", "0.9.1", "fastrl.integrations.verl")
@@ -26,17 +26,20 @@ def _registries() -> dict[str, dict[str, Any]]:
     return {name: HOST.attribute(core, name) for name in names}
 
 
-def register(names: Iterable[str] | None = None) -> tuple[str, ...]:
+def register(names: Iterable[str] | None = None, *, prove: bool = True) -> tuple[str, ...]:
     """Put fastrl's losses and estimators into verl's registries; return the names that are there now.
 
     Args:
         names: of `LOSSES` and `ESTIMATORS`; None: all of them.
+        prove: whether the first call of a loss that verl has too is compared with verl's own, on 4 sequences; for every
+            loss of this process. A difference raises AdapterMismatchError in the call.
 
     Raises:
         ValueError: an unknown name; a name that verl knows as something else.
         ImportError: verl cannot be imported.
         RuntimeError: this verl's loss signature is not the one that the adapter fits.
     """
+    proofs.wanted = prove
     known = {**LOSSES, **ESTIMATORS}
     wanted = list(known) if names is None else list(names)
     unknown = [name for name in wanted if name not in known]
