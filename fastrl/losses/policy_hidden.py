@@ -210,19 +210,17 @@ def fused_from_hidden(
     live = max(1, sum(units) if units is not None else 1)
     dense = _dense_share(head, batch.mask, tally)
     output = with_path(output, 1.0 + (needs[0] + needs[1]) * dense + recomputed / live)
-    return output if head.tail_mass == 0.0 or not any(needs) else _with_tally(output, tally)
+    return output if head.tail_mass == 0.0 or not any(needs) else with_tally(output, tally)
 
 
 def _dense_share(head: Head, mask: Tensor, tally: Tally) -> Tensor | float:
     """Return the share of live tokens that went through the GEMMs of the gradients."""
-    return 1.0 if head.tail_mass == 0.0 else tally.dense / mask.sum().clamp(min=1)
+    return 1.0 if head.tail_mass == 0.0 else (tally.dense / mask.sum().clamp(min=1)).float()
 
 
-def _with_tally(output: LossOutput, tally: Tally) -> LossOutput:
-    """Return the output with the share of sparse rows, and the largest mass that one left out, among the metrics."""
-    one = torch.ones_like(tally.left)
-    rows = (tally.sparse.to(one.dtype), (tally.sparse + tally.dense).to(one.dtype))
-    return output._replace(metrics={**output.metrics, "sparse/rows": rows, "sparse/left_max": (tally.left, one)})
+def with_tally(output: LossOutput, tally: Tally) -> LossOutput:
+    """Return the output with what the tally counts among the metrics."""
+    return output._replace(metrics={**output.metrics, **tally.metrics()})
 
 
 def with_path(output: LossOutput, units: float | Tensor) -> LossOutput:

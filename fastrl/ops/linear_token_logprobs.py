@@ -844,6 +844,7 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, labels, bias, inverse, *scalars, ctx.unit, allowed, ctx.rounding = inputs
     ctx.scalars = scalars
+    ctx.tally = sparse_rows.counting()
     ctx.save_for_backward(hidden, weight, labels, bias, inverse, allowed, *output)
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
@@ -861,21 +862,22 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         live = kept_first(labels != ctx.scalars[2])[: units.shape[0]]
         scaled = grad_logprobs[live].to(units.dtype).unsqueeze(-1) * units
         return (torch.zeros_like(hidden).index_copy_(0, live, scaled.to(hidden.dtype)), None, None, None, None, *none)
-    dhidden, dweight, dbias = _linear_token_logprobs_backward(
-        hidden,
-        weight,
-        labels,
-        bias,
-        inverse,
-        *outputs,
-        grad_logprobs,
-        grad_entropy,
-        grad_logsumexp,
-        *ctx.scalars,
-        needs,
-        allowed,
-        ctx.rounding,
-    )
+    with sparse_rows.counted(ctx.tally):
+        dhidden, dweight, dbias = _linear_token_logprobs_backward(
+            hidden,
+            weight,
+            labels,
+            bias,
+            inverse,
+            *outputs,
+            grad_logprobs,
+            grad_entropy,
+            grad_logsumexp,
+            *ctx.scalars,
+            needs,
+            allowed,
+            ctx.rounding,
+        )
     return (
         dhidden if needs[0] else None,
         dweight if needs[1] else None,
