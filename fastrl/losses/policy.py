@@ -568,7 +568,7 @@ class PolicyLoss:
         masked = _masked_labels(labels, inputs.get("mask"))
         trains = [torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad for x in (hidden, weight, bias)]
         frozen = not any(trains[1:])
-        keep_units = tp_group is not None or not self.uses_entropy
+        keep_units = not self.uses_entropy
         # A correction without old log-probs takes the current ones, and KL-Cov ranks the whole batch: log-probs first,
         # as for a head whose rows are spread over ranks.
         needs_all = self.kl_fraction is not None or (self.correction is not None and inputs.get("old_logprobs") is None)

@@ -133,7 +133,7 @@ def linear_token_logprobs(
         backend: of the row kernels: "auto", "torch", "cpu" or "triton". The GEMMs are PyTorch's.
         keep_units: with a frozen head, whether the forward keeps the gradients of the log-probs, (N, D). A function of
             the log-probs then takes 2 GEMM units in all, but one of the entropies or logsumexps 4; False makes that 3,
-            for either, and keeps nothing. With `tp_group` only True is offered.
+            for either, and keeps nothing.
         allowed, logits_rounding: as `token_logprobs`; a chunk's logits are rounded and restricted where they are. Not
             with `tp_group`.
 
@@ -151,8 +151,8 @@ def linear_token_logprobs(
     if not isinstance(keep_units, bool):
         raise TypeError(f"keep_units must be True or False, got {keep_units!r}")
     if tp_group is not None:
-        if not keep_units or allowed is not None or logits_rounding is not None:
-            raise ValueError("keep_units, allowed and logits_rounding must keep their defaults with tp_group")
+        if allowed is not None or logits_rounding is not None:
+            raise ValueError("allowed and logits_rounding must keep their defaults with tp_group")
         from fastrl.ops.vocab_parallel import linear_token_logprobs_parallel
 
         return linear_token_logprobs_parallel(
@@ -168,6 +168,7 @@ def linear_token_logprobs(
             chunk_tokens=chunk_tokens,
             tail_mass=tail_mass,
             backend=backend,
+            keep_units=keep_units,
         )
     hidden, weight, labels, bias = check_head(hidden, weight, labels, bias, ignore_index)
     head = make_head(
