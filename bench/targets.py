@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastrl.ops.linear_token_logprobs import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS
+from fastrl.ops.linear_token_logprobs import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS, GPU_HEAD_ROWS
 
 FASTRL, TAIL, EAGER, TRL = "fastrl", "fastrl, tail_mass=1e-4", "PyTorch eager", "TRL chunked log-prob"
 # Beyond tiles and gradients: the live rows of a chunk, one number per token, what autograd keeps.
@@ -82,6 +82,27 @@ def _half(results: list[dict[str, Any]]) -> dict[str, Any]:
     return _at_most("half the rows masked", "of the unmasked time", 0.6, measured, _why_not(half, FASTRL))
 
 
+def hidden_bytes(rows: int, n: int, d: int, v: int, size: int, *, on_gpu: bool) -> int:
+    """Return the peak of the loss from hidden states: the larger of its time with a tile of logits and that without.
+
+    Args:
+        rows: of a tile of logits, which are float32.
+        n: tokens.
+        d: width.
+        v: vocabulary.
+        size: bytes of a number of the head.
+        on_gpu: whether the GEMMs of a half-precision head take the logits' gradient as an operand of its precision.
+    """
+    tile, summed, states = rows * v * 4, v * d * 4, n * d * size
+    if size == 4:
+        return tile + summed + states
+    if on_gpu:
+        # The operand, and the product of a block of the head before it is added to the sum.
+        tile += rows * v * size + min(GPU_HEAD_ROWS, v) * d * 4
+    # A head's gradient is summed in float32 and cast once, when the logits are gone.
+    return summed + states + max(tile, v * d * size)
+
+
 def _memory(results: list[dict[str, Any]], chunk: int) -> list[dict[str, Any]]:
     """Return the targets of extra memory as multiples of their formula."""
     verdicts = []
@@ -99,9 +120,7 @@ def _memory(results: list[dict[str, Any]], chunk: int) -> list[dict[str, Any]]:
     if hidden is not None and record is not None:
         size = 2 if hidden["dtype"] != "float32" else 4
         n, d, v = hidden["n"], hidden["d"], hidden["v"]
-        # A head's gradient is summed in float32 and cast once, so that a narrower one exists beside it.
-        formula = min(chunk, n) * v * 4 + v * d * 4 + n * d * size + (v * d * size if size == 2 else 0)
-        measured = record["peak_bytes"] / formula
+        measured = record["peak_bytes"] / hidden_bytes(min(chunk, n), n, d, v, size, on_gpu=chunk == GPU_CHUNK_TOKENS)
     verdicts.append(
         _at_most("hidden in, peak memory", "x (tile + gradients)", 1 + MEMORY_SLACK, measured, _why_not(hidden, FASTRL))
     )

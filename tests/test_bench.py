@@ -190,6 +190,17 @@ def test_units_are_multiples_of_the_floor_of_the_same_round() -> None:
     assert found["seconds"]["median"] == 4.0
 
 
+def test_the_memory_of_a_half_precision_head() -> None:
+    """Bytes of the formula: a GPU's GEMMs need the logits' gradient in the head's precision, a CPU's do not."""
+    rows, n, d, v = 2048, 8192, 4096, 151936
+    single = targets.hidden_bytes(rows, n, d, v, 4, on_gpu=True)
+    assert single == rows * v * 4 + v * d * 4 + n * d * 4 == targets.hidden_bytes(rows, n, d, v, 4, on_gpu=False)
+    half = targets.hidden_bytes(rows, n, d, v, 2, on_gpu=True)
+    assert half - targets.hidden_bytes(rows, n, d, v, 2, on_gpu=False) == rows * v * 2 + 16384 * d * 4
+    # A small tile is gone when the head's gradient is cast.
+    assert targets.hidden_bytes(8, n, d, v, 2, on_gpu=True) == v * d * 4 + n * d * 2 + v * d * 2
+
+
 def test_targets_are_computed() -> None:
     verdicts = {target["what"]: target for target in invented_record()["targets"]}
     assert verdicts["hidden in, training, trainable head"]["status"] == "met"

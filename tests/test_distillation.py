@@ -11,6 +11,7 @@ import torch
 from golden import Case, cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory import MemoryWatch
 from oracle import assert_as_accurate, max_error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +22,8 @@ from fastrl.losses.distillation import (
     sampled_distillation_advantages,
 )
 from fastrl.losses.divergence import divergence_rows
+from fastrl.ops.linear_token_logprobs import CPU_LOGIT_ROWS
+from fastrl.ops.scaling import ROUNDED_ROWS
 
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
 GOLDEN = [*cases("distillation"), *cases("distillation_linear")]
@@ -358,7 +361,8 @@ class Storages(TorchDispatchMode):
 @pytest.mark.parametrize("top_k", [None, 5])
 def test_no_vocabulary_sized_temporary(top_k: int | None, frozen: bool, beta: float) -> None:
     """No tensor of N x V elements nor gradient of a frozen head is made; ten tiles of chunk x V and a bit suffice."""
-    n, v, chunk = 64, 1001, 8
+    # More than one block of `chunk_logits`: a view of the whole head would look like its gradient.
+    n, v, chunk = 64, CPU_LOGIT_ROWS + 77, 8
     x = batch(torch.float32, (n,), v)
     x["student_hidden"].requires_grad_()
     x["student_weight"].requires_grad_(not frozen)
@@ -465,3 +469,60 @@ def test_refusals() -> None:
         distillation_loss_from_logits(torch.zeros(2, 5), torch.zeros(2, 6), torch.ones(2), beta=0.5)
     with pytest.raises(ValueError, match="teacher_logits must be"):
         distillation_loss_from_logits(torch.zeros(2, 5), torch.zeros(3, 5), torch.ones(2), beta=0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_backward_copies_no_gradient(dtype: torch.dtype) -> None:
+    """It scales in place what is float32, and takes what it returns in another dtype; a kept graph keeps its own."""
+    n, dim, vocabulary = 32, 64, 4000
+    leaves = [torch.randn(n, dim).to(dtype).requires_grad_(), torch.randn(vocabulary, dim).to(dtype).requires_grad_()]
+    teacher = torch.randn(n, dim), torch.randn(vocabulary, dim)
+    allowed = 0 if dtype == torch.float32 else vocabulary * dim * 2 + ROUNDED_ROWS * dim * 4
+
+    def formed() -> Tensor:
+        return distillation_loss(*leaves, *teacher, torch.ones(n), beta=0.5).loss
+
+    for factor in (1.0, 0.3):
+        loss = factor * formed()
+        with MemoryWatch() as watch:
+            scaled = torch.autograd.grad(loss, leaves)
+        assert watch.peak <= allowed + 64 * 1024
+        kept = factor * formed()
+        first = torch.autograd.grad(kept, leaves, retain_graph=True)
+        for x in first:
+            x.zero_()
+        for a, b in zip(torch.autograd.grad(kept, leaves), scaled, strict=True):
+            assert torch.equal(a, b)
+            assert a.any()
+
+
+def test_the_backward_of_logits_copies_no_gradient() -> None:
+    made = torch.randn(16, 4000, requires_grad=True)
+    loss = 0.3 * distillation_loss_from_logits(made, torch.randn(16, 4000), torch.ones(16), beta=0.5).loss
+    with MemoryWatch() as watch:
+        torch.autograd.grad(loss, made)
+    assert watch.peak <= 16 * 1024
+
+
+@pytest.mark.parametrize("entry", ["hidden", "logits"])
+def test_float16_survives_the_loss_scale(entry: str) -> None:
+    """Gradients below float16's smallest number are there once the loss scale has multiplied them."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(12, 16, generator=generator), 0.25 * torch.randn(200, 16, generator=generator)
+    teacher = torch.randn(12, 16, generator=generator), 0.25 * torch.randn(200, 16, generator=generator)
+
+    def gradients(dtype: torch.dtype, factor: float) -> list[Tensor]:
+        given = [hidden, weight] if entry == "hidden" else [hidden @ weight.t()]
+        other = teacher if entry == "hidden" else (teacher[0] @ teacher[1].t(),)
+        leaves = [x.half().to(dtype).requires_grad_() for x in given]
+        function = distillation_loss if entry == "hidden" else distillation_loss_from_logits
+        others = [x.half().to(dtype) for x in other]
+        (factor * function(*leaves, *others, torch.ones(12), beta=0.5, n_tokens=1e8).loss).backward()
+        return [x.grad for x in leaves]
+
+    scale = 2.0**28
+    exact, eager = gradients(torch.float64, scale), gradients(torch.float32, scale)
+    for got, want, plain in zip(gradients(torch.float16, scale), exact, eager, strict=True):
+        assert got.dtype == torch.float16
+        assert_as_accurate("gradient", got, want, plain)
+    assert not any(bool(x.any()) for x in gradients(torch.float16, 1.0))

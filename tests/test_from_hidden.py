@@ -14,10 +14,10 @@ from torch import Tensor
 
 import fastrl
 from fastrl import PolicyLoss, PreferenceLoss, linear_token_logprobs, reference
-from fastrl.losses.policy_hidden import ROUNDED_ROWS
 from fastrl.ops.dispatch import choose
 from fastrl.ops.linear_token_logprobs import CPU_WIDEN_ROWS
 from fastrl.ops.rows_torch import TILE_ROWS
+from fastrl.ops.scaling import ROUNDED_ROWS
 
 # `fastrl.ops` holds the function of this name too.
 module = import_module("fastrl.ops.linear_token_logprobs")

@@ -362,6 +362,29 @@ def test_ignored_rows_cannot_matter(with_residual: bool, seed: int) -> None:
             assert torch.equal(result[~ignored], right[~ignored])
 
 
+@pytest.mark.parametrize("given", [(0,), (1,), (2,), (0, 1, 2)])
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_a_zero_upstream_gradient_selects_zeros(with_residual: bool, given: tuple[int, ...], seed: int) -> None:
+    """It does not multiply what stands in the row; a label or a temperature that cannot be stays visible."""
+    logits, labels, _ = make(7, 130)
+    clean = torch.ones(7, device=DEVICE)
+    clean[1:] = 0
+    upstream = tuple(clean if i in given else None for i in range(3))
+    spoilt = logits.clone()
+    spoilt[1, 5], spoilt[2, 6], spoilt[3] = NAN, INF, -INF
+    labels[5] = 130
+    inverse = torch.ones(7, device=DEVICE)
+    inverse[6] = NAN
+    in_place = spoilt.clone()
+    wanted = kernel(logits, labels, inverse, upstream, with_residual=with_residual)[3]
+    for out in (None, in_place):
+        values = spoilt if out is None else in_place
+        gradient = kernel(values, labels, inverse, upstream, out=out, with_residual=with_residual)[3]
+        assert torch.equal(gradient[0], wanted[0])
+        assert not gradient[1:5].any()
+        assert bool(gradient[5:].isnan().all())
+
+
 @pytest.mark.parametrize("label", [-1, -99, 40, 41, 2**31 - 1, 2**31, 2**62, -(2**62)])
 def test_bad_labels_are_nan_and_never_read(label: int, seed: int) -> None:
     # The logits stand between guards: an entry next to the row would give a finite log-prob.

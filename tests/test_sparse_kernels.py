@@ -109,6 +109,19 @@ def test_rows_that_have_no_list(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_zero_upstream_gradient_selects_nothing(backend: str) -> None:
+    """Whatever stands in the row; a label that cannot be goes dense, and is NaN there."""
+    logits, labels = draw_logits("peaked", 5, 300)
+    logits[1, 7], logits[2, 8] = NAN, INF
+    labels[4] = 300
+    grads = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0])
+    lists, _ = find(backend, logits, labels, (grads, None, None))
+    assert lists.counts[1:].tolist() == [0, 0, 0, -1]
+    assert int(lists.counts[0]) > 0
+    assert lists.left[1:].tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("offset", [1e4, -1e6])
 def test_a_common_offset_does_not_matter(offset: float, backend: str) -> None:
     logits, labels = draw_logits("peaked", 4, 300)

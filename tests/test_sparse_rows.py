@@ -21,7 +21,7 @@ from sparse_cases import (
 from torch import Tensor
 from vocabulary_cases import BACKENDS
 
-from fastrl import PolicyLoss, csrc_loader, linear_token_logprobs, reference
+from fastrl import PolicyLoss, PreferenceLoss, csrc_loader, linear_token_logprobs, reference
 from fastrl.ops import sparse_rows
 from fastrl.ops.linear_token_logprobs import Chunks, Gradients, fused_gradient, inverse_temperature, make_head
 from fastrl_kernels import sparse_rows as kernels
@@ -412,6 +412,34 @@ def test_policy_loss_from_hidden(preset: str, frozen: bool, chunk_tokens: int) -
     assert 0 < float((results[0][1] - results[1][1]).abs().max()) <= 20 * TAIL_MASS * float(largest)
     if not frozen:
         assert float((results[0][2] - results[1][2]).abs().max()) <= 20 * TAIL_MASS * float(results[0][2].abs().max())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("loss", ["gspo", "kl_cov", "sigmoid", "aot"])
+def test_metrics_of_every_path(loss: str, frozen: bool) -> None:
+    """Also of losses that take the log-probs first; the backward fills in what it is the first to know."""
+    hidden, weight, _, labels = draw_head(40)
+    labels = torch.where(labels == -100, 0, labels).view(4, 10)
+    mask = torch.ones(4, 10)
+    mask[1, 6:] = 0
+    options = {"chunk_tokens": 16, "backend": "torch", "tail_mass": TAIL_MASS}
+    given = (hidden.view(4, 10, 16).requires_grad_(), weight.requires_grad_(not frozen), labels)
+    reference = torch.full((4, 10), -3.0)
+    if loss in ("sigmoid", "aot"):
+        output = PreferenceLoss.preset(loss).from_hidden(*given, mask, ref_logprobs=reference, **options)
+    else:
+        inputs = {"mask": mask, "advantages": torch.tensor([1.0, -1.0, 0.5, 2.0]), "ref_logprobs": reference}
+        output = PolicyLoss.preset(loss).from_hidden(*given, **inputs, **options)
+    in_backward = not frozen and loss in ("kl_cov", "aot")
+    assert (output.metrics["sparse/rows"][1] == 0) == in_backward
+    output.loss.backward()
+    sparse, rows = output.metrics["sparse/rows"]
+    largest, one = output.metrics["sparse/left_max"]
+    assert rows == 36
+    assert 0 < sparse < rows
+    assert 0 < largest <= TAIL_MASS
+    assert one == 1
+    assert sparse_rows.counting() is None
 
 
 @pytest.mark.parametrize("preset", ["dapo", "gspo"])

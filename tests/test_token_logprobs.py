@@ -140,6 +140,25 @@ def test_ignored_rows_cannot_matter(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_without_a_gradient_cannot_matter(backend: str) -> None:
+    """A row of NaN whose outputs are selected away has the gradient 0, and the other rows theirs."""
+    logits, labels = draw(5, 60)
+    labels[1] = 3
+    keep = torch.tensor([True, False, False, True, False])
+    spoilt = logits.clone()
+    spoilt[1], spoilt[2, 3], spoilt[4, 4] = math.nan, math.inf, -math.inf
+    found = []
+    for given in (logits, spoilt):
+        leaf = given.clone().requires_grad_()
+        outputs = token_logprobs(leaf, labels, backend=backend)
+        torch.stack([torch.where(keep, x, 0.0).sum() for x in outputs]).sum().backward()
+        found.append(leaf.grad)
+    assert torch.equal(*found)
+    assert not found[1][~keep].any()
+    assert found[1][keep].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_and_infinity_on_live_rows_stay_visible(backend: str) -> None:
     logits, labels = draw(4, 50)
     labels[1] = 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from fastrl.ops.linear_token_logprobs import Head
 from fastrl.ops.vocab_parallel import linear_token_logprobs_parallel, merge_shards, part_statistics
 
 NAMES = ("logprobs", "entropy", "logsumexp", "hidden", "weight", "bias")
+PRODUCTS = (("linear_token_logprobs", "chunk_logits"), ("vocab_parallel", "_times_weight"))
 # Rows of a vocabulary of 10 on every rank: uneven, one entry, none at either end and between.
 SIZES = {2: [(6, 4), (1, 9), (0, 10), (10, 0)], 3: [(7, 0, 3), (0, 9, 1), (3, 4, 3)]}
 
@@ -164,7 +166,7 @@ def judge(
     """Hold a run against the whole head in one process; outputs and dX must be the same bits on every rank."""
     grads = upstream(tensors[0].shape[0]) if grads is None else grads
     got = run(rank, sizes, tensors, grads, needs, **options)
-    for key in ("chunk_tokens", "backend"):
+    for key in ("chunk_tokens", "backend", "keep_units"):
         options.pop(key, None)
     low = tensors[0].dtype
     plain = torch.float64 if low == torch.float64 else torch.float32
@@ -216,6 +218,49 @@ def check_each_output_alone(rank: int, world: int) -> None:
         for needs in ("hidden", "hidden weight bias"):
             for backend in BACKENDS:
                 judge(rank, SIZES[world][0], draw(13, 6, 10), needs, grads, backend=backend, chunk_tokens=4)
+
+
+def check_keep_units(rank: int, world: int) -> None:
+    """Without them every output forms the logits again: 3 units for an entropy bonus over a frozen head, 2 without."""
+    for which in range(3):
+        grads = tuple(g if i == which else None for i, g in enumerate(upstream(13)))
+        judge(rank, SIZES[world][0], draw(13, 6, 10), "hidden", grads, keep_units=False, chunk_tokens=4)
+    sizes, (hidden, weight, _, labels) = SIZES[world][0], draw(13, 6, 10)
+    inputs = {"advantages": torch.ones(13), "mask": labels >= 0, "cu_seqlens": torch.tensor([0, 6, 13])}
+    found, rows = {}, []
+    for name, entropy_coef in (("bonus", 0.1), ("none", 0.0)):
+        rows.clear()
+        leaf, part = hidden.clone().requires_grad_(), weight[rows_of(rank, sizes)]
+        spec = PolicyLoss.preset("reinforce", entropy_coef=entropy_coef)
+        with counting_products(rows):
+            output = spec.from_hidden(leaf, part, labels, **inputs, tp_group=dist.group.WORLD, chunk_tokens=4)
+            output.loss.backward()
+        chunks = len(range(0, int((labels >= 0).sum()), 4))
+        found[name] = output.metrics["path/gemm_units"][0].item(), len(rows) / chunks
+    # A rank without rows of the head has no products.
+    assert found == {"bonus": (3.0, 3.0 * bool(sizes[rank])), "none": (2.0, 2.0 * bool(sizes[rank]))}, found
+
+
+@contextmanager
+def counting_products(rows: list[int]) -> Iterator[None]:
+    """Note the rows of every product with a part of the head."""
+    modules = [(import_module(f"fastrl.ops.{where}"), name) for where, name in PRODUCTS]
+    originals = [getattr(module, name) for module, name in modules]
+
+    def counted(function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            rows.append(arguments[0].shape[0])
+            return function(*arguments)
+
+        return call
+
+    for (module, name), original in zip(modules, originals, strict=True):
+        setattr(module, name, counted(original))
+    try:
+        yield
+    finally:
+        for (module, name), original in zip(modules, originals, strict=True):
+            setattr(module, name, original)
 
 
 def check_rows_without_a_gradient(rank: int, world: int) -> None:

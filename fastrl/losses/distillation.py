@@ -1,7 +1,7 @@
 """Distillation: the divergence of a student from a teacher over the whole vocabulary, without either one's logits.
 
 Rows go through both heads in chunks. The gradient is formed in the forward, chunk by chunk, while the logits are there;
-the backward only scales it. Masked rows are dropped before the first GEMM.
+the backward only scales it, in place unless the graph is kept. Masked rows are dropped before the first GEMM.
 
 Legend: N tokens, D hidden (S student's, T teacher's), V vocabulary, C rows of a chunk.
 """
@@ -18,8 +18,9 @@ from fastrl import checks
 from fastrl.losses.divergence import Rows, divergence_rows
 from fastrl.losses.output import LossOutput
 from fastrl.losses.preference_rows import at_least_one, result_dtype
-from fastrl.ops import dispatch
+from fastrl.ops import buffers, dispatch
 from fastrl.ops.linear_token_logprobs import Chunks, Gradients, Head, check_head, make_head
+from fastrl.ops.scaling import graph_is_kept, handed_out
 from fastrl.ops.token_logprobs import once_differentiable
 
 IGNORE_INDEX = -100
@@ -70,7 +71,8 @@ def distillation_loss(
     in nats, not scaled by temperature^2 (GKD, arXiv 2306.13649). The cross-entropy with the teacher's probabilities is
     beta = 0 plus the teacher's entropy, and has its gradient. The gradient is with respect to `student_hidden`,
     `student_weight` and `student_bias`; those that require none cost nothing, and the teacher gets none. Extra
-    memory: up to ten tiles of chunk_tokens x V, and the gradients (float32 for the head). Reverse KL is infinite, and
+    memory: up to ten tiles of chunk_tokens x V, and the gradients (float32 for the head and for float16, until the
+    backward scales and rounds them). Reverse KL is infinite, and
     its gradient NaN, where the teacher bans (-inf) an entry that the student does not.
 
     Args:
@@ -142,7 +144,8 @@ def distillation_loss_from_logits(
 ) -> LossOutput:
     """Return `distillation_loss` of logits that are there already; the gradient is with respect to `student_logits`.
 
-    Extra memory: up to ten tiles of chunk_tokens x V, and the gradient in the dtype of `student_logits`.
+    Extra memory: up to ten tiles of chunk_tokens x V, and the gradient in the dtype of `student_logits`; that of
+    float16 is float32 until the backward scales and rounds it.
     """
     how = _divergence(beta, temperature, top_k)
     checks.float_tensor("student_logits", student_logits)
@@ -215,7 +218,7 @@ class _LinearDistillation(torch.autograd.Function):
         teacher = Chunks(teacher_hidden, teacher_weight, teacher_bias, labels, inverse, heads[1], student.live)
         needs_hidden, needs_weight, needs_bias = (needed and how.gradient for needed in ctx.needs_input_grad[:3])
         needs = (needs_hidden, needs_weight, needs_bias)
-        gradients = Gradients(student, needs)
+        gradients = Gradients(student, needs, unscaled=True)
         dtype = result_dtype(hidden)
         total = torch.zeros((), dtype=torch.float64 if hidden.device.type != "mps" else dtype, device=hidden.device)
         entropy = torch.empty(student.live.numel(), dtype=dtype, device=hidden.device)
@@ -239,11 +242,10 @@ class _LinearDistillation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         once_differentiable()
-        scaled = [
-            None if gradient is None else (gradient * grad_total).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return (*scaled, None, None, None, None, None, None)
+        keep, backend = graph_is_kept(), dispatch.choose("auto", grad_total.device).backend
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        handed = [handed_out(gradient, dtype, grad_total, backend, keep=keep) for gradient, dtype in pairs]
+        return (*handed, None, None, None, None, None, None)
 
 
 # --- from logits ------------------------------------------------------------------------------------------------------
@@ -263,7 +265,11 @@ class _LogitDistillation(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         dtype = result_dtype(logits)
         live = (labels != IGNORE_INDEX).nonzero()  # (L, leading dimensions)
-        gradient = torch.zeros_like(logits) if how.gradient and ctx.needs_input_grad[0] else None
+        gradient = None
+        if how.gradient and ctx.needs_input_grad[0]:
+            # A loss scale is yet to multiply what float16 could not hold.
+            kept = dtype if logits.dtype == torch.float16 else logits.dtype
+            gradient = buffers.zeros(logits.shape, kept, logits.device)
         total = torch.zeros((), dtype=torch.float64 if logits.device.type != "mps" else dtype, device=logits.device)
         entropy = torch.zeros(labels.shape, dtype=dtype, device=logits.device)
         for rows in live.split(chunk_tokens) if len(live) else ():
@@ -275,6 +281,7 @@ class _LogitDistillation(torch.autograd.Function):
             if gradient is not None and result.gradient is not None:
                 gradient[at] = (result.gradient / how.temperature).to(gradient.dtype).reshape(gradient[at].shape)
         ctx.save_for_backward(gradient)
+        ctx.dtype = logits.dtype
         ctx.mark_non_differentiable(entropy)
         return total.to(dtype), entropy
 
@@ -282,7 +289,8 @@ class _LogitDistillation(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         once_differentiable()
         (gradient,) = ctx.saved_tensors
-        return (None if gradient is None else (gradient * grad_total).to(gradient.dtype), None, None, None, None)
+        backend = dispatch.choose("auto", grad_total.device).backend
+        return handed_out(gradient, ctx.dtype, grad_total, backend, keep=graph_is_kept()), None, None, None, None
 
 
 # --- small helpers ----------------------------------------------------------------------------------------------------

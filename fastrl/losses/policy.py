@@ -18,7 +18,7 @@ from torch import Tensor
 from fastrl import checks, reference
 from fastrl.losses.layout import Layout
 from fastrl.losses.output import LossOutput
-from fastrl.losses.policy_hidden import Batch, fused_from_hidden, with_path
+from fastrl.losses.policy_hidden import Batch, fused_from_hidden, with_path, with_tally
 from fastrl.losses.policy_metrics import policy_metrics
 from fastrl.losses.policy_presets import PRESETS, preset_fields
 from fastrl.ops.dispatch import choose, outside_graphs
@@ -32,6 +32,7 @@ from fastrl.ops.linear_token_logprobs import (
 from fastrl.ops.policy import fused_policy_terms
 from fastrl.ops.policy_logits import policy_logits
 from fastrl.ops.segments import segment_sum
+from fastrl.ops.sparse_rows import Tally, counted
 from fastrl.ops.token_logprobs import checked_rows, token_logprobs
 
 RATIO_LEVELS = ("token", "sequence", "sequence_token", "sequence_sum", "none")
@@ -542,7 +543,8 @@ class PolicyLoss:
         formed twice (4 units). `metrics["path/gemm_units"]` says what ran, as the mean over live tokens.
         With `tail_mass` > 0 only rows whose gradient has no short list within that bound take the two GEMMs of the
         gradient (see `linear_token_logprobs`); `sparse/rows` and `sparse/left_max` then say how many did not, and the
-        largest mass left out.
+        largest mass left out. A correction without `old_logprobs` and KL-Cov form the gradient of a trainable head in
+        the backward, which fills these two in, and count every row in `path/gemm_units`.
         `LossOutput.logprobs` and `.entropy` are detached. The gradient is with respect to `hidden`, `weight` and
         `bias`, for any upstream factor; a second backward (`retain_graph=True`) forms it anew, to the same bits.
         Autocast changes nothing: states and head keep their dtypes and meet in the wider one. Tokens outside the mask
@@ -566,19 +568,23 @@ class PolicyLoss:
         masked = _masked_labels(labels, inputs.get("mask"))
         trains = [torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad for x in (hidden, weight, bias)]
         frozen = not any(trains[1:])
-        keep_units = tp_group is not None or not self.uses_entropy
+        keep_units = not self.uses_entropy
         # A correction without old log-probs takes the current ones, and KL-Cov ranks the whole batch: log-probs first,
         # as for a head whose rows are spread over ranks.
         needs_all = self.kl_fraction is not None or (self.correction is not None and inputs.get("old_logprobs") is None)
         if tp_group is not None or needs_all or (self.couples_sequences and frozen and not self.uses_entropy):
-            result = linear_token_logprobs(
-                hidden, weight, masked, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
-                ignore_index=IGNORED, chunk_tokens=chunk_tokens, tail_mass=tail_mass, tp_group=tp_group,
-                keep_units=keep_units, backend=backend, allowed=allowed, logits_rounding=logits_rounding,
-            )  # fmt: skip
+            tally = Tally(hidden.device) if tail_mass and any(trains) and isinstance(hidden, Tensor) else None
+            with counted(tally):
+                result = linear_token_logprobs(
+                    hidden, weight, masked, bias=bias, temperature=temperature, logit_scale=logit_scale,
+                    softcap=softcap, ignore_index=IGNORED, chunk_tokens=chunk_tokens, tail_mass=tail_mass,
+                    tp_group=tp_group, keep_units=keep_units, backend=backend, allowed=allowed,
+                    logits_rounding=logits_rounding,
+                )  # fmt: skip
             output = self(result.logprobs, entropy=result.entropy, **inputs)
             again = any(trains) and not (frozen and keep_units and not self.uses_entropy)
             kept = trains[0] and frozen and keep_units
+            output = output if tally is None else with_tally(output, tally)
             return with_path(output, 1.0 + kept + again * (1.0 + trains[0] + trains[1]))
         hidden, weight, masked, bias = check_head(hidden, weight, masked, bias, IGNORED)
         options = {"chunk_tokens": chunk_tokens, "tail_mass": tail_mass, "tp_group": tp_group, "backend": backend}

@@ -20,13 +20,10 @@ from fastrl.losses.output import LossOutput
 from fastrl.losses.policy_metrics import policy_metrics
 from fastrl.ops.linear_token_logprobs import Head, fused_gradient
 from fastrl.ops.policy import fused_policy_terms
-from fastrl.ops.policy_logits import scaled
 from fastrl.ops.sampling_rows import check_labels_are_allowed
+from fastrl.ops.scaling import handed_out
 from fastrl.ops.segments import segment_sum
 from fastrl.ops.sparse_rows import Tally
-
-# Rows that are rounded at once, as PyTorch takes a copy of them on a CPU.
-ROUNDED_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -146,7 +143,7 @@ class FusedFromHidden(torch.autograd.Function):
         if gradients is None:
             gradients = _formed_again(*ctx.saved_tensors, *ctx.how)
         backend = ctx.how[0].backend
-        handed = (_handed_out(*given, grads[0], backend) for given in zip(gradients, ctx.dtypes, strict=True))
+        handed = (handed_out(*given, grads[0], backend) for given in zip(gradients, ctx.dtypes, strict=True))
         return (*handed, None, None, None)
 
 
@@ -177,24 +174,6 @@ def _formed_again(
         return g[block], None if h is None else h[block]
 
     return fused_gradient(hidden, weight, bias, labels, inverse, head, needs, known, units, live, allowed, rounding)[2]
-
-
-def _handed_out(gradient: Tensor | None, dtype: torch.dtype | None, factor: Tensor, backend: str) -> Tensor | None:
-    """Return gradient * factor in `dtype`, without waiting for a device: in place where the gradient has that dtype.
-
-    A factor of 1, which `loss.backward()` passes, costs nothing there: on a CPU the host sees it, elsewhere the kernel.
-    """
-    if gradient is None or dtype is None:
-        return None
-    if gradient.dtype != dtype:
-        # Rounded once, behind the scale: 1e-9 is nothing in float16, but not under a loss scale of 65536.
-        rounded = torch.empty_like(gradient, dtype=dtype)
-        for source, target in zip(gradient.split(ROUNDED_ROWS), rounded.split(ROUNDED_ROWS), strict=True):
-            torch.mul(source, factor, out=target)
-        return rounded
-    if factor.device.type == "cpu":
-        return gradient if factor.item() == 1.0 else gradient.mul_(factor)
-    return scaled(gradient, factor, backend, keep=False)
 
 
 def fused_from_hidden(
@@ -231,19 +210,17 @@ def fused_from_hidden(
     live = max(1, sum(units) if units is not None else 1)
     dense = _dense_share(head, batch.mask, tally)
     output = with_path(output, 1.0 + (needs[0] + needs[1]) * dense + recomputed / live)
-    return output if head.tail_mass == 0.0 or not any(needs) else _with_tally(output, tally)
+    return output if head.tail_mass == 0.0 or not any(needs) else with_tally(output, tally)
 
 
 def _dense_share(head: Head, mask: Tensor, tally: Tally) -> Tensor | float:
     """Return the share of live tokens that went through the GEMMs of the gradients."""
-    return 1.0 if head.tail_mass == 0.0 else tally.dense / mask.sum().clamp(min=1)
+    return 1.0 if head.tail_mass == 0.0 else (tally.dense / mask.sum().clamp(min=1)).float()
 
 
-def _with_tally(output: LossOutput, tally: Tally) -> LossOutput:
-    """Return the output with the share of sparse rows, and the largest mass that one left out, among the metrics."""
-    one = torch.ones_like(tally.left)
-    rows = (tally.sparse.to(one.dtype), (tally.sparse + tally.dense).to(one.dtype))
-    return output._replace(metrics={**output.metrics, "sparse/rows": rows, "sparse/left_max": (tally.left, one)})
+def with_tally(output: LossOutput, tally: Tally) -> LossOutput:
+    """Return the output with what the tally counts among the metrics."""
+    return output._replace(metrics={**output.metrics, **tally.metrics()})
 
 
 def with_path(output: LossOutput, units: float | Tensor) -> LossOutput:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastrl import checks
 from fastrl.losses.output import LossOutput
-from fastrl.losses.policy_hidden import with_path
+from fastrl.losses.policy_hidden import with_path, with_tally
 from fastrl.losses.preference_checks import validate
 from fastrl.losses.preference_hidden import fused_preference
 from fastrl.losses.preference_presets import ALIASES, PRESETS, preset_fields
@@ -59,6 +59,7 @@ from fastrl.losses.preference_terms import (
     log_odds,
 )
 from fastrl.ops import linear_token_logprobs, token_logprobs
+from fastrl.ops.sparse_rows import Tally, counted
 
 
 @dataclass(frozen=True)
@@ -391,7 +392,9 @@ class PreferenceLoss:
         frozen head; a pair longer than 4 chunks has its logits formed twice (4 units). Losses in which pairs depend on
         each other take the log-probs first, 4 units: aot and aot_unpaired, which sort the batch; kto and bco whose
         reference point or baseline is the batch's own; weighting="wpo", with one more for sum p^2; and tp_group.
-        `ref_hidden` is one more unit. `metrics["path/gemm_units"]` says what ran, as the mean over live tokens.
+        `ref_hidden` is one more unit. `metrics["path/gemm_units"]` says what ran, as the mean over live tokens. With
+        `tail_mass` > 0, `sparse/rows` and `sparse/left_max` are those of `PolicyLoss.from_hidden`; where the gradient
+        of a trainable head takes 4 units, the backward fills them in.
 
         The options are those of `fastrl.ops.linear_token_logprobs`, used for policy and reference alike; `inputs` are
         the remaining arguments of `from_logprobs`. Gradients are with respect to `hidden`, `weight` and `bias`.
@@ -419,7 +422,9 @@ class PreferenceLoss:
             inputs["labels"] = desirable
             options = {**exact, "tail_mass": tail_mass}
             return fused_preference(self, hidden, weight, bias, ids, mask, ref_logprobs, options, inputs, extra)
-        policy = linear_token_logprobs(hidden, weight, ids, bias=bias, tail_mass=tail_mass, **exact)
+        tally = Tally(hidden.device) if tail_mass and training else None
+        with counted(tally):
+            policy = linear_token_logprobs(hidden, weight, ids, bias=bias, tail_mass=tail_mass, **exact)
         if self.weighting is not None:
             extra += 1.0
             with torch.no_grad():
@@ -427,6 +432,7 @@ class PreferenceLoss:
                 squared = linear_token_logprobs(hidden, weight, ids, bias=bias, **exact)
                 inputs["log_sum_squared_probs"] = squared.logsumexp - 2.0 * policy.logsumexp.detach()
         output = self._with_tokens(policy, mask, ref_logprobs, desirable, inputs)
+        output = output if tally is None else with_tally(output, tally)
         return with_path(output, extra + (4.0 if trains_head else 2.0) if training else extra + 1.0)
 
     def _couples(self, inputs: dict[str, Any]) -> bool:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from fastrl.losses.output import LossOutput
-from fastrl.losses.policy_hidden import FusedFromHidden, with_path
+from fastrl.losses.policy_hidden import FusedFromHidden, with_path, with_tally
 from fastrl.losses.preference_rows import IGNORE_INDEX, cast_metrics, kl_reference_point
 from fastrl.ops.linear_token_logprobs import Head, check_head, inverse_temperature, make_head
+from fastrl.ops.sparse_rows import Tally
 
 PER_ROW = ("labels",)
 """Inputs of `from_logprobs` with one value per row; the others are constants of the batch."""
@@ -41,7 +42,7 @@ class _Plan:
     live: Tensor  # (L,) flat places of the live tokens, pair by pair
     allowed: None = None
     rounding: str = ""
-    tally: None = None
+    tally: Tally | None = None
 
     def coefficients(self, logprobs: Tensor, entropy: Tensor, block: slice, index: Tensor) -> tuple[Tensor, None]:
         """Return (dL/dlogprobs (M,), None) of the live tokens of whole pairs."""
@@ -106,6 +107,7 @@ def fused_preference(
     n = ids.shape[0] // parts
     # Every place of the batch, the two rows of a pair behind each other.
     places = torch.arange(ids.numel(), device=ids.device).view(parts, n, -1).transpose(0, 1)
+    tally = Tally(hidden.device) if head.tail_mass else None
     there = (ids != IGNORE_INDEX).view(parts, n, -1).transpose(0, 1)
     trained = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
     plan = _Plan(
@@ -118,6 +120,7 @@ def fused_preference(
         parts,
         there.sum((1, 2)).tolist(),
         places[there],
+        tally=tally,
     )
     with torch.no_grad():
         # Refuses what the loss cannot use before the head is touched.
@@ -128,7 +131,10 @@ def fused_preference(
         metrics = plan.output(logprobs).metrics
         metrics |= cast_metrics({"entropy": (entropy.sum(), (mask != 0).sum())})
     output = LossOutput(loss, metrics, logprobs.view(ids.shape), entropy.view(ids.shape))
-    return with_path(output, units_before + 1.0 + trained[0] + trained[1] + recomputed / max(1, plan.live.numel()))
+    live = max(1, plan.live.numel())
+    dense = 1.0 if tally is None else (tally.dense / live).float()
+    output = output if tally is None else with_tally(output, tally)
+    return with_path(output, units_before + 1.0 + (trained[0] + trained[1]) * dense + recomputed / live)
 
 
 def _with_totals(spec: Any, inputs: dict[str, Any], n: int, mask: Tensor) -> dict[str, Any]:

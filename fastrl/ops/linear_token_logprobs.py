@@ -133,7 +133,7 @@ def linear_token_logprobs(
         backend: of the row kernels: "auto", "torch", "cpu", "triton" or "cuda". The GEMMs are PyTorch's.
         keep_units: with a frozen head, whether the forward keeps the gradients of the log-probs, (N, D). A function of
             the log-probs then takes 2 GEMM units in all, but one of the entropies or logsumexps 4; False makes that 3,
-            for either, and keeps nothing. With `tp_group` only True is offered.
+            for either, and keeps nothing.
         allowed, logits_rounding: as `token_logprobs`; a chunk's logits are rounded and restricted where they are. Not
             with `tp_group`.
 
@@ -152,8 +152,8 @@ def linear_token_logprobs(
     if not isinstance(keep_units, bool):
         raise TypeError(f"keep_units must be True or False, got {keep_units!r}")
     if tp_group is not None:
-        if not keep_units or allowed is not None or logits_rounding is not None:
-            raise ValueError("keep_units, allowed and logits_rounding must keep their defaults with tp_group")
+        if allowed is not None or logits_rounding is not None:
+            raise ValueError("allowed and logits_rounding must keep their defaults with tp_group")
         from fastrl.ops.vocab_parallel import linear_token_logprobs_parallel
 
         return linear_token_logprobs_parallel(
@@ -169,6 +169,7 @@ def linear_token_logprobs(
             chunk_tokens=chunk_tokens,
             tail_mass=tail_mass,
             backend=backend,
+            keep_units=keep_units,
         )
     hidden, weight, labels, bias = check_head(hidden, weight, labels, bias, ignore_index)
     head = make_head(
@@ -845,6 +846,7 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, labels, bias, inverse, *scalars, ctx.unit, allowed, ctx.rounding = inputs
     ctx.scalars = scalars
+    ctx.tally = sparse_rows.counting()
     ctx.save_for_backward(hidden, weight, labels, bias, inverse, allowed, *output)
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
@@ -862,21 +864,22 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         live = kept_first(labels != ctx.scalars[2])[: units.shape[0]]
         scaled = grad_logprobs[live].to(units.dtype).unsqueeze(-1) * units
         return (torch.zeros_like(hidden).index_copy_(0, live, scaled.to(hidden.dtype)), None, None, None, None, *none)
-    dhidden, dweight, dbias = _linear_token_logprobs_backward(
-        hidden,
-        weight,
-        labels,
-        bias,
-        inverse,
-        *outputs,
-        grad_logprobs,
-        grad_entropy,
-        grad_logsumexp,
-        *ctx.scalars,
-        needs,
-        allowed,
-        ctx.rounding,
-    )
+    with sparse_rows.counted(ctx.tally):
+        dhidden, dweight, dbias = _linear_token_logprobs_backward(
+            hidden,
+            weight,
+            labels,
+            bias,
+            inverse,
+            *outputs,
+            grad_logprobs,
+            grad_entropy,
+            grad_logsumexp,
+            *ctx.scalars,
+            needs,
+            allowed,
+            ctx.rounding,
+        )
     return (
         dhidden if needs[0] else None,
         dweight if needs[1] else None,

@@ -11,7 +11,7 @@ Legend: N tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +31,8 @@ from fastrl.ops.policy import (
     numbers_of,
     term_outputs,
 )
+from fastrl.ops.scaling import graph_is_kept, parts, scaled
 from fastrl.ops.token_logprobs import Rows, backward_rows, forward_rows, once_differentiable, row_blocks
-
-# Rows scaled at a time where a half-precision gradient needs a float32 factor.
-SCALE_ROWS = 32
 
 
 def policy_logits(
@@ -137,47 +135,7 @@ class _PolicyLogits(torch.autograd.Function):
         if grads[0] is None:
             return None, None
         (gradient,) = ctx.saved_tensors
-        return scaled(gradient, grads[0], ctx.backend, keep=_graph_is_kept()), None
-
-
-def _graph_is_kept() -> bool:
-    """Return whether the backward that is running leaves its graph for another one; True where PyTorch cannot tell."""
-    query = getattr(getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", None)
-    return True if query is None else bool(query())
-
-
-def scaled(gradient: Tensor, factor: Tensor, backend: str, *, keep: bool) -> Tensor:
-    """Return gradient * factor in the gradient's dtype; its own memory unless `keep`.
-
-    Nothing is read where the factor is 1 and the memory may be used: on a CPU the host looks, under Triton the kernel
-    does, so that the host does not wait.
-    """
-    out = buffers.empty(gradient.shape, gradient.dtype, gradient.device) if keep else gradient
-    if backend == "triton":
-        from fastrl_kernels import policy_logits as kernels
-
-        targets = out.view(-1, out.shape[-1]) if keep else None
-        for rows, part in _parts(row_blocks(gradient)):
-            kernels.scale_rows(rows[0], factor, out=rows[0] if targets is None else targets[part])
-        return out
-    if gradient.device.type == "cpu":
-        value = float(factor)
-        return out if value == 1.0 and not keep else torch.mul(gradient, value, out=out)
-    if gradient.dtype == factor.dtype:
-        return torch.mul(gradient, factor, out=out)
-    # A factor without dimensions would be rounded to the gradient's dtype first.
-    for source, target in zip(gradient.split(SCALE_ROWS), out.split(SCALE_ROWS), strict=True):
-        target.copy_(source.to(factor.dtype) * factor)
-    return out
-
-
-def _parts(blocks: Iterable[tuple[Any, ...]]) -> Iterator[tuple[tuple[Any, ...], slice]]:
-    """Yield what `row_blocks` yields, each with the place of its rows among all rows."""
-    done = 0
-    for block in blocks:
-        part = slice(done, done + block[0].shape[0])
-        yield block, part
-        done = part.stop
+        return scaled(gradient, grads[0], ctx.backend, keep=graph_is_kept()), None
 
 
 def loss_and_gradient(
@@ -198,7 +156,7 @@ def loss_and_gradient(
     ]
     logprobs, entropy = (_joined([each[i] for each in found]) for i in range(2))
     terms, g, h = _terms_and_coefficients(spec, logprobs, entropy, columns)
-    for ((x, labels, inverse), part), outputs in zip(_parts(blocks), found, strict=True):
+    for ((x, labels, inverse), part), outputs in zip(parts(blocks), found, strict=True):
         backward_rows(
             rows.backend,
             x,
@@ -212,8 +170,8 @@ def loss_and_gradient(
     return logprobs, entropy, terms
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+def _joined(blocks: Sequence[Tensor]) -> Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(list(blocks))
 
 
 def _terms_and_coefficients(
@@ -247,10 +205,10 @@ def _through_kernel(
 ) -> tuple[Tensor, Tensor, reference.TokenTerms]:
     from fastrl_kernels import policy_logits as kernels
 
-    parts = []
-    for block, part in _parts(row_blocks(logits.detach(), rows.labels, rows.inverse_rows, *values)):
+    found = []
+    for block, part in parts(row_blocks(logits.detach(), rows.labels, rows.inverse_rows, *values)):
         x, labels, inverse, *given = block
-        parts.append(
+        found.append(
             kernels.policy_logits_fwd(
                 axes,
                 numbers,
@@ -262,8 +220,8 @@ def _through_kernel(
                 **rows.scalars(),
             )
         )
-    logprobs, entropy = (_joined([each[i] for each in parts]) for i in range(2))
-    results = [each[2] for each in parts]
+    logprobs, entropy = (_joined([each[i] for each in found]) for i in range(2))
+    results = [each[2] for each in found]
     terms = reference.TokenTerms(
         contribution=_joined([x.contribution for x in results]),
         surrogate=_joined([x.surrogate for x in results]),

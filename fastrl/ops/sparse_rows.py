@@ -16,7 +16,9 @@ Legend: C rows of a chunk, L live rows, K places of a row, M candidates of a row
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -87,19 +89,49 @@ class Problem(NamedTuple):
 
 
 class Tally:
-    """Counts over the rows that have a gradient, as tensors on the device."""
+    """Counts over the rows that have a gradient, as tensors on the device that change as rows are counted."""
 
     def __init__(self, device: torch.device) -> None:
-        self.sparse = torch.zeros((), dtype=torch.int64, device=device)
-        self.dense = torch.zeros((), dtype=torch.int64, device=device)
+        self.sparse = torch.zeros((), dtype=torch.float64, device=device)
+        self.rows = torch.zeros((), dtype=torch.float64, device=device)
         self.left = torch.zeros((), dtype=torch.float64, device=device)
+
+    @property
+    def dense(self) -> Tensor:
+        """Rows that took the GEMMs, so far."""
+        return self.rows - self.sparse
 
     def add(self, lists: Lists) -> None:
         """Count the rows of a chunk."""
         self.sparse += (lists.counts > 0).sum()
-        self.dense += (lists.counts < 0).sum()
+        self.rows += (lists.counts != 0).sum()
         if lists.left.numel():
-            self.left = torch.maximum(self.left, lists.left.max())
+            torch.maximum(self.left, lists.left.max(), out=self.left)
+
+    def metrics(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return name -> (sum, count): the share of sparse rows, and the largest mass that one left out.
+
+        They are the tally's own tensors: what a backward counts later shows in them.
+        """
+        return {"sparse/rows": (self.sparse, self.rows), "sparse/left_max": (self.left, torch.ones_like(self.left))}
+
+
+_counting: ContextVar[Tally | None] = ContextVar("fastrl_tally", default=None)
+
+
+def counting() -> Tally | None:
+    """Return the tally that counts rows here, or None."""
+    return _counting.get()
+
+
+@contextmanager
+def counted(tally: Tally | None) -> Iterator[None]:
+    """Count the rows of every gradient that is formed inside, and of those that backwards of operations inside form."""
+    before = _counting.set(tally)
+    try:
+        yield
+    finally:
+        _counting.reset(before)
 
 
 def check_tail_mass(tail_mass: Any) -> float:
@@ -206,7 +238,7 @@ class Collector:
         self.backend = backend
         self.weight = weight  # (V, D)
         self.scalars = scalars
-        self.tally = Tally(weight.device)
+        self.tally = counting() or Tally(weight.device)
         self._room = -(-room // HELD_ROWS_MULTIPLE) * HELD_ROWS_MULTIPLE
         self._count = 0
         self._buffer: Tensor | None = None

@@ -92,7 +92,9 @@ def _list_tile(
     entries = torch.cat((gradient.gather(-1, label), gradient.gather(-1, index)), -1)
     # A comparison with NaN is false, which makes the row dense.
     sparse = (left <= limit) & entries.isfinite().all(-1, keepdim=True) & limit.isfinite()
-    counts = torch.where(scale == 0, 0, torch.where(sparse.squeeze(-1), kept.squeeze(-1) + 1, -1))
+    # A label outside the vocabulary, whose row is NaN, is no row without a gradient.
+    nothing = (scale == 0) & ~entries[:, 0].isnan()
+    counts = torch.where(nothing, 0, torch.where(sparse.squeeze(-1), kept.squeeze(-1) + 1, -1))
     indices = torch.where(chosen, torch.cat((label, index), -1), 0)
     left = torch.where(counts > 0, left.squeeze(-1) / scale, 0.0)
     return counts.int(), indices.int(), torch.where(chosen, entries, 0.0), left

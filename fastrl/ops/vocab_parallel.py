@@ -16,7 +16,9 @@ token; in the backward, where the hidden states need a gradient, an all-to-all a
 order. They carry what a ring all-reduce carries, and unlike its result that of a token depends neither on where the
 token stands in the batch nor on the algorithm that the communication library picks. The head's gradients stay local.
 
-GEMM units, each of 2 N V_r D flop: 1 forward; 1 + 3 training; 2 for functions of the log-probs over a frozen head.
+GEMM units, each of 2 N V_r D flop: 1 forward; 1 + 3 training; over a frozen head 2 for functions of the log-probs, and
+3 for those of the entropies too with `keep_units=False`. Not 2: h' and l' need the shares of all parts, which no part
+knows while its logits are there, so that dX takes them again, or two products, of q_v and of q_v log q_v.
 
 Legend: N tokens, L live tokens, D hidden, V vocabulary, V_r rows of the head on this rank, R ranks, C rows of a chunk.
 """
@@ -97,6 +99,7 @@ def linear_token_logprobs_parallel(
     chunk_tokens: int | None = None,
     tail_mass: float = 0.0,
     backend: str = "auto",
+    keep_units: bool = True,
 ) -> TokenLogprobs:
     """Return what `linear_token_logprobs` returns for the head whose rows the ranks of `group` hold in rank order.
 
@@ -112,13 +115,14 @@ def linear_token_logprobs_parallel(
         labels: (...) ids of the whole vocabulary, V = sum of V_r.
         group: the `torch.distributed` process group.
         bias: (V_r,) the entries of the bias that belong to `weight`, on every rank or on none.
-        temperature, logit_scale, softcap, ignore_index, chunk_tokens, backend: as `linear_token_logprobs`.
+        temperature, logit_scale, softcap, ignore_index, chunk_tokens, backend, keep_units: as `linear_token_logprobs`.
         tail_mass: 0.0, the exact gradient, is the only value offered.
 
     Returns:
         `TokenLogprobs` with the same bits on every rank, differentiable once with respect to `hidden`, `weight` and
         `bias`. Extra memory: one chunk of logits, C V_r 4 bytes; the head's gradient, V_r D 4 bytes until it is cast;
-        in the backward two copies of dX, 2 N D 4 bytes; for a frozen head N D 4 bytes kept by the forward.
+        in the backward two copies of dX, 2 N D 4 bytes; with `keep_units` and a frozen head N D 4 bytes kept by the
+        forward.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `linear_token_logprobs`; on every rank when one of them raises.
@@ -139,7 +143,7 @@ def linear_token_logprobs_parallel(
         raise ValueError("weight is empty on every rank of tp_group: the parts of the head must add up to V >= 1 rows")
     checks.labels("labels", labels, call.hidden.shape[:-1], call.hidden.device, vocabulary, ignore_index)
     part = Part(start, start + sizes[rank], vocabulary, rank, ranks, group)
-    plan = _Plan(call.head, part, _keeps_units(call))
+    plan = _Plan(call.head, part, keep_units and _keeps_units(call))
     flat = call.hidden.reshape(-1, call.hidden.shape[-1])
     outputs = _VocabParallel.apply(flat, call.weight, call.bias, labels.reshape(-1), call.inverse, plan)
     return TokenLogprobs(*(x.view(labels.shape) for x in outputs))

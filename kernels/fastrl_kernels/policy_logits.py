@@ -268,8 +268,9 @@ def policy_logits_fwd(
     """Return (logprobs (N,), entropy (N,), terms) and write the gradient of the contributions' sum to `out`.
 
     Everything is what `token_logprobs_fwd`, `policy_terms` and `token_logprobs_bwd` give one after the other, bit for
-    bit, but for rows whose gradient is 0 throughout: they are written as 0, whatever their logits. The terms have no
-    gradients of their own. Rows whose label is `ignore_index` are not read; their log-prob, entropy and gradient are 0.
+    bit, but for rows whose gradient is 0 throughout: they are written as 0, whatever their logits and their label. The
+    terms have no gradients of their own. Rows whose label is `ignore_index` are not read; their log-prob, entropy and
+    gradient are 0.
     """
     n, v = logits.shape
     dtype = result_dtype(logits)

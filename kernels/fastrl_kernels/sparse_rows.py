@@ -158,14 +158,14 @@ def _list_entries_fwd_kernel(
     g = upstream(grad_logprobs_ptr, row, stride_grad_logprobs, ACC)
     h = upstream(grad_entropy_ptr, row, stride_grad_entropy, ACC)
     l = upstream(grad_logsumexp_ptr, row, stride_grad_logsumexp, ACC)
-    if (label == ignore_index) | ((g == 0) & (h == 0) & (l == 0)):
+    in_vocab = (label >= 0) & (label < V)
+    c = row_factor(row, inv_temperature_ptr, stride_inv_temperature, inv_temperature, factor, ACC)
+    if (label == ignore_index) | (in_vocab & (c > 0) & (g == 0) & (h == 0) & (l == 0)):
         tl.store(counts_ptr + row, 0)
         tl.store(left_ptr + row, tl.zeros((), tl.float64))
         return
 
-    in_vocab = (label >= 0) & (label < V)
     label = tl.where(in_vocab, label, -1).to(tl.int32)
-    c = row_factor(row, inv_temperature_ptr, stride_inv_temperature, inv_temperature, factor, ACC)
     k = c * LOG2E
     slope = tl.full((), slope, ACC)
     logp = tl.load(logprobs_ptr + row)

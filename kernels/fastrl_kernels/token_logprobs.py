@@ -304,12 +304,16 @@ def _token_logprobs_bwd_kernel(
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row * stride_labels).to(tl.int64)
     out_block_ptr = out_ptr + row * stride_out_row
-    if label == ignore_index:
+    in_vocab = (label >= 0) & (label < V)
+    c = row_factor(row, inv_temperature_ptr, stride_inv_temperature, inv_temperature, factor, ACC)
+    g = upstream(grad_logprobs_ptr, row, stride_grad_logprobs, ACC)
+    h = upstream(grad_entropy_ptr, row, stride_grad_entropy, ACC)
+    l = upstream(grad_logsumexp_ptr, row, stride_grad_logsumexp, ACC)
+    # Selected, not multiplied: NaN logits under a zero gradient do not matter, and the row is not read.
+    if (label == ignore_index) | (in_vocab & (c > 0) & (g == 0) & (h == 0) & (l == 0)):
         zero_row(out_block_ptr, stride_out_v, V, BLOCK_V)
         return
 
-    in_vocab = (label >= 0) & (label < V)
-    c = row_factor(row, inv_temperature_ptr, stride_inv_temperature, inv_temperature, factor, ACC)
     slope = tl.full((), slope, ACC)
     logp = tl.load(logprobs_ptr + row)
     logsumexp = tl.load(logsumexp_ptr + row)
@@ -328,9 +332,6 @@ def _token_logprobs_bwd_kernel(
         # In place, a fast warp would overwrite the label's entry before a slow one has read it.
         tl.debug_barrier()
 
-    g = upstream(grad_logprobs_ptr, row, stride_grad_logprobs, ACC)
-    h = upstream(grad_entropy_ptr, row, stride_grad_entropy, ACC)
-    l = upstream(grad_logsumexp_ptr, row, stride_grad_logsumexp, ACC)
     entropy = tl.zeros((), ACC)
     if HAS_ENTROPY:
         entropy = tl.load(entropy_ptr + row)
@@ -434,8 +435,8 @@ def token_logprobs_bwd(
     """Return the gradient with respect to `logits`, in their dtype and layout, or in `out`, which may be `logits`.
 
     The arguments up to `logsumexp`, and `residual`, are those and the results of `token_logprobs_fwd`. A gradient that
-    is None counts as 0. Ignored rows get exactly 0, whatever their logits and upstream gradients; rows whose results
-    are NaN get NaN.
+    is None counts as 0. Ignored rows get exactly 0, whatever their logits and upstream gradients, and so do rows whose
+    upstream gradients are all 0, whatever their logits; other rows whose results are NaN get NaN.
     """
     n, v = logits.shape
     result = torch.empty_like(logits) if out is None else out
