@@ -5,17 +5,21 @@ from __future__ import annotations
 import functools
 import math
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
-from fastrl import csrc_loader
+from fastrl import csrc_cuda, csrc_loader
+from fastrl.ops import dispatch
 
 SOURCE = Path(__file__).parent / "csrc" / "cluster_rows.cc"
 # As for csrc/cpu: no contraction, NaN and infinities are inputs.
-FLAGS = ("-O2", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror")
+FLAGS = ("-O1", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror")
 
 
 @functools.cache
@@ -84,5 +88,35 @@ def run(
     chosen = torch.tensor(plan[:3] if plan else [], dtype=torch.int64)
     upstream = [g.to(dtype).contiguous() for g in grads]
     head = (slope, factor, bool(softcap), ignore_index)
-    module().token_logprobs_fwd_bwd(logits, labels, inverse, *head, *results, *upstream, gradient, chosen)
+    module().token_logprobs_fwd_bwd(logits, labels, inverse, 1.0, *head, *results, *upstream, gradient, chosen)
     return results[0], results[1], results[2], results[3], gradient
+
+
+class HostModule:
+    """Stands for the compiled module of csrc/cuda: the same functions with the same arguments, on a CPU."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            self.calls.append(name)
+            if name == "row_is_resident":
+                return module().row_is_resident(*arguments)
+            *given, stream = arguments
+            assert stream == 0
+            return getattr(module(), name)(*given, torch.empty(0, dtype=torch.int64))
+
+        return call
+
+
+@contextmanager
+def on_the_host() -> Iterator[HostModule]:
+    """Let backend "cuda" run on CPU tensors through the loops; yields what records the kernels called."""
+    host = HostModule()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(csrc_cuda, "cuda_module", lambda: host)
+        patch.setattr(csrc_cuda, "_logits", csrc_loader.checked_logits)
+        patch.setattr(csrc_cuda, "_stream", lambda logits: 0)
+        patch.setattr(dispatch, "cuda_available", lambda device: (True, "loops on a CPU"))
+        yield host

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 import fastrl
-from fastrl import csrc_cuda, csrc_loader
-from fastrl.ops import dispatch
+from fastrl import PolicyLoss, csrc_cuda, csrc_loader, reference
+from fastrl.ops import dispatch, policy_logits
 from tests import cluster_rows
 from tests.cluster_rows import Plan, cut, plan_of, run
 from tests.oracle import assert_as_accurate
@@ -298,6 +298,128 @@ def test_plans_hold_every_row(dtype: torch.dtype) -> None:
     assert not plan_of(2**21, torch.bfloat16).resident
 
 
+# --- the whole path, with loops in place of the compiled module -------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_public_function(seed: int, dtype: torch.dtype) -> None:
+    """Labels of two dimensions, a temperature per token, strides, and no gradient for one of the outputs."""
+    x = torch.randn(3, 5, 701).to(dtype)[:, :-1]
+    labels, temperature = torch.randint(0, 701, (3, 4), dtype=torch.int32), torch.rand(3, 4) + 0.5
+    labels[1, 2] = -100
+
+    def outputs_and_gradient(logits: Tensor, backend: str) -> tuple[Tensor, ...]:
+        leaf = logits.detach().requires_grad_()
+        outputs = fastrl.token_logprobs(leaf, labels, temperature=temperature, softcap=9.0, backend=backend)
+        (outputs.logprobs.sum() - 0.3 * outputs.entropy.sum()).backward()
+        assert leaf.grad is not None
+        return (*(x.detach() for x in outputs), leaf.grad)
+
+    with cluster_rows.on_the_host() as host:
+        found = outputs_and_gradient(x, "cuda")
+    # The rows of x are not one matrix, but three.
+    assert host.calls == ["token_logprobs_fwd"] * 3 + ["token_logprobs_bwd"] * 3
+    exact, plain = outputs_and_gradient(x.double(), "torch"), outputs_and_gradient(x, "torch")
+    for name, got, want, usual in zip(NAMES, found, exact, plain, strict=True):
+        assert_as_accurate(name, got, want, usual)
+    assert not found[3][1, 2].any()
+
+
+@needs_compiler
+def test_one_kernel_gives_the_bits_of_two(seed: int) -> None:
+    x, labels, grads = torch.randn(6, 900) * 3, torch.randint(0, 900, (6,)), draw_grads(6, torch.float32)
+    labels[0], labels[1] = -100, 900
+    with cluster_rows.on_the_host() as host:
+        for upstream in (grads, (grads[0], None, None), (None, grads[1], None)):
+            joined, split = on_device(x, labels, upstream, 0.8, softcap=11.0)
+            for one, other in zip(joined, split, strict=True):
+                assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+        assert "token_logprobs_fwd_bwd" in host.calls
+        host.calls.clear()
+        # A row that no cluster holds goes through both.
+        csrc_cuda.token_logprobs_fwd_bwd(torch.randn(1, 2**20).bfloat16(), torch.tensor([7]), 1.0, torch.ones(1))
+        assert host.calls == ["row_is_resident", "token_logprobs_fwd", "token_logprobs_bwd"]
+        in_place = x.clone()
+        _, gradient = csrc_cuda.token_logprobs_fwd_bwd(in_place, labels, 0.8, *grads, out=in_place)
+        assert gradient is in_place
+        wanted = csrc_cuda.token_logprobs_fwd_bwd(x, labels, 0.8, *grads)[1]
+        assert torch.equal(gradient.nan_to_num(7.0), wanted.nan_to_num(7.0))
+        buffer = torch.zeros(40)
+        source, shifted = buffer[:24].view(3, 8), buffer[1:25].view(3, 8)
+        with pytest.raises(ValueError, match="overlaps"):
+            csrc_cuda.token_logprobs_fwd_bwd(source, torch.tensor([0, 1, 2]), 1.0, torch.ones(3), out=shifted)
+
+
+LOSSES = {
+    "nll": PolicyLoss(surrogate="nll"),
+    "reinforce, entropy": PolicyLoss(surrogate="reinforce", entropy_coef=0.1),
+    "clip": PolicyLoss(dual_clip=3.0),
+    "importance, in place": PolicyLoss(surrogate="importance"),
+    "cispo": PolicyLoss.preset("cispo"),
+    "sapo": PolicyLoss(surrogate="sapo"),
+    "square": PolicyLoss(surrogate="square"),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_losses_whose_gradient_is_known_take_one_kernel(seed: int, name: str, on_policy: bool) -> None:
+    x, labels = torch.randn(3, 7, 300) * 2, torch.randint(0, 300, (3, 7))
+    mask = torch.rand(3, 7) < 0.8
+    inputs: dict[str, Any] = {"advantages": torch.randn(3), "mask": mask}
+    old = fastrl.token_logprobs(x, labels).logprobs + 0.3 * torch.randn(3, 7)
+
+    def outputs_and_gradient(logits: Tensor, backend: str) -> tuple[Tensor, ...]:
+        leaf = logits.detach().requires_grad_()
+        given = inputs if on_policy else inputs | {"old_logprobs": old.to(logits.dtype)}
+        given = given | {"advantages": given["advantages"].to(logits.dtype)}
+        # The output of an operation: its memory may be written over.
+        output = LOSSES[name].from_logits(leaf * 1.0, labels, backend=backend, inplace="place" in name, **given)
+        output.loss.backward()
+        assert leaf.grad is not None
+        assert output.entropy is not None
+        return output.loss.detach(), output.logprobs, output.entropy, leaf.grad
+
+    with cluster_rows.on_the_host() as host:
+        found = outputs_and_gradient(x, "cuda")
+    known = on_policy or LOSSES[name].surrogate in ("nll", "reinforce")
+    one, two = ["row_is_resident", "token_logprobs_fwd_bwd"], ["token_logprobs_fwd", "token_logprobs_bwd"]
+    assert host.calls == (one if known else two)
+    exact, plain = outputs_and_gradient(x.double(), "torch"), outputs_and_gradient(x, "torch")
+    names = ("logprobs", "entropy", "gradient")
+    for part, got, want, usual in zip(names, found[1:], exact[1:], plain[1:], strict=True):
+        assert_as_accurate(part, got, want, usual)
+    # The loss is one number, whose rounding may cancel by luck: it is judged on the log-probs that were found.
+    losses = []
+    for dtype in (torch.float64, torch.float32):
+        columns = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+        if not on_policy:
+            columns["old_logprobs"] = old.to(dtype)
+        losses.append(LOSSES[name](found[1].to(dtype), entropy=found[2].to(dtype), **columns).loss)
+    assert_as_accurate("loss", found[0], *losses)
+
+
+def test_known_gradients_do_not_depend_on_the_log_prob(seed: int) -> None:
+    empty = dict.fromkeys(reference.TokenColumns._fields)
+    given = {"advantages": torch.randn(50), "weights": torch.rand(50), "positive": torch.rand(50) < 0.5}
+    columns = reference.TokenColumns(**{**empty, **given})
+    for surrogate in (*policy_logits.LINEAR, *policy_logits.FUNCTIONS_OF_THE_RATIO):
+        spec = PolicyLoss(surrogate=surrogate)
+        assert policy_logits.gradient_is_known(spec, columns)
+        found = [
+            policy_logits._terms_and_coefficients(spec, logprobs, logprobs, columns)[1]
+            for logprobs in (torch.zeros(50), -8.0 * torch.rand(50))
+        ]
+        assert torch.equal(*found), surrogate
+    anchored = columns._replace(anchor=torch.zeros(50))
+    assert policy_logits.gradient_is_known(PolicyLoss(surrogate="nll"), anchored)
+    assert not policy_logits.gradient_is_known(PolicyLoss(), anchored)
+    assert not policy_logits.gradient_is_known(PolicyLoss(surrogate="dft"), columns)
+    assert not policy_logits.gradient_is_known(PolicyLoss(kl="k3", kl_coef=0.1), columns)
+
+
 # --- the choice of the backend ----------------------------------------------------------------------------------------
 
 
@@ -565,10 +687,12 @@ def test_bits_on_a_device(seed: int, device: torch.device, dtype: torch.dtype) -
             padded[:, shift : shift + vocabulary] = x[index]
             view = padded[:, shift : shift + vocabulary]
             given = (labels[index], tuple(g[index] for g in grads), 0.9)
-            for part in (*on_device(view, *given), on_device(view, *given, out=view)[0]):
+            parts = [*on_device(view, *given)]
+            csrc_cuda.token_logprobs_fwd_bwd(view, given[0], given[2], *given[1], out=view)
+            parts.append([*parts[0][:4], view])
+            for part in parts:
                 for got, want in zip(part, wanted, strict=True):
                     assert torch.equal(got.nan_to_num(7.0), want[index].nan_to_num(7.0))
-                view.copy_(x[index])
             assert bool(padded[:, :shift].isnan().all())
             assert bool(padded[:, shift + vocabulary :].isnan().all())
 

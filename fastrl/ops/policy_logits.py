@@ -1,10 +1,11 @@
 """The policy loss of rows of logits with its gradient formed in the forward, for losses separable over tokens.
 
 One kernel on Triton: one read and one write of the logits; over the logits themselves also in a graph of
-`torch.compile`, whose backward cannot hand out what the forward made and takes another read and write to scale it.
-Elsewhere the log-probs of all rows, the token arithmetic once, and the gradient of all rows: two reads and one write.
-Tiles of rows that stay in a CPU's cache would save the second read, but not time: at N=1024, V=49152 the two walks took
-26 ms at any tile from 16 rows (27 ms) to all of them, and each tile's token arithmetic another 0.5 ms.
+`torch.compile`, whose backward cannot hand out what the forward made and takes another read and write to scale it. One
+in CUDA too, for the losses whose gradient does not wait for the log-prob (`gradient_is_known`). Elsewhere the log-probs
+of all rows, the token arithmetic once, and the gradient of all rows: two reads and one write. Tiles of rows that stay
+in a CPU's cache would save the second read, but not time: at N=1024, V=49152 the two walks took 26 ms at any tile from
+16 rows (27 ms) to all of them, and each tile's token arithmetic another 0.5 ms.
 
 Legend: N tokens, V vocabulary.
 """
@@ -33,6 +34,10 @@ from fastrl.ops.policy import (
 )
 from fastrl.ops.scaling import graph_is_kept, parts, scaled
 from fastrl.ops.token_logprobs import Rows, backward_rows, forward_rows, once_differentiable, row_blocks
+
+# Surrogates whose derivative does not depend on the log-prob, and those in which it depends on the ratio alone.
+LINEAR = ("reinforce", "nll")
+FUNCTIONS_OF_THE_RATIO = ("clip", "importance", "clipped_weight", "masked_weight", "topr", "sapo", "square")
 
 
 def policy_logits(
@@ -149,6 +154,8 @@ def loss_and_gradient(
     gradients = None if out is None else out.view(-1, logits.shape[-1])
     if rows.backend == "triton":
         return _in_one_kernel(spec, logits, rows, columns, gradients)
+    if rows.backend == "cuda" and gradient_is_known(spec, columns):
+        return _in_a_cluster(spec, logits, rows, columns, gradients)
     blocks = list(row_blocks(logits.detach(), rows.labels, rows.inverse_rows))
     found = [
         forward_rows(rows.backend, x, labels, rows.inverse if inverse is None else inverse, **rows.scalars())
@@ -185,6 +192,42 @@ def _terms_and_coefficients(
         leaves = [leaf] if leaf_entropy is None else [leaf, leaf_entropy]
         g, *h = torch.autograd.grad(terms.contribution.sum(), leaves)
     return terms._replace(contribution=terms.contribution.detach()), g, h[0] if h else None
+
+
+def gradient_is_known(spec: Any, columns: reference.TokenColumns) -> bool:
+    """Return whether dL/dlogprobs and dL/dentropy of every token are known before its log-prob is.
+
+    So they are where the loss is linear in the log-prob, and on-policy, where every ratio is 1; not with a KL term.
+    """
+    if spec.kl is not None:
+        return False
+    return spec.surrogate in LINEAR or (columns.anchor is None and spec.surrogate in FUNCTIONS_OF_THE_RATIO)
+
+
+def _in_a_cluster(
+    spec: Any, logits: Tensor, rows: Rows, columns: reference.TokenColumns, gradients: Tensor | None
+) -> tuple[Tensor, Tensor, reference.TokenTerms]:
+    """Return what `loss_and_gradient` returns, through the CUDA kernel that reads and writes the logits once."""
+    from fastrl import csrc_cuda
+
+    # Any finite log-prob gives the gradient: it does not depend on it.
+    anything = torch.zeros_like(columns.advantages)
+    _, g, h = _terms_and_coefficients(spec, anything, anything, columns)
+    found = []
+    for block, part in parts(row_blocks(logits.detach(), rows.labels, rows.inverse_rows)):
+        x, labels, inverse = block
+        results, _ = csrc_cuda.token_logprobs_fwd_bwd(
+            x,
+            labels,
+            rows.inverse if inverse is None else inverse,
+            g[part],
+            None if h is None else h[part],
+            **rows.scalars(),
+            out=x if gradients is None else gradients[part],
+        )
+        found.append(results)
+    logprobs, entropy = (_joined([each[i] for each in found]) for i in range(2))
+    return logprobs, entropy, _terms_and_coefficients(spec, logprobs, entropy, columns)[0]
 
 
 def _in_one_kernel(

@@ -31,105 +31,195 @@ Partial<Real> merged_over_lanes(Lanes<Real> lanes, Real k) {
 
 struct HostRows {
   TensorView logits, labels, inverse_temperatures;
-  double slope, factor;
+  double inverse_temperature, slope, factor;
+  bool softcap;
   std::int64_t ignore_index;
-  int cluster, threads, slice;
 };
 
+// The dtype's storage type, for what `body` is called with.
+template <class Body>
+void with_entries(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat32: return body(float{});
+    case DType::kBFloat16: return body(BFloat16{});
+    case DType::kFloat16: return body(Float16{});
+    case DType::kFloat64: return body(double{});
+  }
+}
+
+template <class Real>
+Real value_at(const TensorView& column, std::int64_t i, Real otherwise) {
+  return column.numel() == 0 ? otherwise : static_cast<const Real*>(column.data_ptr())[i];
+}
+
+// One row: what each of its blocks works with.
 template <class In, bool kSoftcap>
-void host_row(const HostRows& rows, std::int64_t i, const TensorView (&results)[4], const TensorView (&grads)[3],
-              const TensorView& out_rows) {
+class HostRow {
+ public:
   using Real = typename Entries<In>::Real;
-  const int vocab = static_cast<int>(rows.logits.size(1));
-  const In* entries = static_cast<const In*>(rows.logits.data_ptr()) + i * row_stride(rows.logits);
-  In* out = static_cast<In*>(out_rows.data_ptr()) + i * row_stride(out_rows);
-  const std::int64_t given = static_cast<const std::int64_t*>(rows.labels.data_ptr())[i];
-  const int label = given >= 0 && given < vocab ? static_cast<int>(given) : -1;
-  const RowScale<Real> scale =
-      row_scale(rows.slope, rows.factor, static_cast<const Real*>(rows.inverse_temperatures.data_ptr())[i]);
-  const bool ignored = given == rows.ignore_index;
 
-  std::vector<std::vector<Vector>> kept(rows.cluster);
-  Lanes<Real> blocks;
-  for (int rank = 0; rank < rows.cluster; ++rank) {
-    const Slice slice = slice_of(rank, rows.slice, vocab);
-    kept[rank].resize(rows.slice / Entries<In>::kCount + 1);
-    if (ignored) continue;
-    const auto keep = [&](int first, const Vector& v) {
-      kept[rank].at(static_cast<std::size_t>((first - slice.begin) / Entries<In>::kCount)) = v;
-    };
-    Lanes<Real> warps;
-    for (int warp = 0; warp < rows.threads / kWarp; ++warp) {
-      Lanes<Real> lanes;
-      for (int lane = 0; lane < kWarp; ++lane) {
-        lanes.push_back(thread_partial<In, kSoftcap>(Reader<In>(entries, vocab), slice, label, warp * kWarp + lane,
-                                                     rows.threads, scale, keep));
+  HostRow(const HostRows& rows, std::int64_t i)
+      : vocab_(static_cast<int>(rows.logits.size(1))),
+        entries_(static_cast<const In*>(rows.logits.data_ptr()) + i * row_stride(rows.logits)),
+        scale_(row_scale(rows.slope, rows.factor,
+                         value_at(rows.inverse_temperatures, i, static_cast<Real>(rows.inverse_temperature)))) {
+    const std::int64_t given = static_cast<const std::int64_t*>(rows.labels.data_ptr())[i];
+    ignored_ = given == rows.ignore_index;
+    label_ = given >= 0 && given < vocab_ ? static_cast<int>(given) : -1;
+  }
+
+  // The results, and in `kept` what the blocks keep of their slices.
+  RowResult<Real> forward(const ClusterPlan& plan, std::vector<std::vector<Vector>>* kept) const {
+    if (ignored_) return {0, 0, 0, 0};
+    Lanes<Real> blocks;
+    for (int rank = 0; rank < plan.cluster; ++rank) {
+      const Slice slice = slice_of(rank, plan.slice, vocab_);
+      kept->emplace_back(plan.slice / Entries<In>::kCount + 1);
+      const auto keep = [&](int first, const Vector& v) {
+        kept->back().at(static_cast<std::size_t>((first - slice.begin) / Entries<In>::kCount)) = v;
+      };
+      Lanes<Real> warps;
+      for (int warp = 0; warp < plan.threads / kWarp; ++warp) {
+        Lanes<Real> lanes;
+        for (int lane = 0; lane < kWarp; ++lane) {
+          lanes.push_back(thread_partial<In, kSoftcap>(Reader<In>(entries_, vocab_), slice, label_, warp * kWarp + lane,
+                                                       plan.threads, scale_, keep));
+        }
+        warps.push_back(merged_over_lanes(lanes, scale_.k));
       }
-      warps.push_back(merged_over_lanes(lanes, scale.k));
+      blocks.push_back(merged_over_lanes(warps, scale_.k));
     }
-    blocks.push_back(merged_over_lanes(warps, scale.k));
+    if (label_ < 0) return nan_result<Real>();
+    const Real u_label = position<kSoftcap>(static_cast<Real>(to_real(entries_[label_])), scale_.slope);
+    return finished(u_label, merged_over_lanes(blocks, scale_.k), scale_);
   }
 
-  RowResult<Real> result{0, 0, 0, 0};
-  if (!ignored && label < 0) result = nan_result<Real>();
-  if (!ignored && label >= 0) {
-    const Real u_label = position<kSoftcap>(static_cast<Real>(to_real(entries[label])), scale.slope);
-    result = finished(u_label, merged_over_lanes(blocks, scale.k), scale);
+  // The gradient of a slice from `source`, which holds the row's entries from `offset` on.
+  void backward(In* out, Slice slice, const Reader<In>& source, int offset, const RowResult<Real>& result,
+                const RowUpstream<Real>& upstream, int threads) const {
+    for (int thread = 0; thread < threads; ++thread) {
+      if (ignored_ || (label_ >= 0 && upstream.zero())) {
+        fill_slice(out, slice, Real(0), thread, threads);
+      } else if (label_ < 0) {
+        fill_slice(out, slice, not_a_number<Real>(), thread, threads);
+      } else {
+        write_gradient<In, kSoftcap>(out, slice, source, offset, label_, row_gradient(result, upstream, scale_), thread,
+                                     threads);
+      }
+    }
   }
+
+  int vocab() const { return vocab_; }
+  const In* entries() const { return entries_; }
+
+ private:
+  int vocab_, label_;
+  const In* entries_;
+  RowScale<Real> scale_;
+  bool ignored_;
+};
+
+template <class Body>
+void for_each_row(const HostRows& rows, const Body& body) {
+  with_entries(dtype_of(rows.logits), [&](auto entry) {
+    using In = decltype(entry);
+    for (std::int64_t i = 0; i < rows.logits.size(0); ++i) {
+      if (rows.softcap) {
+        body(i, HostRow<In, true>(rows, i), entry);
+      } else {
+        body(i, HostRow<In, false>(rows, i), entry);
+      }
+    }
+  });
+}
+
+int entry_bytes(const TensorView& logits) { return logits.dtype().bits / 8; }
+
+// `given` is (cluster, threads, slice), or empty for the plan that a device takes.
+ClusterPlan chosen_plan(const TensorView& logits, const TensorView& given) {
+  ClusterPlan plan = plan_of(logits.size(1), entry_bytes(logits));
+  if (given.numel() == 3) {
+    const std::int64_t* chosen = static_cast<const std::int64_t*>(given.data_ptr());
+    plan.cluster = static_cast<int>(chosen[0]);
+    plan.threads = static_cast<int>(chosen[1]);
+    plan.slice = static_cast<int>(chosen[2]);
+  }
+  return plan;
+}
+
+template <class Real>
+void store(const TensorView (&results)[4], std::int64_t i, const RowResult<Real>& result) {
   const Real values[4] = {result.logprob, result.entropy, result.logsumexp, result.residual};
   for (int j = 0; j < 4; ++j) static_cast<Real*>(results[j].data_ptr())[i] = values[j];
+}
 
-  RowUpstream<Real> upstream;
-  Real* const parts[3] = {&upstream.logprob, &upstream.entropy, &upstream.logsumexp};
-  for (int j = 0; j < 3; ++j) *parts[j] = static_cast<const Real*>(grads[j].data_ptr())[i];
-  for (int rank = 0; rank < rows.cluster; ++rank) {
-    const Slice slice = slice_of(rank, rows.slice, vocab);
-    for (int thread = 0; thread < rows.threads; ++thread) {
-      if (ignored || (label >= 0 && upstream.zero())) {
-        fill_slice(out, slice, Real(0), thread, rows.threads);
-      } else if (label < 0) {
-        fill_slice(out, slice, not_a_number<Real>(), thread, rows.threads);
-      } else {
-        const Reader<In> source(reinterpret_cast<const In*>(kept[rank].data()), rows.slice + Entries<In>::kCount);
-        write_gradient<In, kSoftcap>(out, slice, source, slice.begin, label, row_gradient(result, upstream, scale),
-                                     thread, rows.threads);
-      }
+template <class Real>
+RowUpstream<Real> upstream_at(const TensorView (&grads)[3], std::int64_t i) {
+  return {value_at(grads[0], i, Real(0)), value_at(grads[1], i, Real(0)), value_at(grads[2], i, Real(0))};
+}
+
+// The entry points have the arguments of those of csrc/cuda, but for the last one, which is the plan there.
+
+void token_logprobs_fwd(TensorView logits, TensorView labels, TensorView inverse_temperatures,
+                        double inverse_temperature, double slope, double factor, bool softcap,
+                        std::int64_t ignore_index, TensorView logprobs, TensorView entropy, TensorView logsumexp,
+                        TensorView residual, TensorView plan) {
+  const HostRows rows{logits, labels, inverse_temperatures, inverse_temperature, slope, factor, softcap, ignore_index};
+  const TensorView results[4] = {logprobs, entropy, logsumexp, residual};
+  for_each_row(rows, [&](std::int64_t i, const auto& row, auto) {
+    std::vector<std::vector<Vector>> kept;
+    store(results, i, row.forward(chosen_plan(logits, plan), &kept));
+  });
+}
+
+void token_logprobs_bwd(TensorView logits, TensorView labels, TensorView inverse_temperatures,
+                        double inverse_temperature, double slope, double factor, bool softcap,
+                        std::int64_t ignore_index, TensorView logprobs, TensorView entropy, TensorView logsumexp,
+                        TensorView residual, TensorView grad_logprobs, TensorView grad_entropy,
+                        TensorView grad_logsumexp, TensorView out, TensorView plan) {
+  const HostRows rows{logits, labels, inverse_temperatures, inverse_temperature, slope, factor, softcap, ignore_index};
+  const TensorView grads[3] = {grad_logprobs, grad_entropy, grad_logsumexp};
+  const ClusterPlan chosen = chosen_plan(logits, plan);
+  for_each_row(rows, [&](std::int64_t i, const auto& row, auto entry) {
+    using In = decltype(entry);
+    using Real = typename Entries<In>::Real;
+    const Real nan = not_a_number<Real>();
+    const RowResult<Real> result{value_at(logprobs, i, nan), value_at(entropy, i, nan), value_at(logsumexp, i, nan),
+                                 value_at(residual, i, nan)};
+    In* out_row = static_cast<In*>(out.data_ptr()) + i * row_stride(out);
+    for (int rank = 0; rank < chosen.cluster; ++rank) {
+      row.backward(out_row, slice_of(rank, chosen.slice, row.vocab()), Reader<In>(row.entries(), row.vocab()), 0, result,
+                   upstream_at<Real>(grads, i), chosen.threads);
     }
-  }
+  });
 }
 
-template <class In>
-void host_rows(const HostRows& rows, bool softcap, const TensorView (&results)[4], const TensorView (&grads)[3],
-               const TensorView& out) {
-  for (std::int64_t i = 0; i < rows.logits.size(0); ++i) {
-    (softcap ? host_row<In, true> : host_row<In, false>)(rows, i, results, grads, out);
-  }
-}
-
-// `plan` is (cluster, threads, slice), or empty for the one that a device takes.
-void token_logprobs_fwd_bwd(TensorView logits, TensorView labels, TensorView inverse_temperatures, double slope,
-                            double factor, bool softcap, std::int64_t ignore_index, TensorView logprobs,
-                            TensorView entropy, TensorView logsumexp, TensorView residual, TensorView grad_logprobs,
-                            TensorView grad_entropy, TensorView grad_logsumexp, TensorView out, TensorView plan) {
-  const DType dtype = dtype_of(logits);
-  const int bytes = dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-  const ClusterPlan own = plan_of(logits.size(1), bytes);
-  HostRows rows{logits, labels, inverse_temperatures, slope, factor, ignore_index, own.cluster, own.threads, own.slice};
-  if (plan.numel() == 3) {
-    const std::int64_t* chosen = static_cast<const std::int64_t*>(plan.data_ptr());
-    rows.cluster = static_cast<int>(chosen[0]);
-    rows.threads = static_cast<int>(chosen[1]);
-    rows.slice = static_cast<int>(chosen[2]);
-  }
+void token_logprobs_fwd_bwd(TensorView logits, TensorView labels, TensorView inverse_temperatures,
+                            double inverse_temperature, double slope, double factor, bool softcap,
+                            std::int64_t ignore_index, TensorView logprobs, TensorView entropy, TensorView logsumexp,
+                            TensorView residual, TensorView grad_logprobs, TensorView grad_entropy,
+                            TensorView grad_logsumexp, TensorView out, TensorView plan) {
+  const HostRows rows{logits, labels, inverse_temperatures, inverse_temperature, slope, factor, softcap, ignore_index};
   const TensorView results[4] = {logprobs, entropy, logsumexp, residual};
   const TensorView grads[3] = {grad_logprobs, grad_entropy, grad_logsumexp};
-  switch (dtype) {
-    case DType::kFloat32: return host_rows<float>(rows, softcap, results, grads, out);
-    case DType::kBFloat16: return host_rows<BFloat16>(rows, softcap, results, grads, out);
-    case DType::kFloat16: return host_rows<Float16>(rows, softcap, results, grads, out);
-    case DType::kFloat64: return host_rows<double>(rows, softcap, results, grads, out);
-  }
+  const ClusterPlan chosen = chosen_plan(logits, plan);
+  for_each_row(rows, [&](std::int64_t i, const auto& row, auto entry) {
+    using In = decltype(entry);
+    using Real = typename Entries<In>::Real;
+    std::vector<std::vector<Vector>> kept;
+    const RowResult<Real> result = row.forward(chosen, &kept);
+    store(results, i, result);
+    kept.resize(chosen.cluster);  // an ignored row keeps nothing and reads nothing
+    In* out_row = static_cast<In*>(out.data_ptr()) + i * row_stride(out);
+    for (int rank = 0; rank < chosen.cluster; ++rank) {
+      const Slice slice = slice_of(rank, chosen.slice, row.vocab());
+      const Reader<In> source(reinterpret_cast<const In*>(kept[rank].data()), chosen.slice + Entries<In>::kCount);
+      row.backward(out_row, slice, source, slice.begin, result, upstream_at<Real>(grads, i), chosen.threads);
+    }
+  });
 }
+
+bool row_is_resident(std::int64_t vocab, int entry_bytes) { return plan_of(vocab, entry_bytes).resident; }
 
 // (cluster, threads, slice, shared bytes, resident) of a row.
 void plan(std::int64_t vocab, std::int64_t entry_bytes, TensorView result) {
@@ -161,6 +251,9 @@ void tanh_and_slopes(TensorView a, TensorView tanh, TensorView slope) {
 
 // The export macros expand to functions that leave a parameter unused.
 #pragma GCC diagnostic ignored "-Wunused-parameter"
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(token_logprobs_fwd, fastrl::rows::token_logprobs_fwd);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(token_logprobs_bwd, fastrl::rows::token_logprobs_bwd);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(row_is_resident, fastrl::rows::row_is_resident);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(token_logprobs_fwd_bwd, fastrl::rows::token_logprobs_fwd_bwd);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(plan, fastrl::rows::plan);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(tanh_and_slopes, fastrl::rows::tanh_and_slopes);
