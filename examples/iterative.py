@@ -2,9 +2,9 @@
 
     python examples/iterative.py [RUN_DIR]
 
-The pairs are the right answer against a wrong completion of the policy itself, so the reward model learns what a checker
-knows: a stand-in for the judgements of people. The policy is never shown the checker, only the reward model; `exact`,
-with weight 0, is reported.
+The pairs are the right answer against a wrong completion of the policy itself, so the reward model learns what a
+checker knows: a stand-in for the judgements of people. The policy is never shown the checker, only the reward model;
+`exact`, with weight 0, is reported. The settings are a guess: no run of them has been measured.
 """
 
 import sys
