@@ -130,6 +130,7 @@ def ppo(self, log_probs, old_log_probs, advantages, action_mask=None, rollout_lo
     ratio = (log_probs - old_log_probs).exp()
     clipped = ratio.clamp(1 - self.clip_eps_low, 1 + self.clip_eps_high)
     loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    assert action_mask is not None
     return (loss * action_mask).sum() / action_mask.sum(), None, None, None, None
 
 
