@@ -78,8 +78,10 @@ def batch(kind: str, tokens: int) -> dict[str, Any]:
 def steps(kind: str, layers: int, tokens: int, output: str) -> dict[str, Callable[[], None]]:
     """Return a step of each of the three ways, all on the same weights and the same batch."""
     config, plain, fused, options = TRAINERS[kind]
-    sizes = {"num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536, "num_hidden_layers": layers}
-    settings = LlamaConfig(vocab_size=VOCABULARY, hidden_size=HIDDEN, tie_word_embeddings=True, pad_token_id=0, **sizes)
+    settings = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, tie_word_embeddings=True, pad_token_id=0,
+        num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536, num_hidden_layers=layers,
+    )  # fmt: skip
     more: dict[str, Any] = {"reward_funcs": lambda completions, **_: [0.0] * len(completions)} if kind == "grpo" else {}
 
     def make(trainer_class: type) -> Any:
