@@ -144,7 +144,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 4, figsize=(17, 4.2), layout="constrained")
+    figure, axes = pyplot.subplots(1, 4, figsize=(19, 4.2), layout="constrained")
     columns = ("sparse_rows", "best_units", "error_hidden", "error_weight")
     titles = ("rows taken as lists", "GEMM units, forward and both gradients", "error of dX", "error of dW")
     for color, temperature in enumerate(sorted({r["temperature"] for r in records})):
@@ -161,7 +161,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> Path:
         axis.set(title=title, xscale="log", xlabel="tail_mass")
         axis.grid(alpha=0.3)
     axes[0].set_ylim(0, 1.03)
-    axes[0].legend(fontsize=7)
+    figure.legend(fontsize=8, loc="outside right center")
     axes[1].set_ylim(bottom=0)
     axes[1].axhline(1.0, color="black", linestyle="--", linewidth=1)
     for axis in axes[2:]:
