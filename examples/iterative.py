@@ -6,10 +6,10 @@ The pairs are the right answer against a wrong completion of the policy itself, 
 checker knows: a stand-in for the judgements of people. The policy is never shown the checker, only the reward model;
 `exact`, with weight 0, is reported.
 
-Measured once, on two CPU cores in six minutes: in the first round GRPO raised the reward model's score from -0.04 to 0.52
-(KL 2.0) and answered fewer held-out sums, 0 % after 12 %. The pairs differ by form, and form is what the reward model
-scores: the policy exploits it, and the second round does not repair that. Read it as a demonstration of the loop, and
-of why a reward model needs pairs that differ in what is to be learnt.
+Measured once, on two CPU cores in six minutes: in the first round GRPO raised the reward model's score from -0.04 to
+0.52 (KL 2.0) and answered fewer held-out sums, 0 % after 12 %. The pairs differ by form, and form is what the reward
+model scores: the policy exploits it, and the second round does not repair that. Read it as a demonstration of the loop,
+and of why a reward model needs pairs that differ in what is to be learnt.
 """
 
 import sys
