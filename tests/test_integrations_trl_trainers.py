@@ -419,3 +419,20 @@ def test_a_token_on_the_edge_of_the_clip_is_no_mismatch() -> None:
         backward(torch.tensor([-0.25, -0.4, -0.25, -0.25]))
     with pytest.raises(AdapterMismatchError, match="live token 2"):
         backward(torch.tensor([-0.25, -0.3, 0.0, -0.25]))
+
+
+def test_gradients_that_have_vanished_are_the_same_loss() -> None:
+    """Saturated sigmoids: one form of their derivative is 1e-32 and another 0; but nothing larger passes for it."""
+    from fastrl.integrations.trl._prediction import Fused, PolicyPrediction, attach
+
+    inputs = {"mask": torch.ones(2), "cu_seqlens": torch.tensor([0, 2]), "advantages": torch.zeros(1)}
+    inputs["old_logprobs"] = torch.full((2,), -1.0)
+    prediction = PolicyPrediction(fast.policy_loss_from_config(bare_config("grpo", epsilon=0.2)), inputs)
+
+    def backward(gradient: float) -> None:
+        fused = Fused(torch.zeros((), requires_grad=True), torch.full((2,), -1.0), torch.zeros(2))
+        attach(prediction, fused)[0].backward(torch.full((2,), gradient))
+
+    backward(-1.4e-32)
+    with pytest.raises(AdapterMismatchError, match="2 of 2 differ"):
+        backward(-1e-12)

@@ -27,6 +27,8 @@ from fastrl.ops.linear_token_logprobs import Coefficients, check_head, fused_gra
 # Roundings, of the largest coefficient of the batch, that two ways to compute the coefficients may differ by. The terms
 # that one sums can be far larger than it is: those of discopop, divided by its temperature, took 190.
 COEFFICIENT_ROUNDINGS = 1024
+# Where a sigmoid is saturated everywhere, one form of its derivative is 1e-32 and another 0: that is the same loss.
+VANISHED = 1e-20
 # Roundings of a log-prob: a coefficient may be any of those between the log-probs that much lower and higher, which is
 # what decides a token whose ratio lies on the edge of the clip.
 LOGPROB_ROUNDINGS = 8
@@ -160,7 +162,8 @@ def _check(
 
 def _slack(values: Tensor, factor: Tensor) -> Tensor:
     largest = values.abs().max() if values.numel() else values.new_zeros(())
-    return COEFFICIENT_ROUNDINGS * torch.finfo(values.dtype).eps * (largest * factor).abs()
+    rounding = COEFFICIENT_ROUNDINGS * torch.finfo(values.dtype).eps * (largest * factor).abs()
+    return rounding + VANISHED * factor.abs().clamp(min=1.0)
 
 
 def _outside(found: Tensor, low: Tensor, high: Tensor, slack: Tensor) -> Tensor:
