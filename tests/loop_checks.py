@@ -24,6 +24,25 @@ def metrics_of(run_dir: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if not name.startswith(timed)} for line in lines]
 
 
+def interrupt(train: Callable[[], Any], after: int) -> None:
+    """Run `train` until the metrics of step `after` are written, and kill it there."""
+
+    class Killed(BaseException):
+        pass
+
+    original = run_module.RunTracker.log
+
+    def dying(self: Any, step: int, metrics: dict[str, float]) -> None:
+        original(self, step, metrics)
+        if step == after:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module.RunTracker, "log", dying)
+        with pytest.raises(Killed):
+            train()
+
+
 def assert_resumes_to_the_bit(train: Callable[..., Any], folder: Path, *, steps: int, die_after: int) -> None:
     """Assert that a run killed after the metrics of a step, then resumed, ends as one that went straight through.
 
@@ -36,21 +55,7 @@ def assert_resumes_to_the_bit(train: Callable[..., Any], folder: Path, *, steps:
     """
     straight, broken = folder / "straight", folder / "broken"
     train(run_dir=str(straight))
-
-    class Killed(BaseException):
-        pass
-
-    original = run_module.RunTracker.log
-
-    def dying(self: Any, step: int, metrics: dict[str, float]) -> None:
-        original(self, step, metrics)
-        if step == die_after:
-            raise Killed
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module.RunTracker, "log", dying)
-        with pytest.raises(Killed):
-            train(run_dir=str(broken))
+    interrupt(lambda: train(run_dir=str(broken)), die_after)
     train(run_dir=str(broken), resume=True)
 
     assert metrics_of(straight) == metrics_of(broken)

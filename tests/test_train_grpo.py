@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from loop_checks import interrupt
 from safetensors.torch import load_file
 from tiny_model import save_tiny_model, tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from fastrl.train import grpo
-from fastrl.train import run as run_module
 from fastrl.train.config import GRPOConfig
 from fastrl.train.covariance import CovarianceSelection
 from fastrl.train.grpo import Batch, build_loss, minibatches, run_grpo
@@ -185,21 +185,7 @@ def test_resuming_continues_to_the_bit(folder: Path, tmp_path: Path, changes: di
     }
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     run_grpo(settings(folder, straight, **common))
-
-    class Killed(BaseException):
-        pass
-
-    original = run_module.RunTracker.log
-
-    def dying(self: Any, step: int, metrics: dict[str, float]) -> None:
-        original(self, step, metrics)
-        if step == 3:
-            raise Killed
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module.RunTracker, "log", dying)
-        with pytest.raises(Killed):
-            run_grpo(settings(folder, broken, **common))
+    interrupt(lambda: run_grpo(settings(folder, broken, **common)), after=3)
     run_grpo(settings(folder, broken, resume=True, **common))
 
     once = {"first_step_ratio_max_dev", "approx_kl_old"}  # the first step after a start measures more

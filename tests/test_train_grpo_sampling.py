@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from loop_checks import interrupt
 from safetensors.torch import load_file
 from tiny_model import save_tiny_model, tiny_model, tiny_tokenizer
 
 from fastrl import PolicyLoss
-from fastrl.train import run as run_module
 from fastrl.train.config import GRPOConfig
 from fastrl.train.dynamic_sampling import sample_batch
 from fastrl.train.grpo import run_grpo
@@ -262,21 +262,7 @@ def resumed(folder: Path, tmp_path: Path, **changes: Any) -> tuple[list[dict[str
     common = {"steps": 4, "checkpoint_every": 2, **changes}
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     run_grpo(settings(folder, straight, **common))
-
-    class Killed(BaseException):
-        pass
-
-    original = run_module.RunTracker.log
-
-    def dying(self: Any, step: int, metrics: dict[str, float]) -> None:
-        original(self, step, metrics)
-        if step == 3:
-            raise Killed
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module.RunTracker, "log", dying)
-        with pytest.raises(Killed):
-            run_grpo(settings(folder, broken, **common))
+    interrupt(lambda: run_grpo(settings(folder, broken, **common)), after=3)
     run_grpo(settings(folder, broken, resume=True, **common))
     names = [p.name for p in (straight / "checkpoints" / "step_00000004").glob("*.safetensors")]
     assert {"weights.safetensors", "optimizer.safetensors"} <= set(names)

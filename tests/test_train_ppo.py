@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from loop_checks import interrupt
 from safetensors.torch import load_file
 from test_train_grpo import EXAMPLES, SUMS, TOKENIZER, PlainRun, metrics_of
 from tiny_model import save_tiny_model, tiny_model
 from torch import Tensor
 
 from fastrl.train import ppo, trust_region
-from fastrl.train import run as run_module
 from fastrl.train.batches import micro_batches
 from fastrl.train.critic import Critic
 from fastrl.train.model import head_of
@@ -342,21 +342,7 @@ def test_resuming_continues_to_the_bit(folder: Path, tmp_path: Path, changes: di
     common = {"steps": 4, "lr_schedule": "linear", "checkpoint_every": 2, "eval_problems": 4, **changes}
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     run_ppo(settings(folder, straight, **common))
-
-    class Killed(BaseException):
-        pass
-
-    original = run_module.RunTracker.log
-
-    def dying(self: Any, step: int, metrics: dict[str, float]) -> None:
-        original(self, step, metrics)
-        if step == 3:
-            raise Killed
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module.RunTracker, "log", dying)
-        with pytest.raises(Killed):
-            run_ppo(settings(folder, broken, **common))
+    interrupt(lambda: run_ppo(settings(folder, broken, **common)), after=3)
     run_ppo(settings(folder, broken, resume=True, **common))
 
     assert metrics_of(straight) == metrics_of(broken)

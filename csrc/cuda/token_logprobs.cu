@@ -32,17 +32,6 @@ struct Launch {
   std::int64_t row_count;
 };
 
-// Call `body` with a value of the storage type of a dtype.
-template <class Body>
-void with_entries(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::kFloat32: return body(float{});
-    case DType::kBFloat16: return body(BFloat16{});
-    case DType::kFloat16: return body(Float16{});
-    case DType::kFloat64: return body(double{});
-  }
-}
-
 int entry_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
 // Launch `kernel(rows, arguments...)`, `blocks` blocks per row, as clusters of that many where `cluster` is set.

@@ -36,17 +36,6 @@ struct HostRows {
   std::int64_t ignore_index;
 };
 
-// The dtype's storage type, for what `body` is called with.
-template <class Body>
-void with_entries(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::kFloat32: return body(float{});
-    case DType::kBFloat16: return body(BFloat16{});
-    case DType::kFloat16: return body(Float16{});
-    case DType::kFloat64: return body(double{});
-  }
-}
-
 template <class Real>
 Real value_at(const TensorView& column, std::int64_t i, Real otherwise) {
   return column.numel() == 0 ? otherwise : static_cast<const Real*>(column.data_ptr())[i];

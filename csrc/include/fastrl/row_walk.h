@@ -8,6 +8,7 @@
 // Compiles for the host and for CUDA devices: on a host, loops over ranks and threads stand for the cluster.
 #pragma once
 
+#include "fastrl/row_kernels.h"
 #include "fastrl/row_math.h"
 
 namespace fastrl {
@@ -19,6 +20,17 @@ struct BFloat16 {
 struct Float16 {
   std::uint16_t bits;
 };
+
+// Call `body` with a value of the storage type of a dtype.
+template <class Body>
+void with_entries(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat32: return body(float{});
+    case DType::kBFloat16: return body(BFloat16{});
+    case DType::kFloat16: return body(Float16{});
+    case DType::kFloat64: return body(double{});
+  }
+}
 
 constexpr int kVectorBytes = 16;
 
