@@ -165,12 +165,21 @@ def _triton() -> dict[str, Any]:
 def _backends() -> dict[str, Any]:
     import torch
 
-    from fastrl import csrc_loader
+    from fastrl import csrc_cuda, csrc_loader
     from fastrl.ops import explain
 
     types = ["cpu"]
     types += ["cuda"] if torch.cuda.is_available() else []
     types += ["xpu"] if torch.xpu.is_available() else []
     backends: dict[str, Any] = {kind: _probe(lambda kind=kind: explain(kind)) for kind in types}
+    missing = csrc_cuda.missing()
+    backends["cuda kernels"] = (
+        f"cannot be built: {missing}"
+        if missing
+        else (
+            f"built by {csrc_cuda.nvcc()} for backend='cuda', which is taken by name only, on compute capability "
+            f"{'.'.join(map(str, csrc_cuda.CAPABILITY))}"
+        )
+    )
     backends["cache of compiled kernels"] = str(csrc_loader.cache_folder())
     return backends

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -234,6 +235,15 @@ def test_doctor_prints_json_with_a_reason_for_every_backend(capsys):
         backend, _, reason = choice.partition(": ")
         assert backend in {"torch", "cpu", "triton"}
         assert reason
+    assert findings["backends"]["cuda kernels"].startswith(("built by ", "cannot be built: "))
+
+
+def test_the_package_runs_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fastrl", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("fastrl", run_name="__main__")
+    assert stopped.value.code == 0
+    assert "doctor" in capsys.readouterr().out
 
 
 def test_doctor_survives_whatever_is_broken(monkeypatch):

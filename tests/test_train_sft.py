@@ -18,10 +18,11 @@ from loop_checks import assert_golden_curve, assert_resumes_to_the_bit, metrics_
 from tiny_model import save_tiny_model, tiny_model, tiny_tokenizer
 from torch import Tensor
 
+from fastrl.train.epochs import shuffled
 from fastrl.train.examples import Example
 from fastrl.train.model import head_of
 from fastrl.train.sft import SFTConfig, run_sft
-from fastrl.train.supervised import HeldOutLoss, backward_examples, held_out_loss, shuffled, supervised_loss
+from fastrl.train.supervised import HeldOutLoss, backward_examples, held_out_loss, supervised_loss
 
 TOKENIZER = tiny_tokenizer()
 EXAMPLES = Path(__file__).parents[1] / "examples"

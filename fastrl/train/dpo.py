@@ -20,7 +20,6 @@ reference.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -38,15 +37,13 @@ from fastrl.train.comparisons import (
     rollout_of,
 )
 from fastrl.train.dpo_config import DPOConfig, preference_loss
-from fastrl.train.evaluate import CORRECT, HeldOut
+from fastrl.train.epochs import held_out_problems, log_measurements, train_on_examples
 from fastrl.train.examples import Encoder
 from fastrl.train.measure import Measure, Measurement
 from fastrl.train.model import Head, add_lora, head_of, load_model, stop_token_ids
 from fastrl.train.preferences import Preferences, preferences, select, with_reference
-from fastrl.train.rewards import build_rewards
 from fastrl.train.rollout import token_logprobs_of, verify_logprobs
 from fastrl.train.run import MetricSums, Run, RunResult
-from fastrl.train.supervised import shuffled
 from fastrl.train.tasks import load_task
 
 logger = logging.getLogger(__name__)
@@ -112,45 +109,23 @@ def run_dpo(config: DPOConfig) -> RunResult:
     run.register("rewards_so_far", rewards_so_far)
     run.optimize(dict(model.named_parameters()))
 
-    with contextlib.ExitStack() as stack:
-        problems = None
-        if task is not None:
-            rewards = stack.enter_context(build_rewards({CORRECT: 0.0}, task, config.reward_timeout_s))
-            problems = HeldOut(run, task, rewards, stop_ids)
-        stack.enter_context(run)
+    def gradient(chosen: list[int]) -> dict[str, float]:
+        return backward_preferences(
+            run, model, head, loss, select(train, chosen), rewards_so_far, pad_id=pad_id, size=config.micro_batch
+        )
+
+    with held_out_problems(run, task, stop_ids) as problems, run:
 
         def evaluate_now(step: int) -> dict[str, float]:
             found = {}
             if held_out is not None:
-                for measurement in held_out_rewards(model, head, loss, held_out, step, config.micro_batch, pad_id):
-                    run.log.add(measurement.record())
-                    found[f"eval/{measurement.measure.name.replace(' ', '_')}"] = measurement.value
+                measured = held_out_rewards(model, head, loss, held_out, step, config.micro_batch, pad_id)
+                found |= log_measurements(run, measured)
             if problems is not None:
                 found |= problems.evaluate(model, tokenizer, step)
             return found
 
-        if run.start_step == 0:
-            evaluate_now(0)
-        for step in run.steps():
-            size = config.examples_per_step
-            chosen = shuffled(len(train), start=step * size, count=size, seed=config.seed)
-            metrics = backward_preferences(
-                run, model, head, loss, select(train, chosen), rewards_so_far, pad_id=pad_id, size=config.micro_batch
-            )
-            run.clock.lap("backward")
-            metrics |= {name: float(total / count) for name, (total, count) in run.clip_and_step().items()}
-            run.clock.lap("optimizer")
-            metrics |= {
-                "epoch": (step + 1) * size / len(train),
-                "dropped_examples": float(skipped[0]),
-                "cut_examples": float(skipped[1]),
-                "learning_rate": run.learning_rate,
-                **run.clock.times(),
-            }
-            metrics["tokens_per_second"] = metrics["tokens"] / metrics["time/step"]
-            if run.evaluation_due(step + 1):
-                metrics |= evaluate_now(step + 1)
-            run.finish_step(step, metrics)
+        train_on_examples(run, len(train), gradient=gradient, evaluate=evaluate_now, dropped=skipped[0], cut=skipped[1])
 
     run.save_model(model, tokenizer)
     return run.result()

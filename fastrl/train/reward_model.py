@@ -32,12 +32,12 @@ from torch import Tensor
 from fastrl.losses.reward import reward_model_loss
 from fastrl.train.comparisons import ComparisonDataConfig, records_of
 from fastrl.train.config import check_positive
+from fastrl.train.epochs import log_measurements, train_on_examples
 from fastrl.train.examples import Encoder, PreferenceExample, preference_examples
 from fastrl.train.measure import Measure, Measurement
 from fastrl.train.model import DTYPES, SMOLLM2, smollm2_path
 from fastrl.train.run import MetricSums, Run, RunResult
 from fastrl.train.scoring import sequence_scores
-from fastrl.train.supervised import shuffled
 
 PAIR_ACCURACY = Measure("pair accuracy", share=True)
 SCORE_MARGIN = Measure("score margin")
@@ -82,35 +82,16 @@ def run_reward_model(config: RewardModelConfig) -> RunResult:
         held_out = preference_examples(held_out_records, encoder, **limits).examples
     run.optimize(named_parameters(model), factors={"score": config.head_learning_rate_factor})
 
+    def gradient(chosen: list[int]) -> dict[str, float]:
+        return backward_pairs(run, model, [train[index] for index in chosen], config)
+
+    def evaluate_now(step: int) -> dict[str, float]:
+        return log_measurements(run, held_out_scores(model, held_out, step, config.micro_batch) if held_out else [])
+
     with run:
-
-        def evaluate_now(step: int) -> dict[str, float]:
-            found = {}
-            for measurement in held_out_scores(model, held_out, step, config.micro_batch) if held_out else ():
-                run.log.add(measurement.record())
-                found[f"eval/{measurement.measure.name.replace(' ', '_')}"] = measurement.value
-            return found
-
-        if run.start_step == 0:
-            evaluate_now(0)
-        for step in run.steps():
-            size = config.examples_per_step
-            chosen = shuffled(len(train), start=step * size, count=size, seed=config.seed)
-            metrics = backward_pairs(run, model, [train[index] for index in chosen], config)
-            run.clock.lap("backward")
-            metrics |= {name: float(total / count) for name, (total, count) in run.clip_and_step().items()}
-            run.clock.lap("optimizer")
-            metrics |= {
-                "epoch": (step + 1) * size / len(train),
-                "dropped_examples": float(encoded.dropped),
-                "cut_examples": float(encoded.cut),
-                "learning_rate": run.learning_rate,
-                **run.clock.times(),
-            }
-            metrics["tokens_per_second"] = metrics["tokens"] / metrics["time/step"]
-            if run.evaluation_due(step + 1):
-                metrics |= evaluate_now(step + 1)
-            run.finish_step(step, metrics)
+        train_on_examples(
+            run, len(train), gradient=gradient, evaluate=evaluate_now, dropped=encoded.dropped, cut=encoded.cut
+        )
 
     run.save_model(model.merge_and_unload() if config.lora_rank else model, tokenizer)
     return run.result()

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from fastrl.train.config import TaskConfig, check_int
+from fastrl.train.epochs import shuffled
 from fastrl.train.evaluate import CORRECT, HeldOut
 from fastrl.train.examples import Example
 from fastrl.train.model import add_lora, head_of, load_model, stop_token_ids
@@ -32,7 +33,7 @@ from fastrl.train.packing import prove_packing, use_flash_attention
 from fastrl.train.rejection import Rejection, sample_and_reject
 from fastrl.train.rewards import build_rewards
 from fastrl.train.run import Run, RunResult
-from fastrl.train.supervised import backward_examples, shuffled, supervised_loss
+from fastrl.train.supervised import backward_examples, supervised_loss
 from fastrl.train.tasks import load_task
 
 logger = logging.getLogger(__name__)

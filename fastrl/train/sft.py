@@ -15,20 +15,18 @@ Left out: more than one process, dropout (the model stays in eval mode), gradien
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from dataclasses import dataclass, field
 from typing import Literal
 
 from fastrl.train.config import TaskEvaluationConfig, check_choice, check_int
 from fastrl.train.data import Records, read_records, split_held_out
-from fastrl.train.evaluate import CORRECT, HeldOut
+from fastrl.train.epochs import held_out_problems, train_on_examples
 from fastrl.train.examples import Encoder, Example, supervised_examples
 from fastrl.train.model import add_lora, head_of, load_model, stop_token_ids
 from fastrl.train.packing import prove_packing, use_flash_attention
-from fastrl.train.rewards import build_rewards
 from fastrl.train.run import Run, RunResult
-from fastrl.train.supervised import backward_examples, held_out_loss, shuffled, supervised_loss
+from fastrl.train.supervised import backward_examples, held_out_loss, supervised_loss
 from fastrl.train.tasks import Problem, Task, load_task
 
 logger = logging.getLogger(__name__)
@@ -137,12 +135,10 @@ def run_sft(config: SFTConfig) -> RunResult:
     logger.info("packed log-probs equal those of each sequence alone within %.2g nats", difference)
     run.optimize(dict(model.named_parameters()))
 
-    with contextlib.ExitStack() as stack:
-        problems = None
-        if task is not None:
-            rewards = stack.enter_context(build_rewards({CORRECT: 0.0}, task, config.reward_timeout_s))
-            problems = HeldOut(run, task, rewards, stop_ids)
-        stack.enter_context(run)
+    def gradient(chosen: list[int]) -> dict[str, float]:
+        return backward_examples(run, model, head, loss, [train[index] for index in chosen], budget=config.token_budget)
+
+    with held_out_problems(run, task, stop_ids) as problems, run:
 
         def evaluate_now(step: int) -> dict[str, float]:
             found = {}
@@ -154,27 +150,9 @@ def run_sft(config: SFTConfig) -> RunResult:
                 found |= problems.evaluate(model, tokenizer, step)
             return found
 
-        if run.start_step == 0:
-            evaluate_now(0)
-        for step in run.steps():
-            size = config.examples_per_step
-            chosen = shuffled(len(train), start=step * size, count=size, seed=config.seed)
-            examples = [train[index] for index in chosen]
-            metrics = backward_examples(run, model, head, loss, examples, budget=config.token_budget)
-            run.clock.lap("backward")
-            metrics |= {name: float(total / count) for name, (total, count) in run.clip_and_step().items()}
-            run.clock.lap("optimizer")
-            metrics |= {
-                "epoch": (step + 1) * size / len(train),
-                "dropped_examples": float(encoded.dropped),
-                "cut_examples": float(encoded.cut),
-                "learning_rate": run.learning_rate,
-                **run.clock.times(),
-            }
-            metrics["tokens_per_second"] = metrics["tokens"] / metrics["time/step"]
-            if run.evaluation_due(step + 1):
-                metrics |= evaluate_now(step + 1)
-            run.finish_step(step, metrics)
+        train_on_examples(
+            run, len(train), gradient=gradient, evaluate=evaluate_now, dropped=encoded.dropped, cut=encoded.cut
+        )
 
     run.save_model(model, tokenizer)
     return run.result()

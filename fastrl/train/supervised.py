@@ -6,7 +6,7 @@ so the budget changes the memory and the speed, and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,25 +122,3 @@ def held_out_loss(model: Any, head: Head, examples: Sequence[Example], *, budget
     # The mean is a ratio of two sums over examples; to first order its error is that of the sum of the residuals.
     error = (sums - counts * mean).square().sum().sqrt() / total
     return HeldOutLoss(float(mean), float(error), len(examples), int(total))
-
-
-def shuffled(n: int, *, start: int, count: int, seed: int) -> list[int]:
-    """Return entries `start` to `start + count` of an endless stream of the indices below n.
-
-    The stream is one random order of all the indices after the other, each a function of the seed and its number, so
-    that a run can continue at any place without a state of its own.
-    """
-    taken: list[int] = []
-    for epoch, order in _orders(n, start // n, seed):
-        first = max(0, start - epoch * n)
-        taken += order[first : first + count - len(taken)]
-        if len(taken) == count:
-            break
-    return taken
-
-
-def _orders(n: int, epoch: int, seed: int) -> Iterator[tuple[int, list[int]]]:
-    while True:
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-        yield epoch, torch.randperm(n, generator=generator).tolist()
-        epoch += 1
