@@ -26,7 +26,7 @@ def right_step(problem: Problem, text: str) -> float:
 
 
 def worked(problem: Problem) -> str:
-    """Return the steps of a problem, one a line, as a cold start teaches them."""
+    """Return the steps of a problem, one a line, for a cold start."""
     terms = _terms(problem)
     results = list(itertools.accumulate(map(int, terms)))
     steps = zip(results, terms[1:], results[1:], strict=False)
@@ -40,6 +40,6 @@ def _terms(problem: Problem) -> list[str]:
 
 if __name__ == "__main__":
     task = load_task("chain_sum", min_terms=3, max_terms=3, min_digits=1, max_digits=1)
-    # Problems that 60 steps of examples/process.yaml with its 8 prompts each do not reach.
+    # Far behind those that a run of examples/process.yaml trains on.
     for example in task.train(192, start=5000):
         print(json.dumps({"prompt": example.prompt, "completion": worked(example)}))
