@@ -53,3 +53,15 @@ def test_right_step(process_steps: ModuleType, text: str, reward: float) -> None
 def test_steps_below_zero(process_steps: ModuleType) -> None:
     assert process_steps.right_step(problem("-3 - 4 + 9"), "-3-4=-7") == 1.0
     assert process_steps.right_step(problem("-3 - 4 + 9"), "-3-4=-7\n-7+9=2") == 1.0
+
+
+def test_a_zero_keeps_its_sign(process_steps: ModuleType) -> None:
+    assert process_steps.right_step(problem("5 - 0 + 2"), "5-0=5") == 1.0
+    assert process_steps.right_step(problem("5 - 0 + 2"), "5+0=5") == 0.0
+
+
+def test_every_worked_step_is_right(process_steps: ModuleType) -> None:
+    asked = problem("-3 - 0 + 9")
+    assert process_steps.worked(asked) == "\n-3-0=-3\n-3+9=6"
+    lines = process_steps.worked(asked).splitlines()
+    assert [process_steps.right_step(asked, "\n".join(lines[:count])) for count in (2, 3)] == [1.0, 1.0]

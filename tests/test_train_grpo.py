@@ -13,12 +13,13 @@ import torch
 import yaml
 from loop_checks import interrupt
 from safetensors.torch import load_file
-from tiny_model import save_tiny_model, tiny_model, tiny_tokenizer
+from tiny_model import digit_share, save_tiny_model, tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from fastrl.train import grpo
 from fastrl.train.config import GRPOConfig
 from fastrl.train.covariance import CovarianceSelection
+from fastrl.train.evaluate import Evaluation
 from fastrl.train.grpo import Batch, build_loss, minibatches, run_grpo
 from fastrl.train.model import head_of
 from fastrl.train.rollout import Rollout, encode_prompts, generate
@@ -326,3 +327,33 @@ def test_several_processes_are_refused(folder: Path, tmp_path: Path, monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="one process, got WORLD_SIZE=2"):
         run_grpo(settings(folder, tmp_path))
+
+
+def test_evaluations_measure_the_rewards_they_are_asked_for(folder: Path, tmp_path: Path) -> None:
+    name = "tiny_model:digit_share"
+    run_grpo(settings(folder, tmp_path / "run", eval_rewards=(name,), eval_problems=12, eval_samples=12, steps=1))
+    records = json.loads((tmp_path / "run" / "evaluations.json").read_text())
+    samples = json.loads((tmp_path / "run" / "samples.json").read_text())
+    measured = [record for record in records if record.get("measure") == name]
+    assert [record["step"] for record in measured] == [0, 1]
+    for record in measured:
+        texts = [sample["completion"] for sample in samples if sample["step"] == record["step"]]
+        values = torch.tensor([digit_share(None, text) for text in texts], dtype=torch.float64)
+        assert record["n"] == len(values) == 12
+        assert record["value"] == pytest.approx(float(values.mean()), rel=1e-6)
+        assert record["standard_error"] == pytest.approx(float(values.std(correction=0)) / math.sqrt(12), rel=1e-6)
+
+
+def test_a_reward_that_failed_is_left_out_of_its_measurement() -> None:
+    rewards = {"known": torch.tensor([1.0, math.nan, 0.0]), "never": torch.tensor([math.nan] * 3)}
+    evaluation = Evaluation(3, "greedy", 3, 0.0, 0.0, ("a", "b", "c"), rewards)
+    known, never = evaluation.of_reward("known"), evaluation.of_reward("never")
+    assert (known.value, known.standard_error, known.n) == (0.5, pytest.approx(0.5 / math.sqrt(2)), 2)
+    assert known.mode == "greedy"
+    assert never.n == 0
+    assert math.isnan(never.value)
+
+
+def test_a_measured_reward_is_one_of_the_rewards(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="eval_rewards must be one of tiny_model:digit_share, got 'format'"):
+        settings(folder, tmp_path, eval_rewards=("format",))

@@ -57,7 +57,7 @@ class Sampler:
         config: BatchConfig = run.config
         self._config = config
         stop_ids = stop_token_ids(causal_lm(model), tokenizer)
-        self._held_out = HeldOut(run, task, rewards, stop_ids)
+        self._held_out = HeldOut(run, task, rewards, stop_ids, config.eval_rewards)
         self._sampling = {
             "stop_ids": stop_ids,
             "temperature": config.temperature,

@@ -12,7 +12,8 @@ from typing import Any, Literal
 MAY_CHANGE_ON_RESUME = frozenset(
     {
         "steps", "run_dir", "resume", "device", "eval_every", "eval_problems", "eval_modes", "eval_batch_size",
-        "eval_samples", "checkpoint_every", "keep_checkpoints", "save_model", "overwrite", "tensorboard", "trackio",
+        "eval_samples", "eval_rewards", "checkpoint_every", "keep_checkpoints", "save_model", "overwrite",
+        "tensorboard", "trackio",
     }
 )  # fmt: skip
 
@@ -173,6 +174,9 @@ class TaskConfig(TaskEvaluationConfig):
     """Name of a reasoning-gym dataset."""
     rewards: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0})
     """Reward functions by name, with their weights."""
+    eval_rewards: tuple[str, ...] = ()
+    """Those of `rewards` whose mean over the answers to held-out problems is measured too: what the policy is meant to
+    be paid for, when a reward model stands in its place."""
     prompts_per_step: int = 8
     """Different prompts in a batch."""
 
@@ -180,6 +184,9 @@ class TaskConfig(TaskEvaluationConfig):
         """Raise `ValueError` for values that cannot be."""
         super().__post_init__()
         check_int("prompts_per_step", self.prompts_per_step, at_least=1)
+        object.__setattr__(self, "eval_rewards", tuple(self.eval_rewards))
+        for name in self.eval_rewards:
+            check_choice("eval_rewards", name, tuple(self.rewards))
 
 
 @dataclass(frozen=True, kw_only=True)

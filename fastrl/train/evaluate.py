@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastrl.train.config import TaskEvaluationConfig
+from fastrl.train.measure import Measure, Measurement
 from fastrl.train.rewards import RewardSet
 from fastrl.train.rollout import decode, encode_prompts, generate
 from fastrl.train.run import Run
@@ -29,6 +31,16 @@ class Evaluation:
     accuracy: float
     standard_error: float
     completions: tuple[str, ...]
+    rewards: dict[str, Tensor]
+    """Reward -> (n,) its values, NaN where it failed; the accuracy's own among them."""
+
+    def of_reward(self, name: str) -> Measurement:
+        """Return the mean of a reward over the problems on which it did not fail, with the error of a draw of them."""
+        values = self.rewards[name].double()
+        values = values[~values.isnan()]
+        n = len(values)
+        mean, spread = (float(values.mean()), float(values.std(correction=0))) if n else (math.nan, math.nan)
+        return Measurement(self.step, mean, spread / math.sqrt(max(n, 1)), n, Measure(name), mode=self.mode)
 
     def record(self) -> dict[str, Any]:
         """Return what `evaluations.json` keeps."""
@@ -66,6 +78,8 @@ class HeldOut:
     rewards: RewardSet
     """Among them the one called `CORRECT`; its weight does not matter."""
     stop_ids: Sequence[int]
+    measured: Sequence[str] = ()
+    """Further rewards whose means are recorded."""
 
     def evaluate(self, model: Any, tokenizer: Any, step: int) -> dict[str, float]:
         """Record accuracy and samples in each of the run's modes, and return the accuracies as metrics."""
@@ -90,6 +104,10 @@ class HeldOut:
             )
             self.run.log.add(result.record(), result.samples(problems, self.task, config.eval_samples))
             found[f"eval/{mode}_accuracy"] = result.accuracy
+            for name in self.measured:
+                measurement = result.of_reward(name)
+                self.run.log.add(measurement.record())
+                found[f"eval/{mode}_{name}"] = measurement.value
         return found
 
 
@@ -134,7 +152,7 @@ def evaluate(
         )
         completions += decode(tokenizer, rollout)
         lengths += rollout.completion_mask.sum(dim=1).tolist()
-    correct = rewards(problems, completions, lengths).components[CORRECT].nan_to_num(nan=0.0)
-    accuracy = float(correct.double().mean())
+    components = rewards(problems, completions, lengths).components
+    accuracy = float(components[CORRECT].nan_to_num(nan=0.0).double().mean())
     error = math.sqrt(accuracy * (1.0 - accuracy) / len(problems))
-    return Evaluation(step, mode, len(problems), accuracy, error, tuple(completions))
+    return Evaluation(step, mode, len(problems), accuracy, error, tuple(completions), components)
