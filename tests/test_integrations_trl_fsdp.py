@@ -36,7 +36,7 @@ SETTINGS: tuple[tuple[str, dict[str, Any], bool], ...] = (
 
 
 def _shard(head_by_itself: bool) -> Callable[[Any], None]:
-    """Return what shards a trainer's model before its optimiser is made, and keeps accelerate from wrapping it in DDP."""
+    """Return what shards a trainer's model before its optimiser is made, and keeps it from being wrapped in DDP."""
 
     def prepare(trainer: Any) -> None:
         from torch.distributed.device_mesh import init_device_mesh
