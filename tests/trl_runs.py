@@ -12,6 +12,7 @@ import torch
 import trl
 from datasets import Dataset
 from tiny_model import save_tiny_model, tiny_tokenizer
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from fastrl.integrations import trl as fast
@@ -148,7 +149,7 @@ def make_trainer(
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return copies of the trained weights, whole where DeepSpeed has sharded them."""
+    """Return copies of the trained weights, whole where DeepSpeed or FSDP2 has sharded them."""
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     gathered: Any = contextlib.nullcontext()
     if any(hasattr(value, "ds_id") for value in trained.values()):
@@ -156,7 +157,11 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
         gathered = deepspeed.zero.GatheredParameters(list(trained.values()))
     with gathered:
-        return {name: value.detach().clone() for name, value in trained.items()}
+        return {name: _whole(value.detach()).clone() for name, value in trained.items()}
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def train(
