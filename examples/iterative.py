@@ -2,14 +2,13 @@
 
     python examples/iterative.py [RUN_DIR]
 
-The pairs are the right answer against a wrong completion of the policy itself, so the reward model learns what a
-checker knows: a stand-in for the judgements of people. The policy is never shown the checker, only the reward model;
-`exact`, with weight 0, is reported.
+The known preference is that an answer is a number and nothing else (`bare_number` in examples/judges.py). Pairs are the
+policy's own samples, one of each kind; the reward model learns the preference from them, and the policy is trained on
+the score of the reward model alone. `bare_number`, with weight 0, measures on held-out sums what that score stands for.
 
-Measured once, on two CPU cores in six minutes: in the first round GRPO raised the reward model's score from -0.04 to
-0.52 (KL 2.0) and answered fewer held-out sums, 0 % after 12 %. The pairs differ by form, and form is what the reward
-model scores: the policy exploits it, and the second round does not repair that. Read it as a demonstration of the loop,
-and of why a reward model needs pairs that differ in what is to be learnt.
+These settings have not been run to their end on the real model yet. An earlier pairing, the right answer against a wrong
+completion, let the policy exploit the form of the answer: the score rose and the accuracy fell from 12 % to 0 %. Pairs
+under `number_only` are too few to begin with: 2 in 80 problems of 8 samples of at most 8 tokens.
 """
 
 import sys
@@ -21,6 +20,7 @@ from fastrl.train.pairs import PairsConfig
 from fastrl.train.reward_model import RewardModelConfig
 
 SUMS: dict[str, Any] = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+JUDGE = "judges:bare_number"
 PROMPT: dict[str, Any] = {"prompt_template": "{prompt}", "device": "cpu"}
 
 if __name__ == "__main__":
@@ -28,15 +28,16 @@ if __name__ == "__main__":
         sys.argv[1] if len(sys.argv) > 1 else "runs/iterative",
         rounds=2,
         pairs=PairsConfig(
-            task_parameters=SUMS, rewards={"exact": 1.0}, problems=96, group_size=1, max_new_tokens=12,
-            chosen="answer", answer_template=" {answer}", **PROMPT,
+            task_parameters=SUMS, rewards={JUDGE: 1.0}, problems=64, group_size=8, max_new_tokens=12,
+            **PROMPT,
         ),
         reward_model=RewardModelConfig(
-            steps=8, examples_per_step=8, learning_rate=2e-5, head_learning_rate_factor=10.0, max_tokens=64, **PROMPT
+            steps=8, examples_per_step=8, learning_rate=2e-5, head_learning_rate_factor=10.0, max_tokens=64,
+            eval_share=0.25, **PROMPT,
         ),
         grpo=GRPOConfig(
-            task_parameters=SUMS, rewards={"exact": 0.0}, steps=8, prompts_per_step=8, group_size=4,
-            max_new_tokens=12, kl_coef=0.02, learning_rate=1e-5, warmup_steps=2, eval_problems=100,
+            task_parameters=SUMS, rewards={"exact": 0.0, JUDGE: 0.0}, eval_rewards=(JUDGE,), steps=5,
+            prompts_per_step=6, group_size=8, max_new_tokens=12, kl_coef=0.02, learning_rate=1e-5, eval_problems=200,
             eval_batch_size=100, **PROMPT,
         ),
     )  # fmt: skip
