@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _checked: ContextVar[bool] = ContextVar("fastrl_checked", default=False)
 
@@ -79,6 +80,21 @@ def float_tensor(name: str, value: Any) -> Tensor:
     return value
 
 
+def vocabulary_tensor(name: str, value: Any) -> Tensor:
+    """Return `value` if it is a `float_tensor` without a forward-mode tangent, or raise.
+
+    The vocabulary operations have no forward-mode derivative, and without `requires_grad` PyTorch would drop the
+    tangent in silence, which reads as a derivative of zero.
+    """
+    float_tensor(name, value)
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(
+            f"{name} carries a forward-mode tangent (torch.func.jvp, forward_ad): fastrl operations are differentiable "
+            "in reverse mode only; use fastrl.reference for forward mode"
+        )
+    return value
+
+
 def labels(
     name: str, value: Any, shape: torch.Size, device: torch.device, vocabulary: int, ignore_index: int
 ) -> Tensor:
@@ -87,6 +103,8 @@ def labels(
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be int64 or int32, got {value.dtype}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__} {ignore_index!r}")
     same_shape(name, value, shape)
     same_device(name, value, device)
     if checks_values(value) and value.numel():

@@ -408,3 +408,36 @@ def test_explain_tells_of_row_statistics() -> None:
     assert fastrl.explain("cpu")["row_statistics"].startswith("torch: neither the C++ kernels")
     assert fastrl.explain("cpu", backend="cpu")["row_statistics"].startswith("refused: backend 'cpu' (C++) has no row")
     assert fastrl.explain("cuda")["row_statistics"].startswith("triton: ")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # PyTorch's own, on entering forward mode
+@pytest.mark.parametrize("leaf", [False, True])
+@pytest.mark.parametrize("name", ["logits", "hidden", "weight", "bias", "statistics"])
+def test_forward_mode_is_refused_rather_than_zero(name: str, leaf: bool) -> None:
+    hidden, weight, bias, labels = torch.randn(3, 4), torch.randn(7, 4), torch.randn(7), torch.tensor([0, 6, 2])
+    logits = hidden @ weight.T
+
+    def linear(**changed: Tensor) -> Tensor:
+        tensors = {"hidden": hidden, "weight": weight, "bias": bias} | changed
+        return fastrl.linear_token_logprobs(labels=labels, **tensors).logprobs
+
+    calls = {
+        "logits": (logits, lambda x: token_logprobs(x, labels).logprobs),
+        "hidden": (hidden, lambda x: linear(hidden=x)),
+        "weight": (weight, lambda x: linear(weight=x)),
+        "bias": (bias, lambda x: linear(bias=x)),
+        "statistics": (logits, lambda x: fastrl.row_statistics(x, labels).logprobs),
+    }
+    primal, call = calls[name]
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(primal.clone().requires_grad_(leaf), torch.ones_like(primal))
+        with pytest.raises(NotImplementedError, match="reverse mode only"):
+            call(dual)
+    with pytest.raises(NotImplementedError, match="reverse mode only"):
+        torch.func.jvp(call, (primal,), (torch.ones_like(primal),))
+
+
+@pytest.mark.parametrize("ignore_index", [1.5, True, "-100", None])
+def test_ignore_index_that_is_no_int_is_named(ignore_index: object) -> None:
+    with pytest.raises(TypeError, match="ignore_index must be an int, got"):
+        token_logprobs(torch.randn(2, 5), torch.tensor([0, 1]), ignore_index=ignore_index)  # type: ignore[arg-type]

@@ -213,8 +213,8 @@ def check_head(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return the tensors of the vocabulary operation in one dtype, or raise."""
-    checks.float_tensor("hidden", hidden)
-    checks.float_tensor("weight", weight)
+    checks.vocabulary_tensor("hidden", hidden)
+    checks.vocabulary_tensor("weight", weight)
     if weight.numel() == 0:
         raise ValueError(
             f"weight is empty, shape {tuple(weight.shape)}: gather the sharded head first (ZeRO-3: GatheredParameters; "
@@ -226,7 +226,7 @@ def check_head(
         )
     checks.same_device("weight", weight, hidden.device)
     if bias is not None:
-        checks.float_tensor("bias", bias)
+        checks.vocabulary_tensor("bias", bias)
         checks.same_shape("bias", bias, weight.shape[:1])
         checks.same_device("bias", bias, hidden.device)
     labels = checks.labels("labels", labels, hidden.shape[:-1], hidden.device, weight.shape[0], ignore_index)

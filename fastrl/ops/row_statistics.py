@@ -70,7 +70,7 @@ def row_statistics(
         TypeError: dtypes and tensor kinds that cannot be used.
         RuntimeError: a named backend that cannot run here, with the reason.
     """
-    checks.float_tensor("logits", logits)
+    checks.vocabulary_tensor("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits must be (..., V) with V >= 1, got {tuple(logits.shape)}")
     labels = checks.labels("labels", labels, logits.shape[:-1], logits.device, logits.shape[-1], ignore_index)

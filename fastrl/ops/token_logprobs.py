@@ -128,7 +128,7 @@ def checked_rows(
     backend: str,
 ) -> Rows:
     """Return the arguments of `token_logprobs` as `Rows`, or raise what it raises."""
-    checks.float_tensor("logits", logits)
+    checks.vocabulary_tensor("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits must be (..., V) with V >= 1, got {tuple(logits.shape)}")
     labels = checks.labels("labels", labels, logits.shape[:-1], logits.device, logits.shape[-1], ignore_index)

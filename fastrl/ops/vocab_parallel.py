@@ -186,8 +186,8 @@ def _checked(
     """Return the arguments of this rank, or raise; label values wait until the size of the vocabulary is known."""
     if options["tail_mass"] != 0.0:
         raise ValueError(f"tail_mass must be 0.0 (the exact gradient) with tp_group, got {options['tail_mass']!r}")
-    checks.float_tensor("hidden", hidden)
-    weight = checks.float_tensor("weight", _local("weight", weight, group))
+    checks.vocabulary_tensor("hidden", hidden)
+    weight = checks.vocabulary_tensor("weight", _local("weight", weight, group))
     if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"weight must be (V_r, D={hidden.shape[-1] if hidden.dim() else '?'}), this rank's rows of the head, got "
@@ -196,7 +196,7 @@ def _checked(
         )
     checks.same_device("weight", weight, hidden.device)
     if bias is not None:
-        bias = checks.float_tensor("bias", _local("bias", bias, group))
+        bias = checks.vocabulary_tensor("bias", _local("bias", bias, group))
         checks.same_shape("bias", bias, weight.shape[:1])
         checks.same_device("bias", bias, hidden.device)
     if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
