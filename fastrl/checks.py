@@ -9,6 +9,7 @@ number.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -52,17 +53,25 @@ def one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+def plain_int(name: str, value: Any) -> int:
+    """Return `value`, an integer of Python or NumPy, as an int, or raise."""
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+    return int(value)
+
+
 def plain_float(
     name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False
 ) -> float:
     """Return `value` as a finite float inside [low, high] (or above `low` when `open_low`), or raise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
-    if not math.isfinite(value) or value < low or value > high or (open_low and value <= low):
+    number = float(value)
+    if not math.isfinite(number) or number < low or number > high or (open_low and number <= low):
         bound = f"{'>' if open_low else '>='} {low:g}" if low > -math.inf else ""
         bound += f"{' and ' if bound else ''}<= {high:g}" if high < math.inf else ""
         raise ValueError(f"{name} must be finite{' and ' if bound else ''}{bound}, got {value!r}")
-    return float(value)
+    return number
 
 
 def float_tensor(name: str, value: Any) -> Tensor:
@@ -103,8 +112,7 @@ def labels(
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be int64 or int32, got {value.dtype}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__} {ignore_index!r}")
+    plain_int("ignore_index", ignore_index)
     same_shape(name, value, shape)
     same_device(name, value, device)
     if checks_values(value) and value.numel():

@@ -5,6 +5,7 @@ import inspect
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -599,3 +600,30 @@ def test_product_of_the_axes_is_computed_or_refused() -> None:
         assert bool(value.isfinite())
     assert computed > 500
     assert refused > 200
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.int64], ids=lambda kind: kind.__name__)
+def test_numpy_scalars_are_numbers(number):
+    logprobs, mask = -torch.rand(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    options = {"advantages": torch.tensor([1.0, -1.0]), "mask": mask}
+    given, plain = (
+        PolicyLoss(surrogate="reinforce", ratio_level="none", entropy_coef=one)(
+            logprobs, entropy=-logprobs, n_tokens=many, **options
+        )
+        for one, many in ((number(1), number(12)), (1.0, 12.0))
+    )
+    assert torch.equal(given.loss, plain.loss)
+    logits = torch.randn(4, 7)
+    labels = torch.tensor([0, 6, -1, 3])
+    for of_numpy, of_python in zip(
+        fastrl.token_logprobs(logits, labels, temperature=number(2), ignore_index=np.int64(-1)),
+        fastrl.token_logprobs(logits, labels, temperature=2.0, ignore_index=-1),
+        strict=True,
+    ):
+        assert torch.equal(of_numpy, of_python)
+    assert fastrl.group_advantages(torch.randn(4), group_size=np.int64(2)).shape == (4,)
+
+
+def test_a_group_of_strings_is_refused_by_name():
+    with pytest.raises(TypeError, match="group_ids must be an int, got str 'a'"):
+        fastrl.group_advantages(torch.randn(2), group_ids=["a", "b"])

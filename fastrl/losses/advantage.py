@@ -90,16 +90,15 @@ def grouping(n: int, device: torch.device, group_ids: Any, group_size: Any) -> G
         got = "neither" if group_ids is None else "both"
         raise ValueError(f"exactly one of group_ids and group_size must be given, got {got}")
     if group_size is not None:
-        if isinstance(group_size, bool) or not isinstance(group_size, int):
-            raise TypeError(f"group_size must be an int, got {type(group_size).__name__} {group_size!r}")
+        group_size = checks.plain_int("group_size", group_size)
         if group_size < 1 or n % group_size:
             raise ValueError(f"group_size must be >= 1 and divide B={n}, got {group_size}")
         order = torch.arange(n, device=device)
         sizes = torch.full((n // group_size,), group_size, dtype=torch.int64, device=device)
         return Grouping(order // group_size, n // group_size, order, sizes)
     if isinstance(group_ids, (list, tuple)):
-        group_ids = torch.tensor(group_ids, device=device)
-        group_ids = group_ids.long() if group_ids.numel() == 0 else group_ids
+        group_ids = torch.tensor([checks.plain_int("group_ids", entry) for entry in group_ids], dtype=torch.int64)
+        group_ids = group_ids.to(device)
     if not isinstance(group_ids, Tensor) or group_ids.is_floating_point() or group_ids.is_complex():
         got = group_ids.dtype if isinstance(group_ids, Tensor) else type(group_ids).__name__
         raise TypeError(f"group_ids must be integers, got {got}")

@@ -114,7 +114,7 @@ def at_least_one(count: float | Tensor | None) -> float | Tensor:
     """Return a count that may be divided by; None counts as 1."""
     if count is None:
         return 1.0
-    if isinstance(count, (int, float)):
+    if not isinstance(count, Tensor):
         return max(checks.plain_float("n_pairs or n_tokens", count, low=0.0), 1.0)
     return count.clamp(min=1)
 
@@ -131,7 +131,7 @@ def cast_metrics(metrics: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[T
 
 def scalar_like(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     """Return one number as a detached 0-d tensor like `like`, or raise."""
-    if isinstance(value, (int, float)):
+    if not isinstance(value, Tensor):
         return like.new_full((), checks.plain_float(name, value))
     if value.numel() != 1:
         raise ValueError(f"{name} must be one number, got shape {tuple(value.shape)}")

@@ -62,7 +62,7 @@ def value_loss(
     checks.one_of("aggregate", aggregate, AGGREGATES)
     _check_options(clip, coefficient, old_values, aggregate, constant, group_ids)
     for name, count in (("n_tokens", n_tokens), ("n_sequences", n_sequences)):
-        if isinstance(count, (int, float)):
+        if count is not None and not isinstance(count, Tensor):
             checks.plain_float(name, count, low=0.0, open_low=True)
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
     keep, poison = checks.keep_mask("mask", mask, values.shape, values.device)
