@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,9 @@ def test_each_round_begins_from_the_models_of_the_last(tmp_path: Path) -> None:
     written = (first / "grpo" / "metrics.jsonl").stat().st_mtime_ns
     assert run() == policies
     assert (first / "grpo" / "metrics.jsonl").stat().st_mtime_ns == written
+    # Stopped before the model of the second round was written: its run is there, without a checkpoint.
+    before = metrics_of(second / "grpo")[0]
+    shutil.rmtree(second / "grpo" / "model")
+    assert run() == policies
+    assert metrics_of(second / "grpo")[0]["loss"] == before["loss"]
+    assert (second / "grpo" / "model" / "config.json").is_file()

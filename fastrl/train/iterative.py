@@ -7,7 +7,8 @@
 
 As in DeepSeekMath (Shao et al. 2024, arXiv 2402.03300, algorithm 1): the reward model follows the policy, whose samples
 it would otherwise know less and less, and a tenth of its data is old. Here every round is three runs of loops that can
-be run by hand; each keeps its folder, and a round whose model is there is not done again.
+be run by hand; each keeps its folder. Called again after a stop, `iterate` does nothing twice: a run whose model is
+there is not done again, and one that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ import dataclasses
 import json
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from fastrl.train.config import GRPOConfig, check_int
+from fastrl.train.checkpoint import latest_checkpoint
+from fastrl.train.config import GRPOConfig, RunConfig, check_int
 from fastrl.train.grpo import run_grpo
 from fastrl.train.pairs import PairsConfig, make_pairs, write_pairs
 from fastrl.train.reward_model import RewardModelConfig, run_reward_model
 
 logger = logging.getLogger(__name__)
+Settings = TypeVar("Settings", bound=RunConfig)
 
 
 def with_replay(
@@ -86,19 +89,23 @@ def iterate(
         scored = dataclasses.replace(
             reward_model, model=classifier, data=str(data), run_dir=str(folder / "reward_model"), save_model=True
         )
-        classifier = _once(scored.run_dir, lambda config=scored: run_reward_model(config))
+        classifier = _once(scored, run_reward_model)
         trained = dataclasses.replace(
             grpo, model=policy, reward_model=classifier, run_dir=str(folder / "grpo"), save_model=True
         )
-        policy = _once(trained.run_dir, lambda config=trained: run_grpo(config))
+        policy = _once(trained, run_grpo)
         logger.info("round %d of %d: %d fresh pairs, policy in %s", number + 1, rounds, len(fresh), policy)
         policies.append(Path(policy))
     return policies
 
 
-def _once(run_dir: str, train: Any) -> str:
-    """Return the folder of the model of a run, which is trained unless it is there."""
-    model = Path(run_dir) / "model"
-    if not (model / "config.json").is_file():
-        train()
-    return str(model)
+def _once(config: Settings, train: Callable[[Settings], Any]) -> str:
+    """Return the folder of the model of a run, which is trained unless it is there.
+
+    A run that was stopped goes on from its last checkpoint, or begins anew where it has none.
+    """
+    folder = Path(config.run_dir)
+    if not (folder / "model" / "config.json").is_file():
+        stopped = latest_checkpoint(folder / "checkpoints") is not None
+        train(dataclasses.replace(config, resume=stopped, overwrite=not stopped))
+    return str(folder / "model")
