@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-import os
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -41,17 +38,10 @@ def check_training(rank: int, world_size: int) -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     import trl_runs
 
-    gc.freeze()
-    with tempfile.TemporaryDirectory() as directory:
-        # transformers writes on the first rank only; the others read its model.
-        shared = [str(trl_runs.tiny_folder(Path(directory) / "model"))]
-        dist.broadcast_object_list(shared, src=0)
-        folder = Path(shared[0])
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": str(world_size)}
+    with trl_runs.shared_model(rank, world_size) as (folder, directory):
         for name, (kind, options) in SETTINGS.items():
             theirs, ours = (
-                trl_runs.train(kind, folder, Path(directory), options, mode=mode, prepare=_is_spread)
+                trl_runs.train(kind, folder, directory, options, mode=mode, prepare=_is_spread)
                 for mode in ("trl", "fast")
             )
             assert "3 GEMM units" in ours.path, name

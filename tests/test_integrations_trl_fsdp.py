@@ -6,10 +6,7 @@ DistributedDataParallel. Here `fully_shard` is applied to the trainer's model by
 
 from __future__ import annotations
 
-import gc
-import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -66,17 +63,11 @@ def same_steps(rank: int, world_size: int) -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     import trl_runs
 
-    gc.freeze()
-    with tempfile.TemporaryDirectory() as directory:
-        # transformers writes on the first rank only; the others read its model.
-        shared = [str(trl_runs.tiny_folder(Path(directory) / "model"))]
-        dist.broadcast_object_list(shared, src=0)
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": str(world_size)}
+    with trl_runs.shared_model(rank, world_size) as (folder, directory):
         for kind, options, head_by_itself in SETTINGS:
             prepare = _shard(head_by_itself)
             theirs, patched, fused = (
-                trl_runs.train(kind, Path(shared[0]), Path(directory), options, mode=mode, prepare=prepare)
+                trl_runs.train(kind, folder, directory, options, mode=mode, prepare=prepare)
                 for mode in ("trl", "patched", "fast")
             )
             trl_runs.assert_same(patched, theirs)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import gc
+import os
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import trl
 from datasets import Dataset
 from tiny_model import save_tiny_model, tiny_tokenizer
@@ -224,3 +228,19 @@ def assert_same(ours: Run, theirs: Run) -> None:
         for key, value in b.items():
             if isinstance(value, float):
                 assert abs(a[key] - value) <= RELATIVE * max(abs(value), 1.0), f"{key}: {a[key]} against {value}"
+
+
+@contextlib.contextmanager
+def shared_model(rank: int, world_size: int) -> Iterator[tuple[Path, Path]]:
+    """Give the folder of one tiny model to every rank of the process group, and each a folder of its own.
+
+    transformers writes a model on the first rank only, so the others read that one's. The environment says what a
+    launcher would.
+    """
+    gc.freeze()
+    with tempfile.TemporaryDirectory() as directory:
+        shared = [str(tiny_folder(Path(directory) / "model"))]
+        dist.broadcast_object_list(shared, src=0)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": str(world_size)}
+        yield Path(shared[0]), Path(directory)
