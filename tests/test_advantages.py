@@ -339,6 +339,14 @@ def test_gpg_scales_by_the_share_of_rewards_that_are_not_zero() -> None:
     assert estimators.gpg_advantages([0.0, 0.0], group_size=2).tolist() == [0.0, 0.0]
 
 
+def test_gpg_keeps_the_precision_of_float64_rewards() -> None:
+    # Five thirds is not a float32 number.
+    rewards = torch.tensor([1.0, 2.0, 0.0, 0.0, 4.0], dtype=torch.float64)
+    result = estimators.gpg_advantages(rewards, group_size=5)
+    exact = (rewards - rewards.mean()) * (5 / 3)
+    assert_as_accurate("advantages", result, exact, exact)
+
+
 def test_gdpo_leaves_out_missing_rewards_and_completions_without_any() -> None:
     rewards = [[1.0, 0.0], [0.0, None], [None, None], [1.0, 1.0]]
     summed = estimators.gdpo_advantages(rewards, [1.0, 2.0], group_size=4, whiten="none")

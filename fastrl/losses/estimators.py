@@ -76,8 +76,9 @@ def gpg_advantages(
     checks.plain_float("f_norm", f_norm, low=0.0, open_low=True)
     r = reward_tensor("rewards", rewards)
     known = ~r.isnan()
-    alpha = known.sum() / (known & (r != 0)).sum().clamp(min=1)
-    return (alpha / f_norm).to(r.dtype) * group_advantages(
+    # In the dtype of the rewards: the quotient of two integer tensors is float32.
+    alpha = known.sum().to(r.dtype) / (known & (r != 0)).sum().clamp(min=1)
+    return alpha / f_norm * group_advantages(
         r, group_ids=group_ids, group_size=group_size, scale="none", singleton=singleton
     )
 
