@@ -845,8 +845,12 @@ def batch_std(rewards: Tensor) -> Tensor:
     known = ~rewards.isnan()
     wide = torch.where(known, rewards, 0.0).to(_accumulator(rewards))
     n = known.sum()
+    if rewards.numel() == 0:
+        return wide.sum()
     from_mean = torch.where(known, wide - wide.sum() / n.clamp(min=1), 0.0)
-    return (from_mean.square().sum() / (n - 1).clamp(min=1)).sqrt()
+    # Equal rewards give exactly 0, also where their mean is rounded; infinite ones have no difference.
+    spread = torch.where(known, wide, -math.inf).amax() - torch.where(known, wide, math.inf).amin()
+    return torch.where(spread == 0, 0.0, (from_mean.square().sum() / (n - 1).clamp(min=1)).sqrt())
 
 
 def leave_one_out_std(

@@ -215,6 +215,15 @@ def test_an_empty_batch_is_empty(groups: dict[str, Any]) -> None:
     assert reward_metrics([], **groups)["reward"][1].item() == 0
 
 
+@pytest.mark.parametrize("baseline", ["given", "none"])
+@pytest.mark.parametrize("value", [0.5, 0.1])
+def test_a_batch_of_equal_rewards_has_no_spread_where_its_mean_is_rounded(baseline: str, value: float) -> None:
+    rewards = torch.full((3,), value, dtype=torch.float64)  # the mean of three 0.1 is another number
+    given = {"baseline_rewards": torch.zeros(3)} if baseline == "given" else {}
+    result = group_advantages(rewards, group_size=3, scale="batch", baseline=baseline, **given)
+    assert result.tolist() == [0.0, 0.0, 0.0]
+
+
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"rewards": torch.zeros(4, 1)}, ValueError, r"\(B,\), got \(4, 1\)"),
     ({"rewards": 3.0}, TypeError, "float"),
@@ -233,6 +242,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"baseline": "mean"}, ValueError, "length_weighted"),
     ({"missing": "zero"}, ValueError, "raise"),
     ({"singleton": "one"}, ValueError, "reward"),
+    ({"singleton": "reward", "baseline": "given", "baseline_rewards": [0.0] * 4}, ValueError, "no effect"),
     ({"eps": -1.0}, ValueError, "eps"),
     ({"eps": NAN}, ValueError, "eps"),
     ({"baseline": "given"}, ValueError, "needs baseline_rewards"),

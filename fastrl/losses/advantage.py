@@ -139,8 +139,9 @@ def group_advantages(  # pyright: ignore[reportInconsistentOverload]  # the over
     """Return the advantages (B,) = (R - baseline) / (scale + eps) of completions compared within their groups.
 
     All standard deviations are unbiased (ddof 1). A missing reward, a group of one and a group of equal rewards give
-    exactly 0. With baseline "given" or "none" and a scale that is not the group's, only missing rewards do: ReMax works
-    with one completion per prompt. The peers' eps differ: TRL 1e-4, verl, NeMo-RL, slime, SkyRL 1e-6, OpenRLHF 1e-9.
+    exactly 0. With baseline "given" or "none" and scale "none", only missing rewards do: ReMax works with one completion
+    per prompt; with scale "batch" so does a batch of equal rewards. The peers' eps differ: TRL 1e-4, verl, NeMo-RL,
+    slime, SkyRL 1e-6, OpenRLHF 1e-9.
 
     Args:
         rewards: (B,), any real dtype, or a list of numbers; NaN or None where the reward is missing. float32 results,
@@ -159,7 +160,7 @@ def group_advantages(  # pyright: ignore[reportInconsistentOverload]  # the over
         baseline_rewards: (B,) reward of the baseline completion of the same prompt; NaN makes the advantage 0.
         missing: "ignore", or "raise" to refuse missing rewards (looks at the values, so a device is waited for).
         singleton: "zero", or "reward": the group of one keeps R (divided by 1 + eps with scale "group" or
-            "group_mean"), as verl does.
+            "group_mean"), as verl does; not with baseline "given".
         return_stats: also return the mean, std and count of known rewards per group, groups in rising order of id.
         backend: "auto", "torch" or "triton". The kernel has the scales group, batch, none and the baselines group_mean
             and leave_one_out; named for anything else it raises, and "auto" takes torch.
@@ -175,6 +176,8 @@ def group_advantages(  # pyright: ignore[reportInconsistentOverload]  # the over
     checks.one_of("missing", missing, ("ignore", "raise"))
     checks.one_of("singleton", singleton, ("zero", "reward"))
     checks.plain_float("eps", eps, low=0.0)
+    if singleton == "reward" and baseline == "given":
+        raise ValueError("singleton='reward' has no effect with baseline='given': leave it out")
     r = reward_tensor("rewards", rewards)
     lengths = _needed("lengths", lengths, baseline, "length_weighted", r)
     baseline_rewards = _needed("baseline_rewards", baseline_rewards, baseline, "given", r)
@@ -184,7 +187,7 @@ def group_advantages(  # pyright: ignore[reportInconsistentOverload]  # the over
             raise ValueError(f"rewards are missing (NaN or None) at {_rows(absent)}; missing='ignore' leaves them out")
     groups = grouping(r.numel(), r.device, group_ids, group_size)
     result = _computed(backend, r, groups, scale, baseline, eps, lengths, baseline_rewards)
-    if singleton == "reward" and baseline != "given":
+    if singleton == "reward":
         alone = (result.count[groups.group] == 1) & ~r.isnan()
         kept = r / (1.0 + eps) if scale in ("group", "group_mean") else r
         result = result._replace(advantages=torch.where(alone, kept, result.advantages))
