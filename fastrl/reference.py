@@ -254,7 +254,8 @@ def _gate_statistic(spec: Any, delta: Tensor, old: Tensor, rollout: Tensor) -> T
     if spec.statistic == "binary_kl":
         clamp = math.log(1e-6), math.log1p(-1e-6)
         return binary_kl(rollout.clamp(*clamp), old.clamp(*clamp), eps=0.0)
-    return kl_value(delta if spec.statistic != "k1" else -delta, spec.statistic)
+    # Estimates of KL(rollout || old), which the tokens were sampled for: their log-ratio is rollout - old.
+    return kl_value(-delta, spec.statistic)
 
 
 def correction_weights(
@@ -448,8 +449,7 @@ def vespo_log_weight(
     sums: SegmentSum = segment_sum,
 ) -> Tensor:
     """Return VESPO's sequence log-weight spread over the tokens (N,), detached (arXiv 2602.10693)."""
-    anchor = columns.anchor
-    u = (logprobs.detach() - (logprobs.detach() if anchor is None else anchor)).clamp(-20.0, 20.0)
+    u = log_ratio(spec, logprobs.detach(), columns.anchor).clamp(-20.0, 20.0)
     if columns.log_correction is not None:
         u = u + columns.log_correction.clamp(VESPO_LOG_WEIGHT_MIN, VESPO_LOG_WEIGHT_MAX)
     pooled = sums(torch.where(mask, u, 0.0), lengths)
@@ -542,7 +542,7 @@ def token_terms(
         kl_ratio = ratio
         if spec.kl_ratio_anchor is not None:
             kl_ratio = exp_linear(log_ratio(spec, logprobs, columns.kl_ratio_anchor))
-        elif spec.ratio_level == "none":
+        elif kl_ratio_per_token(spec):
             kl_ratio = exp_linear(log_ratio(spec, logprobs, anchor))
         other = logprobs.detach() if columns.kl_anchor is None else columns.kl_anchor
         kl = kl_estimate(
@@ -564,6 +564,12 @@ def token_terms(
         bonus = columns.entropy_weights * entropy
         contribution = contribution - torch.where(columns.entropy_weights != 0, bonus, zero)
     return TokenTerms(contribution, surrogate.detach(), kl, ratio.detach(), clipped_low, clipped_high, dual_clipped)
+
+
+def kl_ratio_per_token(spec: Any) -> bool:
+    """Whether the ratio of a ratio-weighted KL is the token's own, not the one that the surrogate works with."""
+    own = spec.surrogate in ("vespo", "geometric") and spec.ratio_level == "token"
+    return own or spec.ratio_level == "none"
 
 
 def _by_sign(positive: Tensor, if_positive: float, otherwise: float, like: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def statistic(name: str, old: float, rollout: float) -> float:
         "tv": abs(p - q),
         "k1": -delta,
         "k2": delta * delta / 2,
-        "k3": math.exp(-delta) - 1 + delta,
+        "k3": math.exp(delta) - 1 - delta,
         "binary_kl": q * (rollout - old) + (1 - q) * (math.log1p(-q) - math.log1p(-p)),
     }[name]
 

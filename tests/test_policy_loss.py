@@ -224,6 +224,33 @@ def test_on_policy_ratio_is_one_and_has_the_reinforce_gradient() -> None:
     assert torch.equal(total, count)
 
 
+@pytest.mark.parametrize("gradient", ["ratio_weighted", "straight_through_ratio"])
+@pytest.mark.parametrize("surrogate", ["vespo", "geometric"])
+def test_the_kl_is_weighted_by_the_ratio_of_the_token_not_by_the_surrogates_own(surrogate: str, gradient: str) -> None:
+    inputs = batch(dtype=torch.float64)
+    fields = {"surrogate": surrogate, "kl": "k3", "kl_gradient": gradient}
+    results = [evaluate(PolicyLoss(**fields, kl_coef=coef), inputs)[:2] for coef in (0.5, 0.0)]  # type: ignore[arg-type]
+    keep, logprobs = inputs["mask"].bool(), inputs["logprobs"].detach().clone().requires_grad_()
+    log_ratio, x = (logprobs - inputs["old_logprobs"]), logprobs - inputs["ref_logprobs"]
+    k3, k2 = (-x).exp() - 1 + x, x.square() / 2
+    weighted = log_ratio.exp() * k3 if gradient == "ratio_weighted" else log_ratio.exp().detach() * k2
+    value = weighted if gradient == "ratio_weighted" else k3
+    count = keep.sum()
+    (expected,) = torch.autograd.grad(0.5 * torch.where(keep, weighted, 0.0).sum() / count, logprobs)
+    added = results[0][0] - results[1][0], results[0][1] - results[1][1]
+    torch.testing.assert_close(added[0], 0.5 * torch.where(keep, value, 0.0).sum().detach() / count)
+    torch.testing.assert_close(added[1], expected)
+
+
+def test_vespo_clamps_token_log_ratios_where_it_is_told_to() -> None:
+    inputs = batch(dtype=torch.float64)
+    clamped = (inputs["logprobs"] - inputs["old_logprobs"]).clamp(-0.1, 0.1)
+    near = {**inputs, "old_logprobs": inputs["logprobs"] - clamped}
+    fields = {"surrogate": "vespo", "kl": "k3", "kl_coef": 0.1}
+    result = evaluate(PolicyLoss(**fields, log_ratio_clamp=0.1), inputs)  # type: ignore[arg-type]
+    torch.testing.assert_close(result, evaluate(PolicyLoss(**fields), near))  # type: ignore[arg-type]
+
+
 def test_extreme_log_ratios_are_finite_and_counted() -> None:
     logprobs = torch.tensor([[-1e4, -0.1, -5.0, -0.1]])
     old = torch.tensor([[-0.1, -1e4, -math.inf, -0.2]])
@@ -369,6 +396,10 @@ CONTRADICTIONS: list[tuple[str, dict[str, object]]] = [
     ("denominator_eps", {"denominator_eps": 1e-8}),
     ("ratio_level", {"ratio_level": "none"}),
     ("ratio_level", {"surrogate": "divergence_kl", "ratio_level": "sequence"}),
+    (
+        "kl_ratio_anchor",
+        {"surrogate": "vespo", "ratio_level": "sequence", "kl": "k3", "kl_gradient": "ratio_weighted"},
+    ),
     ("sequence_log_ratio_max", {"sequence_log_ratio_max": 10.0}),
     ("clip_high", {"surrogate": "divergence_tv_symmetric", "clip_low": None, "clip_high": None}),
     ("max_ratio", {"max_ratio": 1.2, "clip_high": 0.28}),

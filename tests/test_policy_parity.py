@@ -60,6 +60,10 @@ def allowed(row: dict[str, Any]) -> bool:
     if row.get("clamp_order") == "after" and not (weighted and row.get("clamps", True)):
         return False
     surrogate, (level, _) = row.get("surrogate"), row.get("ratio", ("token", "old"))
+    pooled = surrogate in ("vespo", "geometric") and level.startswith("sequence")
+    own = row.get("kl_ratio_anchor", "self") is None and kl is not None
+    if pooled and own and "ratio" in row.get("kl_gradient", "plain"):
+        return False
     if level == "none":
         return surrogate in (None, "reinforce", "nll", "dft", "vespo", "geometric")
     return level == "token" or surrogate is None or not surrogate.startswith("divergence")

@@ -76,6 +76,10 @@ class RolloutCorrection:
     token weights where `statistic`, taken at `level`, lies inside [low, high]. Levels: token, the geometric mean over
     the sequence ("sequence"), the product over it ("sequence_sum"). The weight multiplies the policy term only; the
     denominator keeps every token. A NaN rollout log-prob counts as weight 1.
+
+    Statistics of a token, d = log pi_old - log pi_rollout: "ratio" e^d; "tv" |pi_old - pi_rollout|; "binary_kl" the KL
+    of the rollout to the trainer over (token, any other); "k1" -d, "k2" d^2/2, "k3" e^d - 1 - d, estimates of the same
+    KL. Over a sequence d, or the statistic if it is not the ratio, is averaged ("sequence") or summed.
     """
 
     level: str = "token"
@@ -313,6 +317,12 @@ class PolicyLoss:
             and (self.clip_high if self.clip_high is not None else self.clip_low) is None
         ):
             raise ValueError("surrogate='divergence_tv_symmetric' needs clip_high, the bound on |p - q|")
+        weighted = "ratio" in str(self.kl_gradient) and self.kl_ratio_anchor is None
+        if self.surrogate in OWN_SEQUENCE_RATIO and weighted and self.ratio_level not in ("token", "none"):
+            raise ValueError(
+                f"surrogate={self.surrogate!r} with kl_gradient={self.kl_gradient!r} needs ratio_level='token' or "
+                f"'none', or kl_ratio_anchor: it forms a sequence ratio of its own; got {self.ratio_level!r}"
+            )
         if self.surrogate in DIVERGENCES and self.ratio_level != "token":
             raise ValueError(f"surrogate={self.surrogate!r} needs ratio_level='token', got {self.ratio_level!r}")
 

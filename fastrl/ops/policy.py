@@ -103,7 +103,7 @@ def axes_of(spec: Any) -> tuple[str, str, str, str, str, str]:
     kl_ratio = "loss"
     if spec.kl_ratio_anchor is not None:
         kl_ratio = "own"
-    elif spec.ratio_level == "none":
+    elif reference.kl_ratio_per_token(spec):
         kl_ratio = "anchor"
     return spec.surrogate, spec.carrier or "", spec.kl or "", spec.kl_gradient, kl_ratio, spec.kl_value_clamp_order
 
