@@ -139,9 +139,9 @@ def group_advantages(  # pyright: ignore[reportInconsistentOverload]  # the over
     """Return the advantages (B,) = (R - baseline) / (scale + eps) of completions compared within their groups.
 
     All standard deviations are unbiased (ddof 1). A missing reward, a group of one and a group of equal rewards give
-    exactly 0. With baseline "given" or "none" and scale "none", only missing rewards do: ReMax works with one completion
-    per prompt; with scale "batch" so does a batch of equal rewards. The peers' eps differ: TRL 1e-4, verl, NeMo-RL,
-    slime, SkyRL 1e-6, OpenRLHF 1e-9.
+    exactly 0. With baseline "given" or "none" and scale "none", only missing rewards do: ReMax works with one
+    completion per prompt; with scale "batch" so does a batch of equal rewards. The peers' eps differ: TRL 1e-4, verl,
+    NeMo-RL, slime, SkyRL 1e-6, OpenRLHF 1e-9.
 
     Args:
         rewards: (B,), any real dtype, or a list of numbers; NaN or None where the reward is missing. float32 results,

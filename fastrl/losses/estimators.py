@@ -78,9 +78,8 @@ def gpg_advantages(
     known = ~r.isnan()
     # In the dtype of the rewards: the quotient of two integer tensors is float32.
     alpha = known.sum().to(r.dtype) / (known & (r != 0)).sum().clamp(min=1)
-    return alpha / f_norm * group_advantages(
-        r, group_ids=group_ids, group_size=group_size, scale="none", singleton=singleton
-    )
+    centred = group_advantages(r, group_ids=group_ids, group_size=group_size, scale="none", singleton=singleton)
+    return alpha / f_norm * centred
 
 
 def pass_at_k_advantages(
