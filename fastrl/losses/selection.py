@@ -58,7 +58,9 @@ def high_entropy_mask(entropy: Tensor, mask: Tensor, *, fraction: float) -> Tens
     """
     checks.plain_float("fraction", fraction, low=0.0, high=1.0, open_low=True)
     keep = checks.keep_mask("mask", mask, entropy.shape, entropy.device)[0]
-    live = entropy.detach()[keep].float()
+    live = entropy.detach()[keep]
+    if live.dtype != torch.float64:
+        live = live.float()
     if live.numel() == 0:
         return keep
     # torch.quantile takes at most 2^24 values; the order statistic is the same linear interpolation.
