@@ -181,6 +181,8 @@ def corrected(mode: str) -> Any:
         ("sequence_mask", "dapo"),
         ("token_truncate", "vespo"),
         ("token_mask", "vespo"),
+        ("sequence_truncate", "vespo"),
+        ("sequence_mask", "vespo"),
     ],
 )
 def test_rollout_correction(mode: str, loss_type: str, folder: Path, tmp_path: Path) -> None:
