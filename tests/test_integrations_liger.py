@@ -430,6 +430,17 @@ def test_cross_entropy(options: dict[str, Any], linear: bool) -> None:
         torch.randn(target.numel(), V), target), Tensor)  # fmt: skip
 
 
+def test_of_equal_logits_the_lowest_id_is_the_prediction() -> None:
+    # Liger keeps the first of equal logits, and counts a token whose label is another of them as missed.
+    logits = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 2.0, 2.0], [3.0, 0.0, 0.0]])
+    target = torch.tensor([0, 1, 2, -1])
+    output = ours.LigerCrossEntropyLoss(ignore_index=-1, return_token_accuracy=True, return_predicted_tokens=True)(
+        logits, target
+    )
+    assert output.predicted_tokens.tolist() == [0, 0, 1, -1]
+    assert float(output.token_accuracy) == pytest.approx(1 / 3)
+
+
 def test_nothing_to_learn_from_gives_an_attached_zero() -> None:
     target = torch.full((B, T), -100)
     hidden, weight = torch.randn(B, T, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
