@@ -451,9 +451,24 @@ def vespo_log_weight(
     """Return VESPO's sequence log-weight spread over the tokens (N,), detached (arXiv 2602.10693)."""
     u = log_ratio(spec, logprobs.detach(), columns.anchor).clamp(-20.0, 20.0)
     if columns.log_correction is not None:
-        u = u + columns.log_correction.clamp(VESPO_LOG_WEIGHT_MIN, VESPO_LOG_WEIGHT_MAX)
+        u = u + columns.log_correction
     pooled = sums(torch.where(mask, u, 0.0), lengths)
     return spread(pooled.clamp(VESPO_LOG_WEIGHT_MIN, VESPO_LOG_WEIGHT_MAX), lengths, logprobs.numel())
+
+
+def _vespo_log_correction(
+    correction: Any,  # RolloutCorrection
+    weights: Tensor,  # (N,)
+    mask: Tensor,  # (N,) bool
+    lengths: Tensor,  # (S,)
+    sums: SegmentSum,
+) -> Tensor:
+    """Return what each token adds to VESPO's sequence log-weight (N,); a sequence's weight enters once, in shares."""
+    found = weights.log().clamp(VESPO_LOG_WEIGHT_MIN, VESPO_LOG_WEIGHT_MAX)
+    if correction.level != "token" and correction.op != "gate":
+        live = sums(mask.to(found.dtype), lengths).clamp(min=1.0)
+        found = found / spread(live, lengths, found.numel())
+    return torch.where(mask, found, 0.0)
 
 
 def geometric_log_ratio(
@@ -692,7 +707,7 @@ def policy_columns(
         assert before is not None
         correction = correction_weights(spec.correction, before, rollout, mask, lengths, sums)
         if spec.surrogate == "vespo":
-            log_correction = torch.where(mask, correction.log(), 0.0)
+            log_correction = _vespo_log_correction(spec.correction, correction, mask, lengths, sums)
         else:
             weights = weights * correction
     if selection is not None:

@@ -180,3 +180,29 @@ def test_batch_normalised_weights_have_mean_one(level: str, seed: int) -> None:
     weights = correction.weights(old, rollout, mask)
     mean = weights[mask].mean() if level == "token" else weights[:, 0].mean()
     assert mean.item() == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("op", ["truncate", "mask"])
+@pytest.mark.parametrize("level", ["sequence", "sequence_sum"])
+def test_the_weight_of_a_sequence_enters_vespo_s_weight_once(level: str, op: str) -> None:
+    """W = prod_t r_t times the one weight of the sequence, however many tokens it has (arXiv 2602.10693)."""
+    generator = torch.Generator().manual_seed(4)
+    logprobs, old, rollout = (
+        -3.0 + 0.2 * torch.randn(5, 6, dtype=torch.float64, generator=generator) for _ in range(3)
+    )
+    lengths = torch.tensor([6, 1, 3, 4, 0])
+    mask = torch.arange(6) < lengths[:, None]
+    advantages = torch.tensor([1.0, -0.5, 2.0, -1.5, 1.0], dtype=torch.float64)
+    correction = RolloutCorrection(level=level, op=op, low=0.8, high=1.3)
+    leaf = logprobs.clone().requires_grad_()
+    PolicyLoss.preset("vespo", correction=correction)(
+        leaf, advantages=advantages, mask=mask, old_logprobs=old, rollout_logprobs=rollout
+    ).loss.backward()
+
+    weight = correction.weights(old, rollout, mask)[:, 0]
+    log_w = ((logprobs - old) * mask).sum(1) + weight.log().clamp(math.log(1e-8), 20.0)
+    log_w = log_w.clamp(math.log(1e-8), 20.0)
+    k, rate = torch.where(advantages >= 0, 2.0, 3.0), torch.where(advantages >= 0, 3.0, 2.0)
+    phi = (rate + k * log_w - rate * log_w.exp()).exp()
+    assert bool((weight != 1.0)[:4].any())
+    torch.testing.assert_close(leaf.grad, -(phi * advantages)[:, None] * mask / mask.sum())

@@ -123,10 +123,9 @@ def _grpo(reference: str = "logps", old: bool = True, **fixed: Any) -> Callable[
                 extra["ref_per_token_logps"] = batch["ref"]
             elif reference == "hidden":
                 extra |= {key: batch[key.replace("input", "hidden")] for key in ("ref_input", "ref_weight", "ref_bias")}
-            if extra.get("vllm_is_ratio") == "token":
-                extra["vllm_is_ratio"] = torch.where(batch["mask"] != 0, batch["ratio"], 1.0)
-            elif extra.get("vllm_is_ratio") == "sequence":
-                extra["vllm_is_ratio"] = batch["ratio"][:, :1]
+            named = {"token": torch.where(batch["mask"] != 0, batch["ratio"], 1.0), "sequence": batch["ratio"][:, :1]}
+            if isinstance(extra.get("vllm_is_ratio"), str):
+                extra["vllm_is_ratio"] = named[extra["vllm_is_ratio"]]
             return module(
                 hidden, weight, batch["ids"], batch["mask"], batch["advantages"], bias=bias,
                 old_per_token_logps=batch["old"] if old else None, **extra,
@@ -165,8 +164,11 @@ def test_grpo_takes_the_weights_of_the_rollout_engine(options: dict[str, Any], r
     _same(_grpo(vllm_is_ratio=ratio), "LigerFusedLinearGRPOLoss", _grpo_batch(), **options)
 
 
-def test_vespo_takes_token_weights_into_the_sequence_weight() -> None:
+def test_vespo_takes_the_weights_into_the_sequence_weight() -> None:
     _same(_grpo(vllm_is_ratio="token"), "LigerFusedLinearGRPOLoss", _grpo_batch(), loss_type="vespo")
+    # A weight of the sequence enters once, whatever the number of its tokens; one of 0 leaves the sequence out.
+    for ratio in (torch.tensor([0.7, 1.6, 0.0, 1.1]), torch.tensor([[0.7], [1.6], [0.0], [1.1]])):
+        _same(_grpo(vllm_is_ratio=ratio), "LigerFusedLinearGRPOLoss", _grpo_batch(), loss_type="vespo")
     module = ours.LigerFusedLinearGRPOLoss(loss_type="vespo")
     with pytest.raises(ValueError, match="needs old_per_token_logps"):
         _run(_grpo(old=False, vllm_is_ratio="token")(module), _grpo_batch())
@@ -282,6 +284,11 @@ def test_cpo_simpo_and_orpo(biased: bool) -> None:
         )
         _same(call, "LigerFusedLinearSimPOLoss", batch, **options, alpha=0.6, label_smoothing=0.1, gamma=0.8)
         _same(call, "LigerFusedLinearORPOLoss", batch, **options)
+
+
+def test_an_nll_of_weight_0_is_still_returned() -> None:
+    for name in ("LigerFusedLinearDPOLoss", "LigerFusedLinearCPOLoss", "LigerFusedLinearSimPOLoss"):
+        _same(_pairs(name.endswith("DPOLoss")), name, _batch(), compute_nll_loss=True, alpha=0.0)
 
 
 def test_orpo_takes_the_nll_under_labels_of_its_own() -> None:
@@ -421,6 +428,17 @@ def test_cross_entropy(options: dict[str, Any], linear: bool) -> None:
     bare = kind(**options)
     assert isinstance(bare(batch["weight"], batch["hidden"].flatten(0, 1), target) if linear else bare(
         torch.randn(target.numel(), V), target), Tensor)  # fmt: skip
+
+
+def test_of_equal_logits_the_lowest_id_is_the_prediction() -> None:
+    # Liger keeps the first of equal logits, and counts a token whose label is another of them as missed.
+    logits = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 2.0, 2.0], [3.0, 0.0, 0.0]])
+    target = torch.tensor([0, 1, 2, -1])
+    output = ours.LigerCrossEntropyLoss(ignore_index=-1, return_token_accuracy=True, return_predicted_tokens=True)(
+        logits, target
+    )
+    assert output.predicted_tokens.tolist() == [0, 0, 1, -1]
+    assert float(output.token_accuracy) == pytest.approx(1 / 3)
 
 
 def test_nothing_to_learn_from_gives_an_attached_zero() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -422,19 +423,71 @@ def _masked_rows(logits: Any, labels: Tensor, vocab_size: int, **_: Any) -> Tens
     return (per_token * torch.linspace(0.5, 2.0, per_token.numel())).sum()
 
 
-def test_rows_chosen_by_the_loss_go_back_to_their_places() -> None:
+def _shifted(flat: Callable[[Any, int], Any]) -> Callable[..., Tensor]:
+    """Return the loss that shifts logits and labels by slices, as many a model's own file does."""
+
+    def loss(logits: Any, labels: Tensor, vocab_size: int, **_: Any) -> Tensor:
+        return F.cross_entropy(flat(logits[..., :-1, :], vocab_size), labels[..., 1:].reshape(-1))
+
+    return loss
+
+
+SHIFTS = {
+    "masked": _masked_rows,
+    "contiguous-view": _shifted(lambda logits, vocabulary: logits.contiguous().view(-1, vocabulary)),
+    "reshape": _shifted(lambda logits, vocabulary: logits.reshape(-1, vocabulary)),
+    "flatten": _shifted(lambda logits, vocabulary: logits.float().flatten(0, 1)),
+    "negative": _shifted(lambda logits, vocabulary: (logits * -1.5).reshape(-1, vocabulary)),
+}
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+def test_rows_chosen_by_the_loss_go_back_to_their_places(shift: str) -> None:
     model = tiny_family("llama")
     inputs = tiny_batch("llama", model)
-    model.loss_function = _masked_rows
+    model.loss_function = SHIFTS[shift]
     theirs = model(**inputs)
     gradients = _gradients(model, theirs.loss)
     with patch(model):
         ours = model(**inputs)
         got = _gradients(model, ours.loss)
     torch.testing.assert_close(ours.loss, theirs.loss)
-    torch.testing.assert_close(ours.logprobs, _of_logits(theirs.logits, _next_labels(inputs["labels"]))[0])
+    logits = theirs.logits * (-1.5 if shift == "negative" else 1.0)
+    torch.testing.assert_close(ours.logprobs, _of_logits(logits, _next_labels(inputs["labels"]))[0])
     for name, want in gradients.items():
         torch.testing.assert_close(got[name], want, atol=1e-5 * float(want.abs().max()), rtol=1e-5)
+
+
+def test_another_thread_without_labels_has_the_model_to_itself() -> None:
+    """A generation in the background, while the patched forward has its stand-ins in place."""
+    model = tiny_family("llama")
+    inputs = tiny_batch("llama", model)
+    want = model(inputs["input_ids"]).logits
+    found: list[Any] = []
+
+    def beside() -> None:
+        with torch.no_grad():
+            found.append(model(inputs["input_ids"]).logits)
+        try:
+            model(**inputs)
+        except RuntimeError as error:
+            found.append(str(error))
+
+    def run_beside(*_: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=beside)
+            thread.start()
+            thread.join()
+
+    own_loss = model.loss_function
+    with patch(model):
+        loss = model(**inputs).loss
+        model.loss_function = lambda *args, **kwargs: (run_beside(), own_loss(*args, **kwargs))[1]
+        model.lm_head.register_forward_pre_hook(run_beside)
+        assert torch.equal(model(**inputs).loss, loss)
+    for logits, refusal in (found[:2], found[2:]):
+        assert torch.equal(logits, want)
+        assert "take turns" in refusal
 
 
 def test_a_padded_vocabulary_is_cut_as_the_host_cuts_it() -> None:
@@ -473,6 +526,13 @@ def test_models_that_cannot_be_patched_say_why() -> None:
     with pytest.raises(ValueError, match=r"must be a torch\.nn\.Linear.*Sequential"):
         patch(model)
     assert "forward" not in vars(model)
+    model = tiny_family("llama")
+    with pytest.raises(ValueError, match="before it is wrapped"):
+        patch(torch.compile(model, backend="eager"))
+    patch(model)
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(ValueError, match=r"must be a torch\.nn\.Linear.*Sequential"):
+        model(**tiny_batch("llama", model))
 
 
 def test_a_head_that_is_not_reproduced_raises_on_first_use(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,7 @@ SETTINGS: list[tuple[str, str, dict[str, Any]]] = [
     ("dpo-ld", "dpo", {"ld_alpha": 0.5}),
     ("dpo-wpo", "dpo", {"use_weighting": True}),
     ("dpo-mpo", "dpo", {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}),
+    ("dpo-sft-weighted", "dpo", {"loss_type": ["sft"], "loss_weights": [0.5]}),
     ("kto", "kto", {}),
     ("kto-apo", "kto", {"loss_type": "apo_zero_unpaired"}),
     ("kto-weights", "kto", {"desirable_weight": 1.5, "undesirable_weight": 0.4, "beta": 0.3}),
@@ -181,6 +182,8 @@ def corrected(mode: str) -> Any:
         ("sequence_mask", "dapo"),
         ("token_truncate", "vespo"),
         ("token_mask", "vespo"),
+        ("sequence_truncate", "vespo"),
+        ("sequence_mask", "vespo"),
     ],
 )
 def test_rollout_correction(mode: str, loss_type: str, folder: Path, tmp_path: Path) -> None:

@@ -47,6 +47,8 @@ class HeadPlace:
     @contextmanager
     def shadowed(self, stand_in: Any) -> Iterator[None]:
         """Let `owner.name` give the stand-in: an entry of the instance comes before the registered module."""
+        if self.name in self.owner.__dict__:
+            raise RuntimeError("a patched model was called with labels while such a call was running: take turns")
         self.owner.__dict__[self.name] = stand_in
         try:
             yield

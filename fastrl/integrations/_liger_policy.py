@@ -134,12 +134,13 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         inputs |= self._counts(attention_mask, num_items_in_batch)
         loss = self.loss
         if vllm_is_ratio is not None:
-            ratio = _spread(vllm_is_ratio, attention_mask)
             if self.loss_type == "vespo":
-                loss, inputs["rollout_logprobs"] = _with_vespo_weights(loss, ratio, old_per_token_logps, attention_mask)
+                loss, inputs["rollout_logprobs"] = _with_vespo_weights(
+                    loss, vllm_is_ratio, old_per_token_logps, attention_mask
+                )
             else:
                 # Every loss here is homogeneous in the advantage, so a weight >= 0 may scale it.
-                advantages = _spread(advantages, attention_mask) * ratio
+                advantages = _spread(advantages, attention_mask) * _spread(vllm_is_ratio, attention_mask)
         output = loss.from_hidden(
             _input, lin_weight, selected_token_ids, bias=bias, temperature=self.temperature, advantages=advantages,
             **inputs,
@@ -212,11 +213,19 @@ def _spread(values: Tensor, mask: Tensor) -> Tensor:
 def _with_vespo_weights(
     loss: PolicyLoss, ratio: Tensor, old_logprobs: Tensor | None, mask: Tensor
 ) -> tuple[PolicyLoss, Tensor]:
-    """Return the loss and rollout log-probs that carry the given ratios into VESPO's sequence weight."""
+    """Return the loss and rollout log-probs that carry the given ratios into VESPO's sequence weight.
+
+    A ratio per token enters as their product, a ratio per sequence, (B,) or (B, 1), once.
+    """
     if old_logprobs is None:
         raise ValueError("vllm_is_ratio with loss_type='vespo' needs old_per_token_logps, which it is a ratio to")
-    correction = RolloutCorrection(level="token", op="truncate", high=_VESPO_WEIGHT_MAX)
-    return dataclasses.replace(loss, correction=correction), old_logprobs.detach() - ratio.log()
+    difference = _spread(ratio, mask).log()
+    level = "token"
+    if ratio.dim() == 1 or ratio.shape[1] == 1:
+        level = "sequence_sum"
+        difference = difference / (mask != 0).sum(1, keepdim=True).clamp(min=1)
+    correction = RolloutCorrection(level=level, op="truncate", high=_VESPO_WEIGHT_MAX)
+    return dataclasses.replace(loss, correction=correction), old_logprobs.detach() - difference
 
 
 def _mean(metric: tuple[Tensor, Tensor]) -> Tensor:

@@ -27,9 +27,12 @@ Pairs = tuple[Tensor, tuple[Tensor, ...]]
 class _PairLoss(nn.Module):
     """A loss of pairs: chosen rows first, then the rejected ones."""
 
-    def __init__(self, loss: PreferenceLoss, ignore_index: int, compiled: bool, chunk_size: int) -> None:
+    def __init__(
+        self, loss: PreferenceLoss, ignore_index: int, compiled: bool, chunk_size: int, compute_nll_loss: bool
+    ) -> None:
         super().__init__()
         self.loss = loss
+        self.compute_nll_loss = compute_nll_loss  # the NLL is returned where its weight is 0, too
         self.ignore_index = ignore_index
         self.compiled = compiled
         self.chunk_size = chunk_size
@@ -67,7 +70,7 @@ class _PairLoss(nn.Module):
             rewards = self.loss.beta * scores
             means = _logit_sums(hidden, weight, bias).chunk(2)
             size = max(means[0].numel() * target.shape[1] * weight.shape[0], 1)
-        if self.loss.sft_coef == 0.0:
+        if not self.compute_nll_loss:
             nll = torch.zeros_like(nll)
         found = (*policy.chunk(2), means[0].sum() / size, means[1].sum() / size, nll, *rewards.chunk(2))
         return total, found
@@ -131,7 +134,9 @@ class LigerFusedLinearDPOLoss(_PairLoss):
             fields["tau"] = discopop_tau
         if average_log_prob:
             fields["reduce"] = "mean"
-        super().__init__(PreferenceLoss.preset(loss_type, **fields), ignore_index, compiled, chunk_size)
+        super().__init__(
+            PreferenceLoss.preset(loss_type, **fields), ignore_index, compiled, chunk_size, compute_nll_loss
+        )
         self.use_ref_model = use_ref_model
 
     def forward(
@@ -168,7 +173,7 @@ class LigerFusedLinearCPOLoss(_PairLoss):
     ) -> None:
         fields = {"beta": beta, "label_smoothing": label_smoothing, **_nll_fields(compute_nll_loss, alpha)}
         loss = PreferenceLoss.preset("cpo", **fields, reduce="mean" if average_log_prob else "sum")
-        super().__init__(loss, ignore_index, compiled, chunk_size)
+        super().__init__(loss, ignore_index, compiled, chunk_size, compute_nll_loss)
 
     def forward(
         self,
@@ -196,7 +201,9 @@ class LigerFusedLinearSimPOLoss(_PairLoss):
         chunk_size: int = 1,
     ) -> None:
         fields = {"beta": beta, "label_smoothing": label_smoothing, **_nll_fields(compute_nll_loss, alpha)}
-        super().__init__(PreferenceLoss.preset("simpo", **fields, gamma=gamma), ignore_index, compiled, chunk_size)
+        super().__init__(
+            PreferenceLoss.preset("simpo", **fields, gamma=gamma), ignore_index, compiled, chunk_size, compute_nll_loss
+        )
 
     def forward(
         self,
@@ -221,7 +228,7 @@ class LigerFusedLinearORPOLoss(_PairLoss):
         chunk_size: int = 1,
     ) -> None:
         loss = PreferenceLoss.preset("orpo", beta=beta, **_nll_fields(compute_nll_loss, 1.0))
-        super().__init__(loss, ignore_index, compiled, chunk_size)
+        super().__init__(loss, ignore_index, compiled, chunk_size, compute_nll_loss)
 
     def forward(
         self,
@@ -232,7 +239,7 @@ class LigerFusedLinearORPOLoss(_PairLoss):
         nll_target: Tensor | None = None,  # (2P, T), its chosen rows are read
     ) -> Pairs:
         """Return what `LigerFusedLinearDPOLoss` returns, then the mean of log sigmoid(log-odds) and of the log-odds."""
-        if nll_target is not None and self.loss.sft_coef == 0.0:
+        if nll_target is not None and not self.compute_nll_loss:
             raise ValueError("nll_target was passed to a loss built with compute_nll_loss=False")
         loss, found = self._pairs(lin_weight, _input, target, bias, nll_target=nll_target)
         odds = _log_odds(found[0].double()) - _log_odds(found[1].double())

@@ -95,15 +95,16 @@ class _CrossEntropy(nn.Module):
         total = per_token.sum()
         return total / live.sum().clamp(min=1) if self.reduction == "mean" else total
 
-    def _output(self, loss: Tensor, z_loss: Tensor | None, live: Tensor, statistics: Callable[[], Any]) -> Any:
-        """Return the loss, or all that was asked for."""
+    def _output(self, loss: Tensor, z_loss: Tensor | None, target: Tensor, statistics: Callable[[], Any]) -> Any:
+        """Return the loss, or all that was asked for; of equal logits the one of the lowest id is predicted."""
         if not (self.return_z_loss or self.return_token_accuracy or self.return_predicted_tokens):
             return loss
         accuracy = predicted = None
         if self.return_token_accuracy or self.return_predicted_tokens:
             rows = statistics()
             if self.return_token_accuracy:
-                hits = rows.is_top1.float()
+                live = target != self.ignore_index
+                hits = (live & (rows.argmax == target)).float()
                 accuracy = hits if self.reduction == "none" else hits.sum() / live.sum().clamp(min=1)
             predicted = rows.argmax if self.return_predicted_tokens else None
         z_value = torch.zeros_like(loss.detach()) if z_loss is None else z_loss
@@ -186,7 +187,7 @@ class LigerFusedLinearCrossEntropyLoss(_CrossEntropy):
         return self._output(
             loss,
             z_loss,
-            live,
+            target,
             lambda: linear_row_statistics(
                 _input.detach(), lin_weight.detach(), target, ignore_index=self.ignore_index, **_detached(head)
             ),
@@ -232,7 +233,7 @@ class LigerCrossEntropyLoss(_CrossEntropy):
         found = token_logprobs(_input, target, **head)
         wide = torch.promote_types(_input.dtype, torch.float32)
         loss, z_loss = self._loss(found, live, lambda: _input.mean(-1, dtype=wide))
-        return self._output(loss, z_loss, live, lambda: row_statistics(_input.detach(), target, **head))
+        return self._output(loss, z_loss, target, lambda: row_statistics(_input.detach(), target, **head))
 
 
 class LigerFusedLinearJSDLoss(nn.Module):

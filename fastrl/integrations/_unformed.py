@@ -132,11 +132,26 @@ class UnformedLogits:
         return self if dtype is None else replace(self, dtype=dtype)
 
     def contiguous(self) -> UnformedLogits:
-        """Return the same."""
-        return self
+        """Return the same logits, whose leading dimensions `view` may merge after a slice."""
+        return self if self.rows is None else replace(self, rows=self.rows.contiguous())
 
     def view(self, *shape: Any) -> UnformedLogits:
         """Return the logits with other leading dimensions; the vocabulary stays the last one."""
+        return replace(self, rows=self._rows().view(*self._leading(shape)))
+
+    def reshape(self, *shape: Any) -> UnformedLogits:
+        """Return what `view` returns, of logits that need not be contiguous."""
+        return replace(self, rows=self._rows().reshape(*self._leading(shape)))
+
+    def flatten(self, start_dim: int = 0, end_dim: int = -1) -> UnformedLogits:
+        """Return the logits with leading dimensions merged into one."""
+        first, last = start_dim % self.ndim, end_dim % self.ndim
+        if last == self.ndim - 1:
+            raise _refused("flatten of the vocabulary")
+        return replace(self, rows=self._rows().flatten(first, last))
+
+    def _leading(self, shape: tuple[Any, ...]) -> tuple[int, ...]:
+        """Return the leading sizes that a view asks for, its last one being the vocabulary."""
         sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list | torch.Size) else shape
         last = sizes[-1] if len(sizes) else None
         if last == -1 and len(sizes) > 1 and -1 not in sizes[:-1]:
@@ -146,9 +161,7 @@ class UnformedLogits:
                 f"the model views its logits, {tuple(self.shape)}, as {tuple(sizes)}; with a patched forward the last "
                 f"dimension must stay the vocabulary, {self.vocabulary}"
             )
-        return replace(self, rows=self._rows().view(*sizes[:-1]))
-
-    reshape = view
+        return tuple(sizes[:-1])
 
     def __getitem__(self, index: Any) -> UnformedLogits:
         """Return some of the rows, chosen by slices, integers or a bool mask; every row at most once."""

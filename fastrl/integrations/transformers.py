@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, make_dataclass
@@ -101,7 +102,8 @@ def patch(
             log-probs are not those of the model's own head.
     """
     inner = causal_lm(model)
-    if not isinstance(inner, nn.Module) or not hasattr(inner, "get_output_embeddings"):
+    compiled = isinstance(inner, torch._dynamo.OptimizedModule)
+    if compiled or not isinstance(inner, nn.Module) or not hasattr(inner, "get_output_embeddings"):
         raise ValueError(
             f"model must be a transformers model or a PEFT model around one, got {type(model).__name__}; patch a model "
             "before it is wrapped"
@@ -220,13 +222,19 @@ def _patched_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 class _HeadStandIn:
-    """Stands where the head was: takes the hidden states and gives logits that are not formed."""
+    """Stands where the head was: takes the hidden states and gives logits that are not formed.
+
+    Calls from other threads (a generation beside the training) go to the head.
+    """
 
     def __init__(self, module: nn.Module, call: Any) -> None:
         self._module = module
         self._call = call
 
-    def __call__(self, hidden: Tensor) -> UnformedLogits:
+    def __call__(self, hidden: Tensor) -> UnformedLogits | Tensor:
+        if self._call.elsewhere():
+            return self._module(hidden)
+        check_head_module(self._module)
         return UnformedLogits(hidden, vocabulary_of(self._module), self._call.compute, hidden.dtype)
 
     def __getattr__(self, name: str) -> Any:
@@ -238,8 +246,13 @@ class _Call:
     """One call of a patched forward."""
 
     state: _State
+    thread: int = field(default_factory=threading.get_ident)
     logprobs: Tensor | None = field(default=None)
     entropy: Tensor | None = field(default=None)
+
+    def elsewhere(self) -> bool:
+        """Return whether this is another thread than that of the call."""
+        return threading.get_ident() != self.thread
 
     @torch.compiler.disable  # what it calls is compiled code already; a graph of the body ends and starts around it
     def compute(self, asked: CrossEntropy) -> Tensor:
@@ -247,11 +260,12 @@ class _Call:
         if self.logprobs is not None:
             raise ValueError("the model takes the cross-entropy of its logits twice; leave it unpatched")
         outer = self.state.place.module
-        check_head_module(outer)
         head = innermost(outer)
         work: list[Callable[..., Any]] = []
 
-        def fused(hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        def fused(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self.elsewhere():
+                return work[0](hidden, *args, **kwargs)
             if args or kwargs:
                 raise ValueError(
                     f"the output head is called with {', '.join(kwargs) or 'further arguments'} (PEFT batches of mixed "

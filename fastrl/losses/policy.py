@@ -199,7 +199,7 @@ class PolicyLoss:
     entropy_coef: float = 0.0
     """Coefficient c of the entropy bonus -c sum_t H_t / n_tokens, whatever `aggregate` is."""
     correction: RolloutCorrection | None = None
-    """Train-inference correction of the policy term; for VESPO it joins the sequence weight."""
+    """Train-inference correction of the policy term; for VESPO it joins the sequence weight, a sequence's once."""
     aggregate: str = "token_mean"
     """"token_mean", "sequence_mean", "sequence_sum", "constant", "token_sum", "prompt_mean"; all but "prompt_mean" are
     invariant to splitting the batch when `n_tokens` or `n_sequences` are the global counts."""
