@@ -1,6 +1,5 @@
 """fastrl inside NeMo-RL: golden cases through its loss's protocol, its own class beside it where it is installed."""
 
-import itertools
 import pickle
 import sys
 from collections.abc import Iterator
@@ -11,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from golden import Case, cases
+from hosts import losses, nemo_rl_losses
+from hosts.nemo_rl_losses import batch, counts
 from torch import Tensor
 
 from fastrl.integrations import nemo_rl as adapter
@@ -97,28 +98,6 @@ def test_the_loss_reproduces_nemo_rl(host: dict[str, ModuleType], case: Case) ->
     assert all(isinstance(value, float) for value in metrics.values())
 
 
-def batch(seed: int = 0, spread: float = 0.3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, dict[str, Tensor]]:
-    g = torch.Generator().manual_seed(seed)
-    shape = (5, 9)
-    old = -3.0 * torch.rand(shape, generator=g).to(dtype)
-    mask = (torch.rand(shape, generator=g) > 0.3).to(dtype)
-    mask[:, 1] = 1.0
-
-    def near() -> Tensor:
-        return old + spread * torch.randn(shape, generator=g).to(dtype)
-
-    data = {
-        "token_mask": mask, "sample_mask": torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0]),
-        "advantages": torch.randn(shape, generator=g).to(dtype), "prev_logprobs": old, "generation_logprobs": near(),
-        "reference_policy_logprobs": near(), "rewards": torch.tensor([1.0, 0.0, 1.0, 1.0, -1.0]),
-    }  # fmt: skip
-    return near()[:, 1:].clamp(max=-1e-3), data
-
-
-def counts(data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    return torch.tensor(9.0), 2.0 * (data["token_mask"][:, 1:] * data["sample_mask"].unsqueeze(-1)).sum()
-
-
 def test_what_stands_under_the_mask_has_no_effect(host: dict[str, ModuleType]) -> None:
     logprobs, data = batch()
     loss_fn = adapter.ClippedPGLoss(SimpleNamespace(), prove=False)
@@ -200,50 +179,8 @@ def test_another_version_is_refused(host: dict[str, ModuleType]) -> None:
         adapter.ClippedPGLoss(SimpleNamespace())(logprobs, data, *counts(data))
 
 
-BASES: list[dict[str, Any]] = [
-    {}, {"ratio_clip_c": 1.1}, {"disable_ppo_ratio": True}, {"force_on_policy_ratio": True}, {"use_cispo": True},
-    {"token_level_loss": False}, {"token_level_loss": False, "sequence_level_importance_ratios": True},
-]  # fmt: skip
-CORRECTIONS: list[dict[str, Any]] = [
-    {}, {"use_importance_sampling_correction": True},
-    *({"use_importance_sampling_correction": True, "truncated_importance_sampling_type": kind,
-       "truncated_importance_sampling_ratio": 1.2, "truncated_importance_sampling_ratio_min": low}
-      for kind, low in (("tis", None), ("tis", 0.9), ("icepop", 0.8), ("seq-mask-tis", 0.9))),
-]  # fmt: skip
-PENALTIES: list[dict[str, Any]] = [
-    {"reference_policy_kl_penalty": 0.0},
-    {"reference_policy_kl_type": "k1", "reference_policy_kl_penalty": 0.1},
-    {"reference_policy_kl_type": "k2", "use_on_policy_kl_approximation": True},
-    {"kl_input_clamp_value": 2.0, "kl_output_clamp_value": 0.2, "reference_policy_kl_penalty": 0.5},
-    {"use_kl_in_reward": True, "positive_example_nll_weight": 0.3},
-]
-# NeMo-RL's own value multiplies by the number of sequences: its weights (B, 1) meet a mask (B,).
-UNLIKE = "sampling_importance_ratio"
-
-
 def test_the_installed_nemo_rl_agrees() -> None:
-    module = pytest.importorskip("nemo_rl.algorithms.loss.loss_functions", reason=NEEDS, exc_type=ImportError)
-    tried = 0
-    for base, correction, penalty in itertools.product(BASES, CORRECTIONS, PENALTIES):
-        options = {"ratio_clip_min": 0.1, "ratio_clip_max": 0.25, **base, **correction, **penalty}
-        if options.get("sequence_level_importance_ratios") and "seq-mask-tis" in options.values():
-            continue
-        cfg = module.ClippedPGLossConfig(**options)
-        for seed, spread in ((0, 0.3), (1, 1.5)):
-            logprobs, data = batch(seed, spread)
-            results = []
-            for build in (module.ClippedPGLossFn, adapter.ClippedPGLoss):
-                leaf = logprobs.clone().requires_grad_()
-                loss, metrics = build(cfg)(leaf, dict(data), *counts(data))
-                loss.backward()
-                results.append((loss.detach(), leaf.grad, metrics))
-            (loss, gradient, metrics), (ours, our_gradient, our_metrics) = results
-            assert torch.allclose(ours, loss, rtol=1e-6, atol=1e-9), options
-            assert gradient is not None
-            assert torch.allclose(our_gradient, gradient, rtol=1e-6, atol=1e-9), options
-            assert set(metrics) == set(our_metrics), options
-            whole = options.get("sequence_level_importance_ratios")
-            for name in set(metrics) - ({UNLIKE} if whole else set()):
-                assert our_metrics[name] == pytest.approx(metrics[name], rel=1e-5, abs=1e-7), (name, options)
-            tried += 1
-    assert tried == 2 * (7 * 6 - 1) * 5
+    pytest.importorskip("nemo_rl.algorithms.loss.loss_functions", reason=NEEDS, exc_type=ImportError)
+    tally = losses.compare(nemo_rl_losses.comparisons())
+    assert tally.complaints == []
+    assert tally.batches == 2 * (7 * 6 - 1) * 5

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from golden import Case, cases
+from hosts import losses, prime_rl_losses
 from torch import Tensor
 
 from fastrl.integrations import prime_rl as adapter
@@ -96,15 +97,7 @@ def test_losses_reproduce_prime_rl(host: ModuleType, case: Case) -> None:
 
 
 def row(seed: int = 0, weighted: bool = False, spread: float = 0.4) -> LossInputs:
-    g = torch.Generator().manual_seed(seed)
-    inference = -2.0 * torch.rand(24, generator=g).double()
-
-    def near() -> Tensor:
-        return (inference + spread * torch.randn(24, generator=g)).clamp(max=-1e-3)
-
-    weights = torch.randn(24, generator=g).double() if weighted else None
-    advantages = torch.randn(24, generator=g).double()
-    return LossInputs(near(), inference, near(), advantages, torch.rand(24, generator=g) > 0.3, weights)
+    return LossInputs(**prime_rl_losses.sequence(seed, weighted, spread))
 
 
 def test_the_first_call_is_compared_with_the_host(host: ModuleType) -> None:
@@ -181,30 +174,8 @@ def test_another_version_is_refused(host: ModuleType) -> None:
 
 
 def test_the_installed_prime_rl_agrees() -> None:
-    module = pytest.importorskip(adapter._MODULE, reason=NEEDS, exc_type=ImportError)
-    configs = pytest.importorskip(adapter._CONFIGS, reason=NEEDS, exc_type=ImportError)
-    settings: list[tuple[str, dict[str, float]]] = [
-        ("default", {}), ("default", {"dppo_mask_low": 0.05, "dppo_mask_high": 0.1, "adv_tau": 0.5, "kl_tau": 0.3}),
-        ("ipo", {}), ("ipo", {"ipo_threshold": 0.05, "adv_tau": 2.0, "kl_tau": 0.1}), ("ref_kl", {}), ("ce", {}),
-    ]  # fmt: skip
-    for name, options in settings:
-        function, config = adapter._THEIRS[name]
-        call = [] if config is None else [getattr(configs, config)(**options)]
-        for seed, weighted, spread in ((0, False, 0.3), (1, True, 0.3), (2, True, 1.5), (3, False, 1.5)):
-            inputs, results = row(seed, weighted, spread), []
-            for run in (
-                lambda x: getattr(module, function)(x, *call),  # noqa: B023
-                lambda x: getattr(adapter, f"{name}_loss")(x, **options),  # noqa: B023
-            ):
-                leaf = inputs.trainer_logprobs.clone().requires_grad_()
-                theirs = module.LossInputs(**{**vars(inputs), "trainer_logprobs": leaf})
-                outputs = run(theirs)
-                assert isinstance(outputs, module.LossOutputs)
-                outputs.loss.backward()
-                results.append((outputs.loss.detach(), leaf.grad, outputs.metrics))
-            (loss, gradient, metrics), (our_loss, our_gradient, our_metrics) = results
-            assert torch.allclose(our_loss, loss, rtol=1e-9, atol=1e-12), name
-            assert torch.allclose(our_gradient, gradient, rtol=1e-9, atol=1e-12), name
-            assert set(metrics) == set(our_metrics)
-            for key, value in metrics.items():
-                assert float(our_metrics[key]) == pytest.approx(float(value.detach()), rel=1e-6), (name, key)
+    pytest.importorskip(adapter._MODULE, reason=NEEDS, exc_type=ImportError)
+    pytest.importorskip(adapter._CONFIGS, reason=NEEDS, exc_type=ImportError)
+    tally = losses.compare(prime_rl_losses.comparisons())
+    assert tally.complaints == []
+    assert tally.batches == 24

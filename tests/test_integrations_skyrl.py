@@ -1,7 +1,5 @@
 """fastrl inside SkyRL: golden cases through its losses' signature, its own losses beside them where it is installed."""
 
-import copy
-import itertools
 import pickle
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
@@ -10,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from golden import Case, cases
+from hosts import losses, skyrl_losses
+from hosts.skyrl_losses import batch
 from oracle import assert_as_accurate
-from torch import Tensor
 
 from fastrl.integrations import skyrl as adapter
 from fastrl.integrations._proof import AdapterMismatchError
@@ -118,18 +117,6 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     adapter._proofs.forget()
 
 
-def batch(seed: int = 0, spread: float = 0.3) -> tuple[Tensor, ...]:
-    g = torch.Generator().manual_seed(seed)
-    old = -3.0 * torch.rand(6, 8, generator=g).double()
-    logprobs = (old + spread * torch.randn(6, 8, generator=g)).clamp(max=-1e-3)
-    rollout = old + 0.5 * spread * torch.randn(6, 8, generator=g)
-    advantages = torch.randn(6, 8, generator=g).double() / 20.0
-    advantages[1] = 0.0
-    mask = (torch.rand(6, 8, generator=g) > 0.3).double()
-    mask[:, 0] = 1.0
-    return logprobs, old, advantages, mask, rollout
-
-
 def test_names_come_and_go(host: ModuleType) -> None:
     registry = host.PolicyLossRegistry
     before = dict(registry.functions)
@@ -212,50 +199,8 @@ def test_another_version_is_refused(host: ModuleType) -> None:
         adapter.register()
 
 
-CORRECTIONS = [
-    {}, {"tis_ratio_type": "token"}, {"tis_ratio_type": "sequence"},
-    {"sequence_mask_metric": "geometric"}, {"sequence_mask_metric": "product", "tis_ratio_type": "token"},
-    {"outlier_token_is_threshold_low": 0.75, "outlier_token_is_threshold_high": 1.5, "tis_ratio_type": "sequence"},
-    {"token_mask_is_threshold_low": 0.9, "token_mask_is_threshold_high": 1.2, "sequence_mask_metric": "geometric",
-     "tis_ratio_type": "token"},
-]  # fmt: skip
-
-
 def test_the_installed_skyrl_agrees() -> None:
-    module = pytest.importorskip(adapter._MODULE, reason=NEEDS, exc_type=ImportError)
-    registry = module.PolicyLossRegistry
-    before = {name: registry.get(name) for name in registry.list_available()}
-    adapter.register()
-    tried = 0
-    for name, fields, anchor in itertools.product(adapter.FORMS, CORRECTIONS, ("old", "rollout")):
-        if (name in adapter._WITHOUT_CORRECTION and fields) or (anchor == "rollout" and name not in ("cispo", "dppo")):
-            continue
-        if name == "cispo" and anchor == "rollout" and "tis_ratio_type" in fields:
-            continue
-        theirs = config(policy_loss_type=name, off_policy_correction=correction(**fields))
-        theirs.cispo.cispo_anchor = anchor
-        theirs.dppo.dppo_type = "binary_kl" if anchor == "rollout" else "binary_tv"
-        ours = copy.copy(theirs)
-        ours.policy_loss_type = f"fastrl_{name}"
-        for seed, spread in ((0, 0.3), (1, 1.5)):
-            logprobs, old, advantages, mask, rollout = batch(seed, spread)
-            results = []
-            for label, cfg in ((name, theirs), (f"fastrl_{name}", ours)):
-                leaf = logprobs.clone().requires_grad_()
-                torch.manual_seed(3)
-                loss, metrics = registry.get(label)(leaf, old, advantages, cfg, mask, rollout)
-                loss.backward()
-                results.append((loss.detach(), leaf.grad, metrics))
-            (loss, gradient, metrics), (our_loss, our_gradient, our_metrics) = results
-            where = (name, fields, anchor)
-            # SkyRL takes its exponentials in float32.
-            assert torch.allclose(our_loss, loss, rtol=1e-5, atol=1e-6), where
-            assert gradient is not None
-            assert torch.allclose(our_gradient, gradient, rtol=1e-5, atol=1e-7), where
-            assert set(metrics) == set(our_metrics), where
-            for key, value in metrics.items():
-                assert our_metrics[key] == pytest.approx(value, rel=1e-5, abs=1e-6), (key, where)
-            tried += 1
-    adapter.unregister()
-    assert tried == 122
-    assert {name: registry.get(name) for name in registry.list_available()} == before
+    pytest.importorskip(adapter._MODULE, reason=NEEDS, exc_type=ImportError)
+    tally = losses.compare(skyrl_losses.comparisons())
+    assert tally.complaints == []
+    assert tally.batches == 122
