@@ -477,12 +477,13 @@ def test_global_counts_may_be_tensors() -> None:
     assert torch.equal(evaluate(loss, inputs, n_tokens=50)[1], evaluate(loss, inputs, n_tokens=torch.tensor([50]))[1])
 
 
-def test_live_label_of_minus_100_is_refused_and_masked_ones_are_not() -> None:
+@pytest.mark.parametrize("label", [-100, -1, 7, -(2**31), 2**40])
+def test_a_live_label_that_is_no_id_is_refused_and_a_masked_one_is_not(label: int) -> None:
     logits, mask = torch.randn(2, 3, 7), torch.tensor([[1, 1, 0], [1, 0, 0]])
     labels = torch.tensor([[1, 2, -100], [3, 99, -7]])
     loss = PolicyLoss.preset("reinforce")
     loss.from_logits(logits, labels, advantages=torch.ones(2), mask=mask)
-    labels[0, 1] = -100
+    labels[0, 1] = label
     with pytest.raises(ValueError, match=r"labels must be in \[0, V=7\)"):
         loss.from_logits(logits, labels, advantages=torch.ones(2), mask=mask)
     with pytest.raises(ValueError, match=r"labels must be in \[0, V=7\)"):

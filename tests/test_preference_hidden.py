@@ -191,3 +191,22 @@ def test_an_odd_number_of_rows_is_refused() -> None:
         PreferenceLoss.preset("simpo").from_hidden(
             hidden, weight, torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)
         )
+
+
+@pytest.mark.parametrize("label", [-100, -1, 7, -(2**31), 2**40])
+def test_a_live_label_that_is_no_id_is_refused_and_a_masked_one_is_not(label: int) -> None:
+    """A live -100 would count in the length of its completion with a log-prob of 0."""
+    hidden, weight, mask = torch.randn(2, 3, 4), torch.randn(7, 4), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    labels, loss = torch.tensor([[1, 2, -100], [3, 99, -7]]), PreferenceLoss.preset("simpo")
+    trained = (hidden.clone().requires_grad_(), weight.clone().requires_grad_())
+    calls = [
+        lambda: loss.from_logits(hidden @ weight.t(), labels, mask),
+        lambda: loss.from_hidden(hidden, weight, labels, mask),
+        lambda: loss.from_hidden(*trained, labels, mask),
+    ]
+    for call in calls:
+        call()
+    labels[0, 1] = label
+    for call in calls:
+        with pytest.raises(ValueError, match=r"labels must be in \[0, V=7\)"):
+            call()

@@ -125,6 +125,15 @@ def test_per_token_temperature(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_float32_temperature_leaves_float64_logits_their_precision(backend: str) -> None:
+    logits, labels = draw(6, 31, torch.float64)
+    temperature = torch.tensor([0.5, 1.1, 2.3, 0.1, 10.0, 0.7])
+    result = token_logprobs(logits, labels, temperature=temperature, backend=backend)
+    want = token_logprobs(logits, labels, temperature=temperature.double(), backend=backend)
+    assert all(torch.equal(one, other) for one, other in zip(result, want, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_ignored_rows_cannot_matter(backend: str) -> None:
     logits, labels = draw(6, 200)
     labels[1] = labels[4] = -100

@@ -14,6 +14,20 @@ from torch import Tensor
 
 from fastrl import checks
 
+# What marks a token outside the mask for the vocabulary operation: no id, and not the -100 of a live token either.
+IGNORED = -(2**31)
+
+
+def masked_labels(labels: Any, mask: Any) -> Tensor:
+    """Return the labels with `IGNORED` outside the mask; one that is no id under a live mask, -100 too, is refused."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
+    keep, _ = checks.keep_mask("mask", mask, labels.shape, labels.device)
+    # Clamped, because a live label that happens to be the mark would pass for a masked token.
+    return torch.where(keep, labels.clamp(min=IGNORED + 1), IGNORED)
+
 
 @dataclass(frozen=True)
 class Layout:

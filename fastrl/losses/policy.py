@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastrl import checks, reference
-from fastrl.losses.layout import Layout
+from fastrl.losses.layout import IGNORED, Layout, masked_labels
 from fastrl.losses.output import LossOutput
 from fastrl.losses.policy_hidden import Batch, fused_from_hidden, with_path, with_tally
 from fastrl.losses.policy_metrics import policy_metrics
@@ -485,7 +485,7 @@ class PolicyLoss:
                 that overlap or whose entries are apart, and inference tensors.
         """
         _refuse_entropy(inputs)
-        masked = _masked_labels(labels, inputs.get("mask"))
+        masked = masked_labels(labels, inputs.get("mask"))
         options = {
             "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap, "ignore_index": IGNORED,
             "backend": backend,
@@ -575,7 +575,7 @@ class PolicyLoss:
         4 and V D 4, as the loss scale must come before the rounding; it then takes N D 2 and V D 2 for what it returns.
         """
         _refuse_entropy(inputs)
-        masked = _masked_labels(labels, inputs.get("mask"))
+        masked = masked_labels(labels, inputs.get("mask"))
         trains = [torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad for x in (hidden, weight, bias)]
         frozen = not any(trains[1:])
         keep_units = not self.uses_entropy
@@ -706,7 +706,6 @@ class PolicyLoss:
         )
 
 
-IGNORED = -(2**31)
 _INPUTS = (
     "advantages", "mask", "old_logprobs", "ref_logprobs", "rollout_logprobs",
     "n_tokens", "n_sequences", "selection", "group_ids", "scores",
@@ -725,16 +724,6 @@ def _refuse_entropy(inputs: dict[str, Any]) -> None:
         raise TypeError("entropy= is computed here from the logits; pass it only to the loss on log-probs")
     if inputs.get("mask") is None:
         raise TypeError("mask= is needed: 1 for tokens that count")
-
-
-def _masked_labels(labels: Any, mask: Any) -> Tensor:
-    """Return the labels with `IGNORED` outside the mask; a label of -100 under a live mask stays and is refused."""
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
-    if labels.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
-    keep, _ = checks.keep_mask("mask", mask, labels.shape, labels.device)
-    return torch.where(keep, labels, IGNORED)
 
 
 def _check_count(name: str, value: Any) -> None:

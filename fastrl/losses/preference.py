@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrl import checks
+from fastrl.losses.layout import IGNORED, masked_labels
 from fastrl.losses.output import LossOutput
 from fastrl.losses.policy_hidden import with_path, with_tally
 from fastrl.losses.preference_checks import validate
@@ -40,7 +41,6 @@ from fastrl.losses.preference_rows import (
     halved,
     kl_reference_point,
     live,
-    masked_labels,
     masked_mean,
     pair_rows,
     result_dtype,
@@ -351,6 +351,7 @@ class PreferenceLoss:
             "logit_scale": logit_scale,
             "softcap": softcap,
             "backend": backend,
+            "ignore_index": IGNORED,
         }
         ids = masked_labels(labels, mask)
         policy = token_logprobs(logits, ids, **head)
@@ -406,6 +407,7 @@ class PreferenceLoss:
             "chunk_tokens": chunk_tokens,
             "tp_group": tp_group,
             "backend": backend,
+            "ignore_index": IGNORED,
         }
         if (ref_hidden is None and ref_weight is not None) or (ref_weight is None and ref_bias is not None):
             raise ValueError("ref_bias goes with ref_weight, and ref_weight with ref_hidden")

@@ -135,7 +135,7 @@ def checked_rows(
     scale, cap = head_scalars(logit_scale, softcap)
     heat = checks.temperature(temperature, labels.shape, logits.device)
     chosen = dispatch.choose(backend, logits.device).backend
-    inverse, inverse_rows = _inverse(heat)
+    inverse, inverse_rows = _inverse(heat, logits.dtype)
     return Rows(labels, inverse, inverse_rows, scale, cap, ignore_index, chosen)
 
 
@@ -147,16 +147,12 @@ def head_scalars(logit_scale: Any, softcap: Any) -> tuple[float, float]:
     return scale, 0.0 if softcap is None else checks.plain_float("softcap", softcap, low=0.0, open_low=True)
 
 
-def _inverse(temperature: float | Tensor) -> tuple[float, Tensor | None]:
-    """Return 1/T as a float, or as a tensor beside the float 1."""
-    if isinstance(temperature, Tensor):
-        return (
-            1.0,
-            temperature.double().reciprocal()
-            if temperature.dtype == torch.float64
-            else temperature.float().reciprocal(),
-        )
-    return 1.0 / temperature, None
+def _inverse(temperature: float | Tensor, dtype: torch.dtype) -> tuple[float, Tensor | None]:
+    """Return 1/T as a float, or as a tensor beside the float 1, of float64 where the logits or T are."""
+    if not isinstance(temperature, Tensor):
+        return 1.0 / temperature, None
+    wide = torch.float64 if torch.float64 in (dtype, temperature.dtype) else torch.float32
+    return 1.0, temperature.to(wide).reciprocal()
 
 
 def row_blocks(
