@@ -54,6 +54,7 @@ class _Plan:
     columns: reference.TokenColumns
     units: Sequence[int] | None
     """Live tokens of each sequence, where the loss couples them."""
+    unit_lengths: Tensor | None  # (S,) int64, the units where the device has them
     allowed: Tensor | None
     rounding: str
     live: Tensor | None = None
@@ -67,9 +68,10 @@ class _Plan:
         columns = self.columns.at(index)
         lengths = None
         if self.units is not None:
+            assert self.unit_lengths is not None
             ends = list(accumulate(self.units))
             first, last = bisect_left(ends, block.start + 1), bisect_left(ends, block.stop)
-            lengths = torch.tensor(self.units[first : last + 1], device=index.device)
+            lengths = self.unit_lengths[first : last + 1]
         return policy_gradient_coefficients(self.spec, logprobs, entropy, columns, lengths)
 
     def terms(self, logprobs: Tensor, entropy: Tensor) -> reference.TokenTerms:
@@ -193,12 +195,13 @@ def fused_from_hidden(
     grad = torch.is_grad_enabled()
     trained = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
     needs = (grad and trained[0], grad and trained[1], grad and trained[2])
-    units = None
+    units = unit_lengths = None
     if spec.couples_sequences:
-        units = segment_sum(batch.mask.to(inverse.dtype), layout.lengths).long().tolist()
+        unit_lengths = segment_sum(batch.mask.to(inverse.dtype), layout.lengths).long()
+        units = unit_lengths.tolist()
     columns = spec.columns(layout, batch, None)
     tally = Tally(hidden.device)
-    plan = _Plan(spec, head, needs, layout, batch.mask, columns, units, allowed, rounding, tally=tally)
+    plan = _Plan(spec, head, needs, layout, batch.mask, columns, units, unit_lengths, allowed, rounding, tally=tally)
     flat = hidden.reshape(-1, hidden.shape[-1])
     loss, logprobs, entropy, recomputed = FusedFromHidden.apply(flat, weight, bias, labels.reshape(-1), inverse, plan)
     if allowed is not None:

@@ -69,6 +69,8 @@ CPU_LOGIT_ROWS = 1024
 # A half-precision head on a CPU is widened for its gradients in blocks of this many vocabulary rows, to keep the copy
 # small.
 CPU_WIDEN_ROWS = 8192
+# The host waits in these operations: `torch.compile` must leave them out of CUDA graphs (mode="reduce-overhead").
+_WAITS = (torch.Tag.cudagraph_unsafe,)
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,7 @@ def check_head(
             f"weight must be (V, D={hidden.shape[-1] if hidden.dim() else '?'}), got {tuple(weight.shape)}"
         )
     checks.same_device("weight", weight, hidden.device)
+    _refuse_capture(hidden.device)
     if bias is not None:
         checks.vocabulary_tensor("bias", bias)
         checks.same_shape("bias", bias, weight.shape[:1])
@@ -235,6 +238,16 @@ def check_head(
         raise RuntimeError("weight is an inference tensor and cannot be saved for backward; pass weight.clone()")
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     return hidden.to(dtype), weight.to(dtype), labels, None if bias is None else bias.to(dtype)
+
+
+def _refuse_capture(device: torch.device) -> None:
+    """Raise inside the capture of a CUDA graph, where the host cannot wait."""
+    if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "operations on hidden states cannot be captured in a CUDA graph: the host must learn how many rows take "
+            "part. Leave them outside the graph, or capture token_logprobs or from_logits, which the host does not wait "
+            "for"
+        )
 
 
 def make_head(
@@ -698,7 +711,7 @@ def _keep(found: tuple[Tensor, ...], rows: slice, values: tuple[Tensor, ...]) ->
             out[rows] = value
 
 
-@torch.library.custom_op("fastrl::linear_token_logprobs", mutates_args=())
+@torch.library.custom_op("fastrl::linear_token_logprobs", mutates_args=(), tags=_WAITS)
 def _linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -755,7 +768,7 @@ def _(
     return logprobs, entropy, logsumexp, residual, logprobs.new_empty((n_live, hidden.shape[1]))
 
 
-@torch.library.custom_op("fastrl::linear_token_logprobs_backward", mutates_args=())
+@torch.library.custom_op("fastrl::linear_token_logprobs_backward", mutates_args=(), tags=_WAITS)
 def _linear_token_logprobs_backward(
     hidden: Tensor,
     weight: Tensor,
