@@ -40,7 +40,8 @@ class Layout:
             or cu_seqlens.dtype not in (torch.int32, torch.int64)
             or cu_seqlens.dim() != 1
         ):
-            raise TypeError("cu_seqlens must be a 1-D int32 or int64 tensor of S+1 offsets")
+            got = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else cu_seqlens
+            raise TypeError(f"cu_seqlens must be a 1-D int32 or int64 tensor of S+1 offsets, got {got}")
         if cu_seqlens.numel() < 1:
             raise ValueError("cu_seqlens must have S+1 >= 1 entries, got 0")
         checks.same_device("cu_seqlens", cu_seqlens, device)

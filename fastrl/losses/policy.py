@@ -391,7 +391,7 @@ class PolicyLoss:
                 "dft" ignore them.
             mask: 0/1, bool, int or float; tokens outside cannot matter, whatever they hold.
             old_logprobs: log-probs of the policy that the ratio is taken to; None: on-policy, the detached `logprobs`.
-                Losses without a ratio take them for the metric approx_kl_old.
+                Losses without a ratio take them for the metric approx_kl_old. Constants, as are those that follow.
             ref_logprobs: of the reference policy, for kl_to="ref"; ignored without such a KL.
             rollout_logprobs: as the inference engine reported them, for anchors and corrections that name them; else
                 for the metrics rollout_kl and rollout_abs_diff.
@@ -475,7 +475,7 @@ class PolicyLoss:
                 that overlap or whose entries are apart, and inference tensors.
         """
         _refuse_entropy(inputs)
-        masked = _masked_labels(labels, inputs.get("mask"))
+        masked = checks.masked_labels(labels, inputs["mask"], logits, "logits")
         options = {
             "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap, "ignore_index": IGNORED,
             "backend": backend,
@@ -565,7 +565,7 @@ class PolicyLoss:
         4 and V D 4, as the loss scale must come before the rounding; it then takes N D 2 and V D 2 for what it returns.
         """
         _refuse_entropy(inputs)
-        masked = _masked_labels(labels, inputs.get("mask"))
+        masked = checks.masked_labels(labels, inputs["mask"], hidden, "hidden")
         trains = [torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad for x in (hidden, weight, bias)]
         frozen = not any(trains[1:])
         keep_units = not self.uses_entropy
@@ -640,7 +640,10 @@ class PolicyLoss:
         if inputs["advantages"] is None and self.surrogate not in ("nll", "dft"):
             raise ValueError(f"surrogate={self.surrogate!r} needs advantages=")
         if self.kl is not None and self.kl_to == "ref" and inputs["ref_logprobs"] is None:
-            raise ValueError(f"kl={self.kl!r} with kl_to='ref' needs ref_logprobs=")
+            measured = ", also to measure it with kl_coef=0" if self.kl_coef == 0.0 else ""
+            raise ValueError(
+                f"kl={self.kl!r} with kl_to='ref' needs ref_logprobs={measured}; kl=None leaves the KL out"
+            )
         if inputs["scores"] is not None and self.surrogate != "topr":
             raise ValueError(
                 f"scores= is read by surrogate='topr' alone and would change nothing with {self.surrogate!r}: "
@@ -696,7 +699,7 @@ class PolicyLoss:
         )
 
 
-IGNORED = -(2**31)
+IGNORED = checks.MASKED_LABEL
 _INPUTS = (
     "advantages", "mask", "old_logprobs", "ref_logprobs", "rollout_logprobs",
     "n_tokens", "n_sequences", "selection", "group_ids", "scores",
@@ -715,16 +718,6 @@ def _refuse_entropy(inputs: dict[str, Any]) -> None:
         raise TypeError("entropy= is computed here from the logits; pass it only to the loss on log-probs")
     if inputs.get("mask") is None:
         raise TypeError("mask= is needed: 1 for tokens that count")
-
-
-def _masked_labels(labels: Any, mask: Any) -> Tensor:
-    """Return the labels with `IGNORED` outside the mask; a label of -100 under a live mask stays and is refused."""
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
-    if labels.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
-    keep, _ = checks.keep_mask("mask", mask, labels.shape, labels.device)
-    return torch.where(keep, labels, IGNORED)
 
 
 def _check_count(name: str, value: Any) -> None:

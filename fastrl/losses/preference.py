@@ -40,7 +40,6 @@ from fastrl.losses.preference_rows import (
     halved,
     kl_reference_point,
     live,
-    masked_labels,
     masked_mean,
     pair_rows,
     result_dtype,
@@ -352,7 +351,8 @@ class PreferenceLoss:
             "softcap": softcap,
             "backend": backend,
         }
-        ids = masked_labels(labels, mask)
+        ids = checks.masked_labels(labels, mask, logits, "logits")
+        head["ignore_index"] = checks.MASKED_LABEL
         policy = token_logprobs(logits, ids, **head)
         with torch.no_grad():
             if ref_logits is not None:
@@ -406,10 +406,11 @@ class PreferenceLoss:
             "chunk_tokens": chunk_tokens,
             "tp_group": tp_group,
             "backend": backend,
+            "ignore_index": checks.MASKED_LABEL,
         }
         if (ref_hidden is None and ref_weight is not None) or (ref_weight is None and ref_bias is not None):
             raise ValueError("ref_bias goes with ref_weight, and ref_weight with ref_hidden")
-        ids = masked_labels(labels, mask)
+        ids = checks.masked_labels(labels, mask, hidden, "hidden")
         with torch.no_grad():
             if ref_hidden is not None:
                 check_one_reference(ref_logprobs, "ref_hidden")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastrl.losses.output import LossOutput
 from fastrl.losses.policy_hidden import FusedFromHidden, with_path, with_tally
-from fastrl.losses.preference_rows import IGNORE_INDEX, cast_metrics, kl_reference_point
+from fastrl.losses.preference_rows import cast_metrics, kl_reference_point
 from fastrl.ops.linear_token_logprobs import Head, check_head, inverse_temperature, make_head
 from fastrl.ops.sparse_rows import Tally
 
@@ -79,7 +79,7 @@ def fused_preference(
     hidden: Tensor,  # (2P, T, D), or (B, T, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
-    ids: Tensor,  # (2P, T), IGNORE_INDEX under the mask
+    ids: Tensor,  # (2P, T), the ignored id under the mask
     mask: Tensor,  # (2P, T)
     ref_logprobs: Tensor | None,  # (2P, T)
     options: dict[str, Any],
@@ -100,15 +100,17 @@ def fused_preference(
         raise ValueError(
             f"labels must be {'(B, T)' if parts == 1 else '(2P, T), chosen first'}, got {tuple(ids.shape)}"
         )
-    hidden, weight, ids, bias = check_head(hidden, weight, ids, bias, IGNORE_INDEX)
-    temperature, scale, cap = (options.pop(name) for name in ("temperature", "logit_scale", "softcap"))
-    head = make_head(hidden, scale, cap, IGNORE_INDEX, **options)
+    temperature, scale, cap, ignored = (
+        options.pop(name) for name in ("temperature", "logit_scale", "softcap", "ignore_index")
+    )
+    hidden, weight, ids, bias = check_head(hidden, weight, ids, bias, ignored)
+    head = make_head(hidden, scale, cap, ignored, **options)
     inverse = inverse_temperature(temperature, ids, hidden)
     n = ids.shape[0] // parts
     # Every place of the batch, the two rows of a pair behind each other.
     places = torch.arange(ids.numel(), device=ids.device).view(parts, n, -1).transpose(0, 1)
     tally = Tally(hidden.device) if head.tail_mass else None
-    there = (ids != IGNORE_INDEX).view(parts, n, -1).transpose(0, 1)
+    there = (ids != ignored).view(parts, n, -1).transpose(0, 1)
     trained = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
     plan = _Plan(
         spec,

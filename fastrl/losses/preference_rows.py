@@ -9,8 +9,6 @@ from torch import Tensor
 
 from fastrl import checks
 
-IGNORE_INDEX = -100
-
 
 class PairRows(NamedTuple):
     """The sequence log-probs of P pairs, in the accumulation dtype."""
@@ -193,14 +191,6 @@ def check_one_reference(ref_logprobs: Tensor | None, other: str) -> None:
     """Raise where the reference is given twice."""
     if ref_logprobs is not None:
         raise ValueError(f"the reference comes from ref_logprobs or from {other}, got both")
-
-
-def masked_labels(labels: Tensor, mask: Tensor) -> Tensor:
-    """Return the labels with the ignored id under the mask, so that the vocabulary operation drops those rows."""
-    if not isinstance(labels, Tensor) or not isinstance(mask, Tensor):
-        raise TypeError("labels and mask must be torch.Tensors")
-    checks.same_shape("mask", mask, labels.shape)
-    return torch.where(mask != 0, labels, IGNORE_INDEX)
 
 
 def halved(temperature: float | Tensor | None) -> float | Tensor:
