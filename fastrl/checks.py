@@ -22,6 +22,8 @@ from torch.autograd import forward_ad
 _checked: ContextVar[bool] = ContextVar("fastrl_checked", default=False)
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# The label of a masked token: the id of no token, and not the -100 that a collator may have left under a live mask.
+MASKED_LABEL = -(2**31)
 
 
 @contextmanager
@@ -113,17 +115,50 @@ def labels(
     if value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be int64 or int32, got {value.dtype}")
     plain_int("ignore_index", ignore_index)
-    same_shape(name, value, shape)
+    _label_shape(name, value, shape)
     same_device(name, value, device)
     if checks_values(value) and value.numel():
         bad = ((value < 0) | (value >= vocabulary)) & (value != ignore_index)
         if bool(bad.any()):
             where = bad.nonzero()[:4].tolist()
+            free = "where the mask is 1" if ignore_index == MASKED_LABEL else f"or ignore_index={ignore_index}"
             raise ValueError(
-                f"{name} must be in [0, V={vocabulary}) or ignore_index={ignore_index}, got "
+                f"{name} must be in [0, V={vocabulary}) {free}, got "
                 f"{value[bad][:4].tolist()} at {where} ({int(bad.sum())} in all)"
             )
     return value
+
+
+def masked_labels(
+    value: Any,
+    mask: Any,
+    source: Any,  # (..., V) or (..., D)
+    name: str,
+) -> Tensor:
+    """Return the labels with `MASKED_LABEL` outside the mask, or raise; a -100 under a live mask is refused later.
+
+    `source`, called `name`, are the logits or hidden states of the labels. They say which of labels and mask is wrong.
+    """
+    float_tensor(name, source)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels must be int64 or int32, got {value.dtype}")
+    _label_shape("labels", value, source.shape[:-1])
+    same_device("labels", value, source.device)
+    keep, _ = keep_mask("mask", mask, value.shape, value.device)
+    # Clamped, because a live label that happens to be the mark would pass for a masked token.
+    return torch.where(keep, value.clamp(min=MASKED_LABEL + 1), MASKED_LABEL)
+
+
+def _label_shape(name: str, value: Tensor, shape: torch.Size) -> None:
+    """Raise unless `value` has `shape`; one place more or less is what labels that were not aligned have."""
+    got = tuple(value.shape)
+    if got == tuple(shape):
+        return
+    unaligned = len(got) == len(shape) > 0 and got[:-1] == tuple(shape[:-1]) and abs(got[-1] - shape[-1]) == 1
+    hint = ": nothing is shifted here; logits[:, :-1] go with the ids [:, 1:]" if unaligned else ""
+    raise ValueError(f"{name} must have shape {tuple(shape)}, got {got}{hint}")
 
 
 def same_shape(name: str, value: Tensor, shape: Sequence[int]) -> None:

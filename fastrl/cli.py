@@ -7,8 +7,9 @@
     fastrl verify [--device cpu|cuda|...] [--backend NAME|all] [--seed N] [--quick] [--json]
     fastrl bench cpu|gpu|table|plot ...
 
-It exits with 0 when all went well, 1 when the work or a check failed and 2 when the command line or the configuration
-is wrong. An error is one line; with the environment variable FASTRL_DEBUG set it comes with its traceback.
+It exits with 0 when all went well, 2 when the command line or a field of the configuration is wrong, 1 when the work
+or a check failed or settings turned out not to fit the model, the data or each other, and 130 when it was interrupted.
+An error is one line; with the environment variable FASTRL_DEBUG set it comes with its traceback.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import importlib
 import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -120,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         "--backend",
         default="all",
         metavar="NAME",
-        help="torch, cpu, triton (on a CPU through its interpreter, slowly), or all (the default)",
+        help="torch, cpu, triton (on a CPU through its interpreter, slowly), cuda, or all (the default)",
     )
     verify.add_argument("--seed", type=int, default=0, help="of the inputs (default 0)")
     verify.add_argument("--quick", action="store_true", help="fewer vocabularies and presets")
@@ -193,6 +195,9 @@ def _report(run_dir: str, record_dir: str | None) -> int:
 
 
 def _make(command: str, arguments: list[str]) -> int:
+    # They sample for minutes and have no progress bar: what they log is what there is to see.
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("fastrl.train").setLevel(logging.INFO)
     print(_configured(*MAKERS[command], arguments, f"fastrl {command}"))
     return OK
 

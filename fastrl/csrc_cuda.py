@@ -76,6 +76,10 @@ def missing() -> str | None:
         return "apache-tvm-ffi is not installed (pip install 'fastrl[cpu]')"
     if (compiler := nvcc()) is None:
         return "nvcc was not found (install the CUDA toolkit, 12.0 or later, or set CUDA_HOME to its folder)"
+    try:
+        csrc_loader.cache_folder()
+    except RuntimeError as error:
+        return str(error)
     return _compiler_fault(compiler)
 
 

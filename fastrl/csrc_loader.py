@@ -61,18 +61,26 @@ def source_folder() -> Path:
 
 
 def cache_folder() -> Path:
-    """Return the folder in which built libraries are kept."""
+    """Return the folder in which built libraries and converted models are kept.
+
+    Raises:
+        RuntimeError: none is set, and the user has no home directory, as in a container run under an arbitrary id.
+    """
     if chosen := os.environ.get("FASTRL_CACHE_DIR"):
         return Path(chosen).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "fastrl"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "fastrl"
+    try:
+        return Path.home() / ".cache" / "fastrl"
+    except RuntimeError as error:
+        raise RuntimeError("no home directory to keep compiled kernels and models in; set FASTRL_CACHE_DIR") from error
 
 
 def _compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX", "c++"))
 
 
-def _ninja_folder() -> str | None:
+def ninja_folder() -> str | None:
     """Return the folder of ninja where it is not on PATH but beside the interpreter, as pip installs it; else None."""
     folder = str(Path(sys.executable).parent)
     return folder if shutil.which("ninja", path=folder) else None
@@ -89,10 +97,11 @@ def _missing() -> str | None:
     if not compiler or shutil.which(compiler[0]) is None:
         name = compiler[0] if compiler else "c++"
         return f"no C++ compiler: {name!r} is not on PATH (install g++ or clang++, or set CXX to one)"
-    if shutil.which("ninja") is None and _ninja_folder() is None:
+    if shutil.which("ninja") is None and ninja_folder() is None:
         return "ninja is not on PATH (pip install 'fastrl[cpu]')"
     try:
         source_folder()
+        cache_folder()
     except RuntimeError as error:
         return str(error)
     return None
@@ -127,7 +136,7 @@ def exclusive(path: Path) -> Iterator[None]:
 @contextmanager
 def _ninja_on_path() -> Iterator[None]:
     """Put a ninja that pip installed beside the interpreter on PATH while the build runs."""
-    folder = None if shutil.which("ninja") else _ninja_folder()
+    folder = None if shutil.which("ninja") else ninja_folder()
     if folder is None:
         yield
         return

@@ -129,6 +129,8 @@ def _devices() -> dict[str, Any]:
 
 
 def _compilers() -> dict[str, Any]:
+    from fastrl import csrc_loader
+
     found = {"C++": _tool_version([os.environ.get("CXX") or "c++", "--version"], first=True)}
     for folder in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
         if folder and os.path.isfile(os.path.join(folder, "bin", "nvcc")):
@@ -136,7 +138,10 @@ def _compilers() -> dict[str, Any]:
             break
     else:
         found["nvcc"] = _tool_version(["nvcc", "--version"], first=False)
-    found["ninja"] = _tool_version(["ninja", "--version"], first=True)
+    ninja = "ninja"
+    if shutil.which(ninja) is None and (folder := csrc_loader.ninja_folder()) is not None:
+        ninja = os.path.join(folder, ninja)
+    found["ninja"] = _tool_version([ninja, "--version"], first=True)
     return found
 
 
@@ -181,5 +186,8 @@ def _backends() -> dict[str, Any]:
             f"{'.'.join(map(str, csrc_cuda.CAPABILITY))}"
         )
     )
-    backends["cache of compiled kernels"] = str(csrc_loader.cache_folder())
+    try:
+        backends["cache of compiled kernels"] = str(csrc_loader.cache_folder())
+    except RuntimeError as error:
+        backends["cache of compiled kernels"] = f"none: {error}"
     return backends

@@ -14,20 +14,6 @@ from torch import Tensor
 
 from fastrl import checks
 
-# What marks a token outside the mask for the vocabulary operation: no id, and not the -100 of a live token either.
-IGNORED = -(2**31)
-
-
-def masked_labels(labels: Any, mask: Any) -> Tensor:
-    """Return the labels with `IGNORED` outside the mask; one that is no id under a live mask, -100 too, is refused."""
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
-    if labels.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
-    keep, _ = checks.keep_mask("mask", mask, labels.shape, labels.device)
-    # Clamped, because a live label that happens to be the mark would pass for a masked token.
-    return torch.where(keep, labels.clamp(min=IGNORED + 1), IGNORED)
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -54,7 +40,8 @@ class Layout:
             or cu_seqlens.dtype not in (torch.int32, torch.int64)
             or cu_seqlens.dim() != 1
         ):
-            raise TypeError("cu_seqlens must be a 1-D int32 or int64 tensor of S+1 offsets")
+            got = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else cu_seqlens
+            raise TypeError(f"cu_seqlens must be a 1-D int32 or int64 tensor of S+1 offsets, got {got}")
         if cu_seqlens.numel() < 1:
             raise ValueError("cu_seqlens must have S+1 >= 1 entries, got 0")
         checks.same_device("cu_seqlens", cu_seqlens, device)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastrl import checks, reference
-from fastrl.losses.layout import IGNORED, Layout, masked_labels
+from fastrl.losses.layout import Layout
 from fastrl.losses.output import LossOutput
 from fastrl.losses.policy_hidden import Batch, fused_from_hidden, with_path, with_tally
 from fastrl.losses.policy_metrics import policy_metrics
@@ -401,7 +401,7 @@ class PolicyLoss:
                 "dft" ignore them.
             mask: 0/1, bool, int or float; tokens outside cannot matter, whatever they hold.
             old_logprobs: log-probs of the policy that the ratio is taken to; None: on-policy, the detached `logprobs`.
-                Losses without a ratio take them for the metric approx_kl_old.
+                Losses without a ratio take them for the metric approx_kl_old. Constants, as are those that follow.
             ref_logprobs: of the reference policy, for kl_to="ref"; ignored without such a KL.
             rollout_logprobs: as the inference engine reported them, for anchors and corrections that name them; else
                 for the metrics rollout_kl and rollout_abs_diff.
@@ -485,10 +485,10 @@ class PolicyLoss:
                 that overlap or whose entries are apart, and inference tensors.
         """
         _refuse_entropy(inputs)
-        masked = masked_labels(labels, inputs.get("mask"))
+        masked = checks.masked_labels(labels, inputs["mask"], logits, "logits")
         options = {
-            "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap, "ignore_index": IGNORED,
-            "backend": backend,
+            "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap, "backend": backend,
+            "ignore_index": checks.MASKED_LABEL,
         }  # fmt: skip
         restricted = {"allowed": allowed, "logits_rounding": logits_rounding}
         changed = [name for name, x in restricted.items() if x is not None]
@@ -575,7 +575,7 @@ class PolicyLoss:
         4 and V D 4, as the loss scale must come before the rounding; it then takes N D 2 and V D 2 for what it returns.
         """
         _refuse_entropy(inputs)
-        masked = masked_labels(labels, inputs.get("mask"))
+        masked = checks.masked_labels(labels, inputs["mask"], hidden, "hidden")
         trains = [torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad for x in (hidden, weight, bias)]
         frozen = not any(trains[1:])
         keep_units = not self.uses_entropy
@@ -587,7 +587,7 @@ class PolicyLoss:
             with counted(tally):
                 result = linear_token_logprobs(
                     hidden, weight, masked, bias=bias, temperature=temperature, logit_scale=logit_scale,
-                    softcap=softcap, ignore_index=IGNORED, chunk_tokens=chunk_tokens, tail_mass=tail_mass,
+                    softcap=softcap, ignore_index=checks.MASKED_LABEL, chunk_tokens=chunk_tokens, tail_mass=tail_mass,
                     tp_group=tp_group, keep_units=keep_units, backend=backend, allowed=allowed,
                     logits_rounding=logits_rounding,
                 )  # fmt: skip
@@ -596,9 +596,9 @@ class PolicyLoss:
             kept = trains[0] and frozen and keep_units
             output = output if tally is None else with_tally(output, tally)
             return with_path(output, 1.0 + kept + again * (1.0 + trains[0] + trains[1]))
-        hidden, weight, masked, bias = check_head(hidden, weight, masked, bias, IGNORED)
+        hidden, weight, masked, bias = check_head(hidden, weight, masked, bias, checks.MASKED_LABEL)
         options = {"chunk_tokens": chunk_tokens, "tail_mass": tail_mass, "tp_group": tp_group, "backend": backend}
-        head = make_head(hidden, logit_scale, softcap, IGNORED, **options)
+        head = make_head(hidden, logit_scale, softcap, checks.MASKED_LABEL, **options)
         layout = Layout.of(masked.shape, masked.device, inputs.pop("cu_seqlens", None), "labels")
         batch = self._batch(layout, _wide(hidden.dtype), **_named_inputs(inputs))
         inverse = inverse_temperature(temperature, masked, hidden)
@@ -650,7 +650,10 @@ class PolicyLoss:
         if inputs["advantages"] is None and self.surrogate not in ("nll", "dft"):
             raise ValueError(f"surrogate={self.surrogate!r} needs advantages=")
         if self.kl is not None and self.kl_to == "ref" and inputs["ref_logprobs"] is None:
-            raise ValueError(f"kl={self.kl!r} with kl_to='ref' needs ref_logprobs=")
+            measured = ", also to measure it with kl_coef=0" if self.kl_coef == 0.0 else ""
+            raise ValueError(
+                f"kl={self.kl!r} with kl_to='ref' needs ref_logprobs={measured}; kl=None leaves the KL out"
+            )
         if inputs["scores"] is not None and self.surrogate != "topr":
             raise ValueError(
                 f"scores= is read by surrogate='topr' alone and would change nothing with {self.surrogate!r}: "

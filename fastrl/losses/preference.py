@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrl import checks
-from fastrl.losses.layout import IGNORED, masked_labels
 from fastrl.losses.output import LossOutput
 from fastrl.losses.policy_hidden import with_path, with_tally
 from fastrl.losses.preference_checks import validate
@@ -351,9 +350,9 @@ class PreferenceLoss:
             "logit_scale": logit_scale,
             "softcap": softcap,
             "backend": backend,
-            "ignore_index": IGNORED,
+            "ignore_index": checks.MASKED_LABEL,
         }
-        ids = masked_labels(labels, mask)
+        ids = checks.masked_labels(labels, mask, logits, "logits")
         policy = token_logprobs(logits, ids, **head)
         with torch.no_grad():
             if ref_logits is not None:
@@ -407,11 +406,11 @@ class PreferenceLoss:
             "chunk_tokens": chunk_tokens,
             "tp_group": tp_group,
             "backend": backend,
-            "ignore_index": IGNORED,
+            "ignore_index": checks.MASKED_LABEL,
         }
         if (ref_hidden is None and ref_weight is not None) or (ref_weight is None and ref_bias is not None):
             raise ValueError("ref_bias goes with ref_weight, and ref_weight with ref_hidden")
-        ids = masked_labels(labels, mask)
+        ids = checks.masked_labels(labels, mask, hidden, "hidden")
         with torch.no_grad():
             if ref_hidden is not None:
                 check_one_reference(ref_logprobs, "ref_hidden")

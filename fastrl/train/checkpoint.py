@@ -12,7 +12,8 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of `step` under `root` atomically, make it the latest, and drop all but the newest `keep`.
 
-    Raises ValueError when the latest checkpoint already is the one of `step`.
+    Raises ValueError when the latest checkpoint already is the one of `step`, and OSError when it cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -58,9 +59,9 @@ def save_checkpoint(
     partial = root / f"{PARTIAL}{target.name}"
     partial.mkdir()
     for name, group in tensors.items():
-        save_file(
-            {key: value.detach().cpu().contiguous() for key, value in group.items()}, partial / f"{name}.safetensors"
-        )
+        values = {key: value.detach().cpu().contiguous() for key, value in group.items()}
+        with disk_errors(root):
+            save_file(values, partial / f"{name}.safetensors")
     (partial / STATE).write_text(json.dumps({**state, "step": step}, indent=1))
     for file in partial.iterdir():
         _sync(file)
@@ -70,6 +71,17 @@ def save_checkpoint(
     _replace_text(root / LATEST, target.name)
     _drop_old(root, keep)
     return target
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what safetensors raises for a full disk into an `OSError` that names the folder."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def latest_checkpoint(root: str | Path) -> Path | None:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fastrl.losses.advantage import BASELINES, SCALES
+
 # Fields that may change when a run is resumed; any other difference would make it a different run.
 MAY_CHANGE_ON_RESUME = frozenset(
     {
@@ -16,6 +18,10 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "tensorboard", "trackio",
     }
 )  # fmt: skip
+# A baseline that is given for each prompt (ReMax) would need a greedy completion, which this loop does not sample.
+GROUP_BASELINES = tuple(name for name in BASELINES if name != "given")
+# Settings that an error message lists; a checkpoint of another loop differs in dozens.
+MOST_SHOWN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +137,9 @@ class RunConfig:
             if name not in MAY_CHANGE_ON_RESUME and saved.get(name) != value
         }
         if changed:
-            listed = ", ".join(f"{name} (saved {old!r}, now {new!r})" for name, (old, new) in changed.items())
+            shown = [f"{name} (saved {old!r}, now {new!r})" for name, (old, new) in changed.items()]
+            more = f", and {len(shown) - MOST_SHOWN} more" if len(shown) > MOST_SHOWN else ""
+            listed = ", ".join(shown[:MOST_SHOWN]) + more
             raise ValueError(f"the checkpoint belongs to a run with other settings: {listed}")
 
 
@@ -326,6 +334,7 @@ class GRPOConfig(BatchConfig):
         for name in ("filter_prompts", "reference_sync_steps"):
             check_int(name, getattr(self, name), at_least=0)
         check_choice("dynamic_sampling", self.dynamic_sampling, ("off", "reward", "correct"))
+        self._check_advantages()
         self._check_covariance()
         object.__setattr__(self, "curriculum_values", tuple(self.curriculum_values))
         if not 0 <= self.reference_ema < 1:
@@ -354,6 +363,16 @@ class GRPOConfig(BatchConfig):
                 raise ValueError("step_marker must not be empty")
             if self.dynamic_sampling == "reward":
                 raise ValueError("dynamic_sampling with step_rewards must be 'off' or 'correct', got 'reward'")
+
+    def _check_advantages(self) -> None:
+        check_choice("advantage_scale", self.advantage_scale, SCALES)
+        check_choice("advantage_baseline", self.advantage_baseline, GROUP_BASELINES)
+        compared = self.advantage_baseline != "none" or self.advantage_scale not in ("batch", "none")
+        if self.group_size == 1 and compared:
+            raise ValueError(
+                "group_size must be at least 2, or nothing is learnt: completions are compared with others of their "
+                "prompt; advantage_baseline='none' with advantage_scale 'batch' or 'none' compares none"
+            )
 
     def _check_covariance(self) -> None:
         for name in ("clip_cov_fraction", "clip_cov_low", "clip_cov_high"):

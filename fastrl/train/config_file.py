@@ -30,12 +30,13 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], program: 
 
     # An option that only begins like --config is one of the dataclass's own fields, or a mistake.
     first = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
+    first.add_argument("--config", metavar="FILE.yaml")
     known, rest = first.parse_known_args(arguments)
     default = load_config(config_class, known.config) if known.config is not None else config_class()
     description = (
         "Settings come from --config FILE.yaml, whose keys are the names below with underscores, and from the options, "
-        "which override it. Mappings are written --rewards accuracy=1.0 format=0.1."
+        "which override it; the defaults shown are those of the file where one is given. "
+        "Mappings are written --rewards accuracy=1.0 format=0.1."
     )
     return tyro.cli(
         config_class,

@@ -27,8 +27,8 @@ import torch
 
 from fastrl.train.config import check_int
 from fastrl.train.model import load_model, stop_token_ids
-from fastrl.train.pairs import SamplingConfig, write_pairs
-from fastrl.train.rewards import build_rewards
+from fastrl.train.pairs import SamplingConfig, check_output, write_pairs
+from fastrl.train.rewards import build_rewards, check_rewards
 from fastrl.train.rollout import decode, encode_prompts, generate
 from fastrl.train.tasks import Problem, load_task
 
@@ -110,8 +110,11 @@ def make_constitutional_pairs(config: ConstitutionalConfig) -> Path:
 
     Raises:
         ValueError: settings that do not fit together, or not one pair came out.
+        OSError: the file cannot be written.
     """
     task = load_task(config.task, **{"seed": config.seed, **config.task_parameters})
+    check_rewards(config.rewards, task)
+    check_output(config.output)
     speaker = Speaker(config)
     problems = task.train(config.problems, start=config.first_problem)
     chooser = random.Random(config.seed)

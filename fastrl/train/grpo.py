@@ -47,7 +47,7 @@ from fastrl.train.packing import use_flash_attention
 from fastrl.train.process import process_advantages
 from fastrl.train.prompts import Prompts
 from fastrl.train.reference_policy import ReferencePolicy
-from fastrl.train.rewards import build_rewards
+from fastrl.train.rewards import build_rewards, check_rewards
 from fastrl.train.run import MetricSums, Run, RunResult
 from fastrl.train.scoring import load_reward_model
 from fastrl.train.tasks import load_task
@@ -61,6 +61,8 @@ def run_grpo(config: GRPOConfig) -> RunResult:
     loss_function = build_loss(config)
     task = load_task(config.task, **{"seed": config.seed, **config.task_parameters})
     task.held_out(config.eval_problems)  # too many of them are refused before the model is loaded
+    check_rewards(config.rewards, task)
+    check_rewards(config.step_rewards, task)
     run = Run(config)
     model, tokenizer = load_model(config.model, dtype=config.dtype, device=run.device)
     if config.packing:

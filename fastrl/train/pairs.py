@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from fastrl.train.config import check_choice, check_int, check_positive
 from fastrl.train.model import load_model, stop_token_ids
-from fastrl.train.rewards import RewardSet, build_rewards
+from fastrl.train.rewards import RewardSet, build_rewards, check_rewards
 from fastrl.train.rollout import decode, encode_prompts, generate
 from fastrl.train.tasks import Problem, load_task
 
@@ -55,7 +56,7 @@ class SamplingConfig:
     problems: int = 200
     """Problems of the training stream that are asked."""
     first_problem: int = 0
-    """The first of them; other files take other ones."""
+    """Number of the first of them in the stream: files of different stretches share no draw."""
 
     max_new_tokens: int = 128
     """Longest completion."""
@@ -138,8 +139,11 @@ def make_pairs(config: PairsConfig) -> Path:
 
     Raises:
         ValueError: settings that do not fit together, or not one pair came out.
+        OSError: the file cannot be written.
     """
     task = load_task(config.task, **{"seed": config.seed, **config.task_parameters})
+    check_rewards(config.rewards, task)
+    check_output(config.output)
     model, tokenizer = load_model(config.model, dtype=config.dtype, device=config.device)
     problems = task.train(config.problems, start=config.first_problem)
     records: list[dict[str, Any]] = []
@@ -156,6 +160,17 @@ def make_pairs(config: PairsConfig) -> Path:
             "group_size, or chosen=answer"
         )
     return write_pairs(records, config.output)
+
+
+def check_output(path: str | Path) -> None:
+    """Make the folder of the file, and raise `OSError` where the file could not be written in the end."""
+    output = Path(path)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"output must be a file that can be written, got {str(path)!r}: {error}") from error
+    if output.is_dir() or not os.access(output if output.exists() else output.parent, os.W_OK):
+        raise OSError(f"output must be a file that can be written, got {str(path)!r}")
 
 
 def write_pairs(records: Sequence[dict[str, Any]], path: str | Path) -> Path:

@@ -56,7 +56,7 @@ from fastrl.train.model import Head, add_lora, head_of, load_model
 from fastrl.train.packing import use_flash_attention
 from fastrl.train.ppo_config import PPOConfig
 from fastrl.train.reference_policy import ReferencePolicy
-from fastrl.train.rewards import build_rewards
+from fastrl.train.rewards import build_rewards, check_rewards
 from fastrl.train.rollout import Rollout, hidden_logprobs
 from fastrl.train.run import MetricSums, Run, RunResult
 from fastrl.train.scoring import load_reward_model
@@ -95,6 +95,7 @@ def run_ppo(config: PPOConfig) -> RunResult:
     """
     loss_function = build_loss(config)
     task = load_task(config.task, **{"seed": config.seed, **config.task_parameters})
+    check_rewards(config.rewards, task)
     run = Run(config)
     model, tokenizer = load_model(config.model, dtype=config.dtype, device=run.device)
     if config.packing:

@@ -183,6 +183,11 @@ def build_rewards(names_and_weights: Mapping[str, float], task: Task, timeout_s:
     return RewardSet(rewards, names_and_weights, task, timeout_s)
 
 
+def check_rewards(names_and_weights: Mapping[str, float], task: Task) -> None:
+    """Raise what `build_rewards` would raise, without starting a worker: before a model is loaded or sampled from."""
+    _check_weights({name: _build(name, task) for name in names_and_weights}, names_and_weights)
+
+
 def _build(specification: str, task: Task) -> RewardFunction | LengthReward:
     if ":" in specification.partition("(")[0]:
         return _import_function(specification)

@@ -31,7 +31,7 @@ from fastrl.train.examples import Example
 from fastrl.train.model import add_lora, head_of, load_model, stop_token_ids
 from fastrl.train.packing import prove_packing, use_flash_attention
 from fastrl.train.rejection import Rejection, sample_and_reject
-from fastrl.train.rewards import build_rewards
+from fastrl.train.rewards import build_rewards, check_rewards
 from fastrl.train.run import Run, RunResult
 from fastrl.train.supervised import backward_examples, supervised_loss
 from fastrl.train.tasks import load_task
@@ -141,6 +141,7 @@ def run_rft(config: RFTConfig) -> RunResult:
     loss = supervised_loss(config.loss, config.loss_options)
     task = load_task(config.task, **{"seed": config.seed, **config.task_parameters})
     task.held_out(config.eval_problems)  # too many of them are refused before the model is loaded
+    check_rewards(config.rewards, task)
     run = Run(config)
     model, tokenizer = load_model(config.model, dtype=config.dtype, device=run.device)
     stop_ids = stop_token_ids(model, tokenizer)

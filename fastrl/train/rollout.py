@@ -20,12 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrl.checks import MASKED_LABEL
 from fastrl.ops import TokenLogprobs, linear_token_logprobs
 from fastrl.train.model import Head, causal_lm
 
 CHAT_TEMPLATE = "chat"
-# No vocabulary has this id, and unlike -100 no dataset uses it for a token that counts.
-IGNORED = -(2**31)
 # Nats. A wrong scale or softcap shows as tenths to tens of nats; other batch shapes round by this much at most.
 LARGEST_DIFFERENCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
 
@@ -282,9 +281,9 @@ def token_logprobs_of(
 @torch.no_grad()
 def hidden_logprobs(hidden: Tensor, head: Head, rollout: Rollout, temperature: float) -> TokenLogprobs:
     """Return what `token_logprobs_of` does, from the hidden states (B, T, D) of `completion_hidden`."""
-    labels = rollout.completion_ids.masked_fill(~rollout.completion_mask, IGNORED)
+    labels = rollout.completion_ids.masked_fill(~rollout.completion_mask, MASKED_LABEL)
     return linear_token_logprobs(
-        hidden, head.weight, labels, temperature=temperature, ignore_index=IGNORED, **head.kwargs()
+        hidden, head.weight, labels, temperature=temperature, ignore_index=MASKED_LABEL, **head.kwargs()
     )
 
 

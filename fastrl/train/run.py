@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
@@ -40,6 +41,7 @@ import fastrl
 from fastrl.doctor import processor
 from fastrl.train.checkpoint import (
     Checkpoint,
+    disk_errors,
     latest_checkpoint,
     load_checkpoint,
     optimizer_from_tensors,
@@ -51,6 +53,8 @@ from fastrl.train.checkpoint import (
 )
 from fastrl.train.config import RunConfig
 from fastrl.train.tracking import RunTracker
+
+logger = logging.getLogger(__name__)
 
 RUN_FILES = ("metrics.jsonl", "evaluations.json", "samples.json", "checkpoints", "model")
 PACKAGES = ("fastrl", "torch", "triton", "transformers", "accelerate", "peft", "safetensors", "reasoning-gym", "numpy")
@@ -159,6 +163,7 @@ class Run(Generic[Config]):
 
         Raises:
             ValueError: an earlier run is in the folder, or this is one process of several.
+            OSError: the folder cannot be made.
         """
         self.config = config
         self.dir = open_run_dir(config)
@@ -183,8 +188,15 @@ class Run(Generic[Config]):
         """Make the optimiser of the named parameters, and continue from the newest checkpoint where the run resumes.
 
         `factors` multiply the learning rate of the parameters whose name begins with the key and a dot.
+
+        What `overwrite` removes is removed here: settings, model and data have been read, and were right.
+
+        Raises:
+            ValueError: the checkpoint belongs to other settings, or is beyond the last step.
         """
         config = self.config
+        if config.overwrite:
+            _remove_earlier_run(self.dir)
         self.parameters = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         groups: dict[float, list[Tensor]] = {}
         for name, parameter in self.parameters.items():
@@ -201,6 +213,8 @@ class Run(Generic[Config]):
         )
         if config.resume and (newest := latest_checkpoint(self.checkpoints)) is not None:
             self.start_step = self._restore(newest)
+            if self.start_step >= config.steps:
+                self._check_finished()
         self.log = RunLog(self.dir, self.start_step)
         write_json(self.dir / "config.json", config.as_dict())
         write_json(self.dir / "environment.json", environment(self.device))
@@ -272,8 +286,9 @@ class Run(Generic[Config]):
     def save_model(self, model: Any, tokenizer: Any) -> None:
         """Write the model (or its adapters) and the tokenizer to `model/`, where the configuration wants it."""
         if self.config.save_model:
-            model.save_pretrained(self.dir / "model")
-            tokenizer.save_pretrained(self.dir / "model")
+            with disk_errors(self.dir / "model"):
+                model.save_pretrained(self.dir / "model")
+                tokenizer.save_pretrained(self.dir / "model")
 
     def result(self) -> RunResult:
         """Return what the run leaves behind."""
@@ -310,6 +325,14 @@ class Run(Generic[Config]):
         self._restore_random(saved)
         return int(saved.state["step"])
 
+    def _check_finished(self) -> None:
+        """Say that no step is left, or raise where the checkpoint has more of them than this run."""
+        if self.start_step > self.config.steps:
+            raise ValueError(
+                f"steps={self.config.steps} are fewer than the {self.start_step} of the checkpoint in {str(self.dir)!r}"
+            )
+        logger.warning("run_dir %r holds all %d steps: nothing is left to train", str(self.dir), self.start_step)
+
     def _restore_random(self, saved: Checkpoint) -> None:
         set_random_state(self.generator, saved.tensors["random"], saved.state["random"])
 
@@ -320,16 +343,27 @@ def _same_names(path: Path, what: str, saved: Mapping[str, Any], here: Mapping[s
 
 
 def open_run_dir(config: RunConfig) -> Path:
-    """Return the folder of the run, made or emptied as `config` says; raise where an earlier run is in it."""
+    """Return the folder of the run, made where there is none; raise where an earlier run is in it that must stay."""
     run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    earlier = [run_dir / name for name in RUN_FILES if (run_dir / name).exists()]
-    if earlier and not (config.resume or config.overwrite):
-        raise ValueError(f"run_dir {str(run_dir)!r} holds an earlier run; resume it, overwrite it, or choose another")
-    if config.overwrite:
-        for path in earlier:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"run_dir must be a folder that can be written to, got {str(run_dir)!r}: {error}") from error
+    if _earlier_run(run_dir) and not (config.resume or config.overwrite):
+        raise ValueError(
+            f"run_dir {str(run_dir)!r} holds an earlier run; resume it (--resume), overwrite it (--overwrite), "
+            "or choose another"
+        )
     return run_dir
+
+
+def _earlier_run(run_dir: Path) -> list[Path]:
+    return [run_dir / name for name in RUN_FILES if (run_dir / name).exists()]
+
+
+def _remove_earlier_run(run_dir: Path) -> None:
+    for path in _earlier_run(run_dir):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _accelerator(config: RunConfig) -> Any:

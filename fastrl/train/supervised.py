@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fastrl.checks import MASKED_LABEL
 from fastrl.losses.policy import PolicyLoss
 from fastrl.ops import linear_token_logprobs
 from fastrl.reference import segment_sum
@@ -19,7 +20,6 @@ from fastrl.train.examples import Example
 from fastrl.train.measure import PERPLEXITY, Measurement
 from fastrl.train.model import Head
 from fastrl.train.packing import packed_batches, packed_hidden
-from fastrl.train.rollout import IGNORED
 from fastrl.train.run import MetricSums, Run
 
 SUPERVISED = ("nll", "dft")
@@ -111,9 +111,9 @@ def held_out_loss(model: Any, head: Head, examples: Sequence[Example], *, budget
     device = head.weight.device
     sums = torch.zeros(len(examples), dtype=torch.float64)
     for group, batch in packed_batches(examples, budget, device):
-        labels = batch.labels.masked_fill(~batch.mask, IGNORED)
+        labels = batch.labels.masked_fill(~batch.mask, MASKED_LABEL)
         logprobs = linear_token_logprobs(
-            packed_hidden(model, batch), head.weight, labels, ignore_index=IGNORED, **head.kwargs()
+            packed_hidden(model, batch), head.weight, labels, ignore_index=MASKED_LABEL, **head.kwargs()
         ).logprobs
         sums[group] = -segment_sum(logprobs.double(), batch.cu_seqlens.long().diff()).cpu()
     counts = torch.tensor([example.n_trained for example in examples], dtype=torch.float64)

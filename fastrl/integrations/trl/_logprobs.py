@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrl.checks import MASKED_LABEL
 from fastrl.integrations._proof import FirstUse, prove, sampled_tokens
 from fastrl.integrations.trl import _seams
 from fastrl.integrations.trl._prediction import Prediction, attach, pending
@@ -28,7 +29,6 @@ from fastrl.ops.row_statistics import row_statistics
 
 ALL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 STATISTICS = ALL_OUTPUTS[1:]
-IGNORED = -(2**31)
 UNDO = "fastrl.integrations.trl.disable(), or leaving patched(), gives TRL's own function back"
 
 Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -47,12 +47,12 @@ class Request:
     compute_dtype: torch.dtype
     rounded: bool = False
     """Whether logits are rounded to `compute_dtype`, as TRL's own tiles are."""
-    ignored: int = IGNORED
+    ignored: int = MASKED_LABEL
 
     def head(self, hidden: Tensor) -> Head:
         """Return the vocabulary operation, validated."""
         return make_head(
-            hidden, self.logit_scale, self.softcap, IGNORED, chunk_tokens=None, tail_mass=0.0, tp_group=None,
+            hidden, self.logit_scale, self.softcap, MASKED_LABEL, chunk_tokens=None, tail_mass=0.0, tp_group=None,
             backend="auto",
         )  # fmt: skip
 
@@ -77,7 +77,7 @@ class Request:
         """Write the statistics of rows of logits to their places; a tie with an earlier id is no top-1 prediction."""
         found = row_statistics(
             logits, labels, temperature=self.temperature, logit_scale=self.logit_scale, softcap=self.softcap,
-            ignore_index=IGNORED,
+            ignore_index=MASKED_LABEL,
         )  # fmt: skip
         values = {
             "log_sum_sq_probs": found.log_sum_squared_probs,
@@ -89,7 +89,7 @@ class Request:
 
     def chunks(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Chunks:
         """Return the rows, cut into chunks; where logits are rounded, `formed` adds the bias."""
-        hidden, weight, targets, bias = check_head(*self.cast(hidden, weight, bias)[:2], targets, bias, IGNORED)
+        hidden, weight, targets, bias = check_head(*self.cast(hidden, weight, bias)[:2], targets, bias, MASKED_LABEL)
         inverse = inverse_temperature(self.temperature, targets, hidden)
         bias = None if self.rounded else bias
         return Chunks.of(hidden, weight, bias, targets, inverse, self.head(hidden))
