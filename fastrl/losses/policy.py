@@ -633,8 +633,8 @@ class PolicyLoss:
             scores = inputs["scores"]
             positive = spread > 0 if scores is None else layout.tokens_or_sequences("scores", scores) > 0
         group_ids = None if inputs["group_ids"] is None else layout.sequences("group_ids", inputs["group_ids"])
-        _check_count("n_tokens", inputs["n_tokens"])
-        _check_count("n_sequences", inputs["n_sequences"])
+        checks.count("n_tokens", inputs["n_tokens"])
+        checks.count("n_sequences", inputs["n_sequences"])
         return Batch(
             advantages=spread,
             mask=mask.reshape(-1),
@@ -735,18 +735,6 @@ def _masked_labels(labels: Any, mask: Any) -> Tensor:
         raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
     keep, _ = checks.keep_mask("mask", mask, labels.shape, labels.device)
     return torch.where(keep, labels, IGNORED)
-
-
-def _check_count(name: str, value: Any) -> None:
-    if value is None:
-        return
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}")
-        if checks.checks_values(value):
-            checks.plain_float(name, float(value), low=0.0, open_low=True)
-        return
-    checks.plain_float(name, value, low=0.0, open_low=True)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
