@@ -47,10 +47,10 @@ def reward_model_loss(
     """
     checks.plain_float("centering_coef", centering_coef, low=0.0)
     tensors = {"chosen_scores": chosen_scores, "rejected_scores": rejected_scores, "margin": margin}
-    for name, value in tensors.items():
-        if value is None and name == "margin":
+    for name, given in tensors.items():
+        if given is None and name == "margin":
             continue
-        checks.float_tensor(name, value)
+        value = checks.float_tensor(name, given)
         if value.dim() != 1:
             raise ValueError(f"{name} must be (P,), one number per pair, got shape {tuple(value.shape)}")
         checks.same_shape(name, value, chosen_scores.shape)
