@@ -68,7 +68,10 @@ def plain_float(
     """Return `value` as a finite float inside [low, high] (or above `low` when `open_low`), or raise."""
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number) or number < low or number > high or (open_low and number <= low):
         bound = f"{'>' if open_low else '>='} {low:g}" if low > -math.inf else ""
         bound += f"{' and ' if bound else ''}<= {high:g}" if high < math.inf else ""
@@ -112,8 +115,8 @@ def labels(
     """Return `value` as an integer tensor of `shape` whose entries are ids or `ignore_index`, or raise."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name} must be int64 or int32, got {value.dtype}")
+    if value.dtype not in (torch.int64, torch.int32) or value.layout != torch.strided:
+        raise TypeError(f"{name} must be dense int64 or int32, got {value.dtype}, layout {value.layout}")
     plain_int("ignore_index", ignore_index)
     _label_shape(name, value, shape)
     same_device(name, value, device)
@@ -144,6 +147,8 @@ def masked_labels(
         raise TypeError(f"labels must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels must be int64 or int32, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"labels must be a dense tensor, got layout {value.layout}")
     _label_shape("labels", value, source.shape[:-1])
     same_device("labels", value, source.device)
     keep, _ = keep_mask("mask", mask, value.shape, value.device)
@@ -196,10 +201,25 @@ def temperature(value: Any, shape: torch.Size, device: torch.device) -> float | 
     return expanded
 
 
+def count(name: str, value: Any, *, zero: bool = False) -> None:
+    """Raise unless `value` is None, a number or a tensor of one element, above 0 (or not below it when `zero`)."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}")
+        if checks_values(value):
+            plain_float(name, float(value), low=0.0, open_low=not zero)
+    elif value is not None:
+        plain_float(name, value, low=0.0, open_low=not zero)
+
+
 def keep_mask(name: str, value: Any, shape: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Return (bool mask, poison); `poison` is NaN where an unchecked mask is neither 0 nor 1, or None."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.is_complex() or value.layout != torch.strided:
+        raise TypeError(
+            f"{name} must be a dense tensor of bool, int or float, got {value.dtype}, layout {value.layout}"
+        )
     same_shape(name, value, shape)
     same_device(name, value, device)
     if value.dtype == torch.bool:

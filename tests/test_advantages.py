@@ -357,6 +357,13 @@ def test_gpg_keeps_the_precision_of_float64_rewards() -> None:
     assert_as_accurate("advantages", result, exact, exact)
 
 
+def test_gdpo_takes_listed_weights_in_the_precision_of_the_rewards(seed: int) -> None:
+    rewards = torch.randn(4, 2, dtype=torch.float64)
+    weights = torch.tensor([0.7, 0.1], dtype=torch.float64)
+    given = estimators.gdpo_advantages(rewards, weights, group_size=4)
+    assert torch.equal(estimators.gdpo_advantages(rewards, weights.tolist(), group_size=4), given)
+
+
 def test_gdpo_leaves_out_missing_rewards_and_completions_without_any() -> None:
     rewards = [[1.0, 0.0], [0.0, None], [None, None], [1.0, 1.0]]
     summed = estimators.gdpo_advantages(rewards, [1.0, 2.0], group_size=4, whiten="none")

@@ -465,6 +465,9 @@ def test_refusals() -> None:
     for message, change in refusals:
         with pytest.raises(ValueError, match=message):
             distillation_loss(**({**x, "beta": 0.5} | change))
+    for name in ("teacher_hidden", "teacher_weight"):
+        with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, got list"):
+            distillation_loss(**{**x, "beta": 0.5, name: x[name].tolist()})
     with pytest.raises(ValueError, match="share a vocabulary"):
         distillation_loss_from_logits(torch.zeros(2, 5), torch.zeros(2, 6), torch.ones(2), beta=0.5)
     with pytest.raises(ValueError, match="teacher_logits must be"):

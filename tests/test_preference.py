@@ -675,6 +675,17 @@ def test_refused_at_call() -> None:
         ),
         ("reference_point is not used", lambda: vanilla(c, r, rc, rr, reference_point=0.0)),
         ("n_pairs or n_tokens must be", lambda: dpo(c, r, rc, rr, n_pairs=-1)),
+        (r"n_pairs.*got shape \(2,\)", lambda: dpo(c, r, rc, rr, n_pairs=torch.ones(2))),
+        (
+            r"rejected_lengths must be >= 0, got \[-2\]",
+            lambda: simpo(c, r, chosen_lengths=torch.ones(4), rejected_lengths=torch.tensor([3, -2, 1, 1])),
+        ),
+        (
+            r"kl_logprobs must be \(B', T'\)",
+            lambda: kto.from_logprobs(
+                logprobs, mask, ref, labels=mask[:, 0], kl_logprobs=ref[0], kl_ref_logprobs=ref[0]
+            ),
+        ),
         ("baseline is not used", lambda: kto(c, r, rc, rr, reference_point=0.0, baseline=0.0)),
         ("reference_point is for losses of rows", lambda: dpo(c, r, rc, rr, reference_point=0.0)),
         ("needs the tokens", lambda: PreferenceLoss.preset("sigmoid", ld_alpha=0.5)(c, r, rc, rr)),
@@ -694,6 +705,16 @@ def test_refused_at_call() -> None:
     for message, call in refusals:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_a_global_count_below_one_divides() -> None:
+    c, r, rc, rr = scores(1)
+    dpo = PreferenceLoss.preset("sigmoid")
+    whole = dpo(c, r, rc, rr).loss
+    for half in (0.5, torch.tensor(0.5), torch.tensor([0.5])):
+        got = dpo(c, r, rc, rr, n_pairs=half).loss
+        assert got.shape == ()
+        assert got.item() == 2 * whole.item()
 
 
 def test_kto_without_a_reference_point_takes_the_other_rows() -> None:

@@ -185,6 +185,8 @@ def test_length_adaptive_lambda() -> None:
         length_adaptive_lambda(torch.tensor([3]), alpha=0.0)
     with pytest.raises(ValueError, match=r"\(B,\)"):
         length_adaptive_lambda(torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r"lengths must be >= 0, got \[-3\]"):
+        length_adaptive_lambda(torch.tensor([5, -3]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -90,6 +90,10 @@ def test_refusals() -> None:
         reward_model_loss(w, w, None, -0.1)
     with pytest.raises(TypeError, match=r"must be float32.*got torch.int64"):
         reward_model_loss(torch.arange(4), w)
+    with pytest.raises(TypeError, match=r"chosen_scores must be a torch\.Tensor, got NoneType"):
+        reward_model_loss(None, w)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"n_pairs.*got shape \(2,\)"):
+        reward_model_loss(w, w, n_pairs=torch.ones(2))
 
 
 def steps() -> tuple[Tensor, Tensor, Tensor]:
@@ -155,5 +159,9 @@ def test_process_reward_extremes_and_refusals() -> None:
         process_reward_loss(torch.zeros(3, 6, 3), labels.double(), mask)
     with pytest.raises(ValueError, match=r"labels must have shape \(3, 6\)"):
         process_reward_loss(logits, labels[:, :5], mask)
+    with pytest.raises(ValueError, match="C >= 2"):
+        process_reward_loss(logits[..., :1], torch.zeros_like(labels), mask)
+    with pytest.raises(ValueError, match="labels must be on cpu, got meta"):
+        process_reward_loss(logits, labels.to("meta"), mask)
     with pytest.raises(ValueError, match="aggregate must be one of"):
         process_reward_loss(logits, labels, mask, aggregate="constant")

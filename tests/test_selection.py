@@ -135,6 +135,30 @@ def test_rollout_divergence_refuses_what_has_no_effect() -> None:
         rollout_divergence_mask(x, x, torch.ones(1, 2), divergence="k2", low=0.1, high=1.0)
     with pytest.raises(ValueError, match="sequence_max"):
         rollout_divergence_mask(x, x, torch.ones(1, 2), level="sequence", high=1.0)
+    with pytest.raises(ValueError, match="low, high or both"):
+        rollout_divergence_mask(x, x, torch.ones(1, 2))
+
+
+def test_what_does_not_fit_is_refused_by_name() -> None:
+    x, mask = torch.zeros(2, 3), torch.ones(2, 3)
+    refusals = [
+        (TypeError, "logprobs must be a torch.Tensor", lambda: second_moment_mask(None, x, mask, threshold=0.1)),
+        (ValueError, "rollout_logprobs must have shape", lambda: second_moment_mask(x, x[:1], mask, threshold=0.1)),
+        (TypeError, "entropy must be", lambda: high_entropy_mask(x.long(), mask, fraction=0.5)),
+        (TypeError, "advantages must be", lambda: covariance_keep_mask(x, x, x[:, 0].long(), mask)),
+        (TypeError, "rollout_logprobs must be", lambda: rollout_divergence_mask(x, x.bool(), mask, high=1.0)),
+        (ValueError, "high must be finite", lambda: rollout_divergence_mask(x, x, mask, high=math.nan)),
+        (ValueError, "threshold", lambda: off_policy_sequence_mask(x, x, x, mask, threshold=math.nan)),
+        (TypeError, "mask must be a dense", lambda: off_policy_sequence_mask(x, x, x, mask.cfloat(), threshold=0.1)),
+    ]
+    for error, message, call in refusals:
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_off_policy_sequences_that_are_not_numbers_stay_for_the_loss_to_show() -> None:
+    x = torch.tensor([[math.nan, -1.0]])
+    assert bool(off_policy_sequence_mask(x, x, torch.tensor([-1.0]), torch.ones(1, 2), threshold=0.1).all())
 
 
 @pytest.mark.parametrize("threshold", [1e-6, 0.02, 0.1, 1e9])

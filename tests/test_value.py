@@ -190,6 +190,7 @@ def test_refusals() -> None:
         ("constant goes with", (values, old, returns, mask), {"constant": 5.0}),
         ("group_ids go with", (values, old, returns, mask), {"aggregate": "prompt_mean"}),
         ("n_tokens must be", (values, old, returns, mask), {"n_tokens": 0}),
+        (r"n_tokens must be.*got shape \(2,\)", (values, old, returns, mask), {"n_tokens": torch.ones(2)}),
         ("mask must hold only 0 and 1", (values, old, returns, 0.5 * mask), {}),
         (r"values must be \(B, T\)", (values[0], old[0], returns[0], mask[0]), {}),
     ]
@@ -197,3 +198,13 @@ def test_refusals() -> None:
         with pytest.raises(ValueError, match=message):
             value_loss(*arguments, **keywords)
     assert bool(value_loss(values, None, returns, mask, clip=None).loss.isfinite())
+
+
+def test_an_old_value_that_is_not_a_number_stays_visible() -> None:
+    values, old, returns, _ = batch()
+    old = old.clone()
+    old[0, 0] = torch.nan
+    mask = torch.ones_like(values)
+    assert bool(value_loss(values, old, returns, mask).loss.isnan())
+    mask[0, 0] = 0.0
+    assert bool(value_loss(values, old, returns, mask).loss.isfinite())

@@ -44,14 +44,19 @@ class Grouping(NamedTuple):
         return int((self.sizes > 0).sum())
 
 
-def reward_tensor(name: str, value: Any, dims: int = 1) -> Tensor:
-    """Return rewards as a detached float32 (float64 for float64) tensor of `dims` dimensions; None in a list is NaN."""
+def reward_tensor(name: str, value: Any, dims: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return rewards as a detached float32 (float64 for float64) tensor of `dims` dimensions.
+
+    A list becomes a tensor of `dtype`, None in it NaN.
+    """
     if isinstance(value, (list, tuple)):
-        value = torch.tensor(_numbers(name, value), dtype=torch.float32)
+        value = torch.tensor(_numbers(name, value), dtype=dtype)
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor or a list of numbers, got {type(value).__name__}")
     if value.is_complex() or value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor of real numbers, got {value.dtype}, layout {value.layout}")
+    if value.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device and holds no values")
     if value.dim() != dims:
         wanted = "(B,)" if dims == 1 else "(B, K)"
         raise ValueError(f"{name} must have shape {wanted}, got {tuple(value.shape)}")
@@ -205,7 +210,7 @@ def _needed(name: str, value: Any, baseline: str, owner: str, rewards: Tensor) -
         return None
     if baseline != owner:
         raise ValueError(f"{name} has no effect with baseline={baseline!r}: it needs baseline={owner!r}")
-    tensor = reward_tensor(name, value).to(rewards.dtype)
+    tensor = reward_tensor(name, value, dtype=rewards.dtype).to(rewards.dtype)
     checks.same_shape(name, tensor, rewards.shape)
     checks.same_device(name, tensor, rewards.device)
     if name == "lengths" and checks.checks_values(tensor) and not bool((tensor >= 0).all()):

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastrl import checks
 from fastrl.losses.divergence import Rows, divergence_rows
 from fastrl.losses.output import LossOutput
-from fastrl.losses.preference_rows import at_least_one, result_dtype
+from fastrl.losses.preference_rows import divisor, result_dtype
 from fastrl.ops import buffers, dispatch
 from fastrl.ops.linear_token_logprobs import Chunks, Gradients, Head, check_head, make_head
 from fastrl.ops.scaling import graph_is_kept, handed_out
@@ -97,6 +97,8 @@ def distillation_loss(
     how = _divergence(beta, temperature, top_k)
     labels, poison = _live_labels(mask, student_hidden)
     student = check_head(student_hidden, student_weight, labels, student_bias, IGNORE_INDEX)
+    checks.float_tensor("teacher_hidden", teacher_hidden)
+    checks.float_tensor("teacher_weight", teacher_weight)
     if tuple(teacher_hidden.shape[:-1]) != tuple(labels.shape):
         raise ValueError(
             f"teacher_hidden must be (..., DT) at the student's tokens {tuple(labels.shape)}, "
@@ -327,7 +329,7 @@ def _output(
     total: Tensor, entropy: Tensor, labels: Tensor, n_tokens: float | Tensor | None, poison: Tensor | None
 ) -> LossOutput:
     count = (labels != IGNORE_INDEX).sum()
-    loss = total / at_least_one(count if n_tokens is None else n_tokens)
+    loss = total / divisor(count if n_tokens is None else n_tokens)
     wide = torch.float32 if entropy.device.type == "mps" else torch.float64
     metrics = {
         "divergence": (total.detach().to(wide), count.to(wide)),

@@ -135,7 +135,7 @@ def _weights(weights: Tensor | Sequence[float] | None, rewards: Tensor) -> Tenso
     """Return (K,) finite weights, 1 by default, or raise."""
     if weights is None:
         return rewards.new_ones(rewards.shape[1])
-    tensor = torch.as_tensor(weights).detach().to(rewards.device, rewards.dtype)
+    tensor = reward_tensor("weights", weights, dtype=rewards.dtype).to(rewards.device, rewards.dtype)
     checks.same_shape("weights", tensor, (rewards.shape[1],))
     if checks.checks_values(tensor) and not bool(tensor.isfinite().all()):
         raise ValueError(f"weights must be finite, got {tensor.tolist()}")

@@ -633,8 +633,8 @@ class PolicyLoss:
             scores = inputs["scores"]
             positive = spread > 0 if scores is None else layout.tokens_or_sequences("scores", scores) > 0
         group_ids = None if inputs["group_ids"] is None else layout.sequences("group_ids", inputs["group_ids"])
-        _check_count("n_tokens", inputs["n_tokens"])
-        _check_count("n_sequences", inputs["n_sequences"])
+        checks.count("n_tokens", inputs["n_tokens"])
+        checks.count("n_sequences", inputs["n_sequences"])
         return Batch(
             advantages=spread,
             mask=mask.reshape(-1),
@@ -729,16 +729,6 @@ def _refuse_entropy(inputs: dict[str, Any]) -> None:
         raise TypeError("mask= is needed: 1 for tokens that count")
 
 
-def _check_count(name: str, value: Any) -> None:
-    if value is None:
-        return
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}")
-        if checks.checks_values(value):
-            checks.plain_float(name, float(value), low=0.0, open_low=True)
-        return
-    checks.plain_float(name, value, low=0.0, open_low=True)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

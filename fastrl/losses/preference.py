@@ -29,7 +29,6 @@ from fastrl.losses.preference_presets import ALIASES, PRESETS, preset_fields
 from fastrl.losses.preference_rows import (
     Counts,
     PairRows,
-    at_least_one,
     cast_metrics,
     check_like,
     check_one_reference,
@@ -37,6 +36,7 @@ from fastrl.losses.preference_rows import (
     checked_lengths,
     choose,
     constant,
+    divisor,
     halved,
     kl_reference_point,
     live,
@@ -508,14 +508,14 @@ class PreferenceLoss:
             raise ValueError(f"the NLL of the loss {self.name!r} needs chosen_lengths and rejected_lengths, got None")
         if self.sft_normalise == "tokens":
             n_tokens = rows.chosen_tokens if counts.tokens is None else counts.tokens
-            return -rows.chosen_total.sum() / at_least_one(n_tokens)
+            return -rows.chosen_total.sum() / divisor(n_tokens)
         per_pair = rows.chosen_total / rows.chosen_lengths if self.sft_normalise == "length" else rows.chosen_total
         return -per_pair.sum() / counts.pairs
 
     def _of_pairs(
         self, rows: PairRows, n_pairs: float | Tensor | None, n_tokens: float | Tensor | None, dtype: torch.dtype
     ) -> LossOutput:
-        counts = Counts(at_least_one(rows.chosen.numel() if n_pairs is None else n_pairs), n_tokens)
+        counts = Counts(divisor(rows.chosen.numel() if n_pairs is None else n_pairs), n_tokens)
         loss = self._pair_loss(rows, counts)
         with torch.no_grad():
             metrics = self._pair_metrics(rows)
@@ -611,7 +611,7 @@ class PreferenceLoss:
         z = sign * (self.beta * scores - shift)
         per_row = torch.stack([term.weight * LINKS[term.link](term.sign * z, self) for term in self.terms]).sum(0)
         weights = choose(labels, self.desirable_weight, self.undesirable_weight, scores)
-        loss = (weights * per_row).sum() / at_least_one(scores.numel() if n_rows is None else n_rows)
+        loss = (weights * per_row).sum() / divisor(scores.numel() if n_rows is None else n_rows)
         with torch.no_grad():
             rewards = self.beta * scores
             metrics = {"nonfinite": ((~scores.isfinite()).sum(), torch.full_like(labels.sum(), labels.numel()))}

@@ -108,13 +108,14 @@ def constant(x: Tensor | None) -> Tensor | None:
     return None if x is None else wide(x.detach())
 
 
-def at_least_one(count: float | Tensor | None) -> float | Tensor:
-    """Return a count that may be divided by; None counts as 1."""
+def divisor(count: float | Tensor | None) -> float | Tensor:
+    """Return a count that may be divided by; None and 0, which nothing is divided by, count as 1."""
     if count is None:
         return 1.0
+    checks.count("n_pairs or n_tokens", count, zero=True)
     if not isinstance(count, Tensor):
-        return max(checks.plain_float("n_pairs or n_tokens", count, low=0.0), 1.0)
-    return count.clamp(min=1)
+        return float(count) or 1.0
+    return torch.where(count == 0, 1, count).reshape(())
 
 
 def masked_mean(x: Tensor, rows: Tensor) -> Tensor:
@@ -140,6 +141,9 @@ def kl_reference_point(logprobs: Tensor | None, ref: Tensor | None, mask: Tensor
     """Return max(0, mean over rows of the summed log-ratio), KTO's z0."""
     if logprobs is None or ref is None:
         raise ValueError("kl_logprobs and kl_ref_logprobs go together, got only one of them")
+    checks.float_tensor("kl_logprobs", logprobs)
+    if logprobs.dim() != 2:
+        raise ValueError(f"kl_logprobs must be (B', T'), got shape {tuple(logprobs.shape)}")
     check_like(logprobs, kl_ref_logprobs=ref)
     if mask is None:
         keep = torch.ones_like(logprobs, dtype=torch.bool)
@@ -158,8 +162,13 @@ def checked_lengths(
     if chosen is None or rejected is None:
         return None, None, None
     for name, value in (("chosen_lengths", chosen), ("rejected_lengths", rejected)):
+        if not isinstance(value, Tensor) or value.is_complex() or value.layout != torch.strided:
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name} must be a dense tensor of numbers of tokens, got {got}")
         checks.same_shape(name, value, like.shape)
         checks.same_device(name, value, like.device)
+        if checks.checks_values(value) and not bool((value >= 0).all()):
+            raise ValueError(f"{name} must be >= 0, got {value[~(value >= 0)][:4].tolist()}")
     return chosen.clamp(min=1).to(like.dtype), rejected.clamp(min=1).to(like.dtype), chosen.sum().to(like.dtype)
 
 

@@ -104,9 +104,9 @@ def whitened(x: Tensor, keep: Tensor, eps: float) -> Tensor:
     n = keep.sum()
     centred = wide - torch.where(keep, wide, 0.0).sum() / n.clamp(min=1)
     variance = torch.where(keep, centred, 0.0).square().sum() / (n - 1).clamp(min=1)
-    # Equal entries give exactly 0, also where their mean is rounded. A NaN at a live one stays visible.
-    equal = torch.where(keep, wide, -torch.inf).amax() == torch.where(keep, wide, torch.inf).amin()
-    return torch.where(equal | (variance == 0), 0.0, centred * torch.rsqrt(variance + eps)).to(dtype)
+    # Equal entries give exactly 0, also where their mean is rounded. A NaN or inf at a live one stays visible.
+    spread = torch.where(keep, wide, -torch.inf).amax() - torch.where(keep, wide, torch.inf).amin()
+    return torch.where((spread == 0) | (variance == 0), 0.0, centred * torch.rsqrt(variance + eps)).to(dtype)
 
 
 def discounted_returns(
@@ -230,11 +230,18 @@ def length_adaptive_lambda(lengths: Tensor, alpha: float = 0.05) -> Tensor:
     Args:
         lengths: (B,) tokens of each sequence.
         alpha: > 0; the paper uses 0.05, which gives lam > 0 above 20 tokens.
+
+    Raises:
+        ValueError, TypeError: lengths that are not (B,) numbers >= 0, alpha that is not above 0.
     """
     checks.plain_float("alpha", alpha, low=0.0, open_low=True)
     if not isinstance(lengths, Tensor) or lengths.dim() != 1:
         got = tuple(lengths.shape) if isinstance(lengths, Tensor) else type(lengths).__name__
         raise ValueError(f"lengths must be a tensor of shape (B,), got {got}")
+    if lengths.is_complex() or lengths.layout != torch.strided:
+        raise TypeError(f"lengths must be a dense tensor of numbers, got {lengths.dtype}, layout {lengths.layout}")
+    if checks.checks_values(lengths) and not bool((lengths >= 0).all()):
+        raise ValueError(f"lengths must be >= 0, got {lengths[~(lengths >= 0)][:4].tolist()}")
     wide = lengths.to(lengths.dtype if lengths.is_floating_point() else torch.float32)
     return (1.0 - 1.0 / (alpha * wide).clamp(min=1.0)).clamp(min=0.0)
 

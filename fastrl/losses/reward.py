@@ -12,7 +12,7 @@ from torch import Tensor
 from fastrl import checks, reference
 from fastrl.losses.layout import Layout
 from fastrl.losses.output import LossOutput
-from fastrl.losses.preference_rows import at_least_one, result_dtype, wide
+from fastrl.losses.preference_rows import divisor, result_dtype, wide
 from fastrl.losses.value import AGGREGATES
 from fastrl.ops.segments import segment_sum
 
@@ -47,10 +47,10 @@ def reward_model_loss(
     """
     checks.plain_float("centering_coef", centering_coef, low=0.0)
     tensors = {"chosen_scores": chosen_scores, "rejected_scores": rejected_scores, "margin": margin}
-    for name, value in tensors.items():
-        if value is None:
+    for name, given in tensors.items():
+        if given is None and name == "margin":
             continue
-        checks.float_tensor(name, value)
+        value = checks.float_tensor(name, given)
         if value.dim() != 1:
             raise ValueError(f"{name} must be (P,), one number per pair, got shape {tuple(value.shape)}")
         checks.same_shape(name, value, chosen_scores.shape)
@@ -61,7 +61,7 @@ def reward_model_loss(
     if centering_coef:
         per_pair = per_pair + centering_coef * torch.square(chosen + rejected)
     count = torch.full_like(per_pair.detach().sum(), per_pair.numel())
-    loss = per_pair.sum() / at_least_one(per_pair.numel() if n_pairs is None else n_pairs)
+    loss = per_pair.sum() / divisor(per_pair.numel() if n_pairs is None else n_pairs)
     with torch.no_grad():
         metrics = {
             "rewards/chosen": (chosen.detach().sum(), count),
@@ -105,6 +105,10 @@ def process_reward_loss(
     checks.float_tensor("logits", logits)
     if logits.dim() != 3:
         raise ValueError(f"logits must be (B, T, C), got shape {tuple(logits.shape)}")
+    if logits.shape[2] < 2:
+        raise ValueError(f"logits must have C >= 2 classes, got shape {tuple(logits.shape)}")
+    checks.count("n_tokens", n_tokens)
+    checks.count("n_sequences", n_sequences)
     plain = [name for name in AGGREGATES if name not in ("constant", "prompt_mean")]
     checks.one_of("aggregate", aggregate, plain)
     shape, n_classes = logits.shape[:2], logits.shape[2]
@@ -114,7 +118,8 @@ def process_reward_loss(
     if isinstance(labels, Tensor) and labels.is_floating_point():
         target = _soft_labels(labels, keep, shape, n_classes, logits.device, dtype)  # (B, T, 2)
     else:
-        ids = torch.where(keep, labels, 0) if isinstance(labels, Tensor) and labels.shape == shape else labels
+        fits = isinstance(labels, Tensor) and labels.shape == shape and labels.device == keep.device
+        ids = torch.where(keep, labels, 0) if fits and labels.layout == torch.strided else labels
         ids = checks.labels("labels", ids, shape, logits.device, n_classes, ignore_index=0)
         target = F.one_hot(ids.long(), n_classes).to(dtype)
     # The product with a zero target is left out: log_probs may be -inf there.

@@ -17,9 +17,21 @@ from fastrl.losses.layout import Layout
 from fastrl.ops.segments import segment_sum
 
 
-def _open(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> tuple[Layout, Tensor]:
-    layout = Layout.of(x.shape, x.device, cu_seqlens)
+def _open(logprobs: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> tuple[Layout, Tensor]:
+    """Return the layout of the log-probs and the mask (N,), or raise."""
+    checks.float_tensor("logprobs", logprobs)
+    layout = Layout.of(logprobs.shape, logprobs.device, cu_seqlens)
     return layout, checks.keep_mask("mask", mask, layout.shape, layout.device)[0].reshape(-1)
+
+
+def _tokens(layout: Layout, name: str, value: Tensor) -> Tensor:
+    """Return detached log-probs of the tokens (N,), or raise."""
+    return layout.tokens(name, checks.float_tensor(name, value)).detach()
+
+
+def _advantages(layout: Layout, advantages: Tensor) -> Tensor:
+    """Return the detached advantage of every token (N,), or raise."""
+    return layout.tokens_or_sequences("advantages", checks.float_tensor("advantages", advantages)).detach()
 
 
 def off_policy_sequence_mask(
@@ -41,11 +53,12 @@ def off_policy_sequence_mask(
         threshold: nats per token; TRL suggests 0.5, slime 1e-4.
         cu_seqlens: (S+1,) for packed tokens.
     """
+    checks.plain_float("threshold", threshold)
     layout, keep = _open(logprobs, mask, cu_seqlens)
-    gap = torch.where(keep, layout.tokens("other_logprobs", other_logprobs) - layout.tokens("logprobs", logprobs), 0.0)
-    drift = layout.spread(reference.segment_mean(gap.detach(), keep, layout.lengths, segment_sum))
-    spread = layout.tokens_or_sequences("advantages", advantages)
-    return layout.restore((spread >= 0) | (drift <= threshold))
+    gap = _tokens(layout, "other_logprobs", other_logprobs) - _tokens(layout, "logprobs", logprobs)
+    drift = layout.spread(reference.segment_mean(torch.where(keep, gap, 0.0), keep, layout.lengths, segment_sum))
+    # A NaN is no reason to leave a sequence out: the loss must show it.
+    return layout.restore(~((_advantages(layout, advantages) < 0) & (drift > threshold)))
 
 
 def high_entropy_mask(entropy: Tensor, mask: Tensor, *, fraction: float) -> Tensor:
@@ -57,6 +70,7 @@ def high_entropy_mask(entropy: Tensor, mask: Tensor, *, fraction: float) -> Tens
         fraction: share of tokens to keep, in (0, 1].
     """
     checks.plain_float("fraction", fraction, low=0.0, high=1.0, open_low=True)
+    checks.float_tensor("entropy", entropy)
     keep = checks.keep_mask("mask", mask, entropy.shape, entropy.device)[0]
     live = entropy.detach()[keep]
     if live.dtype != torch.float64:
@@ -94,9 +108,9 @@ def covariance_keep_mask(
     """
     checks.plain_float("fraction", fraction, low=0.0, high=1.0, open_low=True)
     layout, keep = _open(logprobs, mask, cu_seqlens)
-    lp = torch.where(keep, layout.tokens("logprobs", logprobs).detach(), 0.0)
-    old = torch.where(keep, layout.tokens("old_logprobs", old_logprobs).to(lp.dtype), 0.0)
-    spread = torch.where(keep, layout.tokens_or_sequences("advantages", advantages).to(lp.dtype), 0.0)
+    lp = torch.where(keep, _tokens(layout, "logprobs", logprobs), 0.0)
+    old = torch.where(keep, _tokens(layout, "old_logprobs", old_logprobs).to(lp.dtype), 0.0)
+    spread = torch.where(keep, _advantages(layout, advantages).to(lp.dtype), 0.0)
     ratio = reference.exp_linear(lp - old)
     clipped = ((spread < 0) & (ratio < 1.0 - clip_low)) | ((spread > 0) & (ratio > 1.0 + clip_high))
     covariance = reference.covariances(lp, spread, keep)
@@ -141,13 +155,18 @@ def rollout_divergence_mask(
     checks.one_of("divergence", divergence, ("k1", "k2", "k3"))
     if low is not None and divergence != "k1":
         raise ValueError(f"low={low} needs divergence='k1': {divergence!r} is never negative")
+    if low is None and high is None:
+        raise ValueError("low, high or both must be given: without a bound every token is kept")
+    for name, bound in (("low", low), ("high", high)):
+        if bound is not None:
+            checks.plain_float(name, bound)
+    if log_ratio_clamp is not None:
+        checks.plain_float("log_ratio_clamp", log_ratio_clamp, low=0.0, open_low=True)
     layout, keep = _open(logprobs, mask, cu_seqlens)
-    y = torch.where(
-        keep, layout.tokens("logprobs", logprobs) - layout.tokens("rollout_logprobs", rollout_logprobs), 0.0
-    )
-    y = reference.one_sided(
-        y.detach(), *(None, None) if log_ratio_clamp is None else (-log_ratio_clamp, log_ratio_clamp)
-    )
+    gap = _tokens(layout, "logprobs", logprobs) - _tokens(layout, "rollout_logprobs", rollout_logprobs)
+    y = torch.where(keep, gap, 0.0)
+    if log_ratio_clamp is not None:
+        y = y.clamp(-log_ratio_clamp, log_ratio_clamp)
     value = -y if divergence == "k1" else reference.kl_value(-y if divergence == "k3" else y, divergence)
     if level == "sequence_max":
         largest = torch.segment_reduce(
@@ -179,6 +198,10 @@ def second_moment_mask(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor,
         threshold: bound on the mean squared log-ratio, > 0 (the paper uses 0.04).
     """
     checks.plain_float("threshold", threshold, low=0.0, open_low=True)
+    for name, value in (("logprobs", logprobs), ("rollout_logprobs", rollout_logprobs)):
+        checks.float_tensor(name, value)
+        checks.same_shape(name, value, logprobs.shape)
+        checks.same_device(name, value, logprobs.device)
     keep = checks.keep_mask("mask", mask, logprobs.shape, logprobs.device)[0].reshape(-1)
     squared = (logprobs.detach() - rollout_logprobs.detach()).double().square().reshape(-1)
     squared = torch.where(keep, squared, torch.inf)

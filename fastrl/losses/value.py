@@ -61,9 +61,8 @@ def value_loss(
     layout = Layout.of(values.shape, values.device, cu_seqlens, "values")
     checks.one_of("aggregate", aggregate, AGGREGATES)
     _check_options(clip, coefficient, old_values, aggregate, constant, group_ids)
-    for name, count in (("n_tokens", n_tokens), ("n_sequences", n_sequences)):
-        if count is not None and not isinstance(count, Tensor):
-            checks.plain_float(name, count, low=0.0, open_low=True)
+    checks.count("n_tokens", n_tokens)
+    checks.count("n_sequences", n_sequences)
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
     keep, poison = checks.keep_mask("mask", mask, values.shape, values.device)
     live = keep.reshape(-1)
@@ -77,7 +76,7 @@ def value_loss(
     if clip is not None and old_values is not None:
         old = clean("old_values", old_values).detach()
         bounded = torch.square(torch.clamp(v, old - clip, old + clip) - target)
-        clipped = bounded > error
+        clipped = ~(bounded <= error)  # an old value that is NaN stays visible
         error = torch.where(clipped, bounded, error)
     weights = reference.aggregate_weights(
         aggregate,
