@@ -67,7 +67,8 @@ def plain_float(
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
     number = float(value)
-    if not math.isfinite(number) or number < low or number > high or (open_low and number <= low):
+    # Finite by comparisons, which torch.compile traces also where it takes the number for one that changes.
+    if not -math.inf < number < math.inf or number < low or number > high or (open_low and number <= low):
         bound = f"{'>' if open_low else '>='} {low:g}" if low > -math.inf else ""
         bound += f"{' and ' if bound else ''}<= {high:g}" if high < math.inf else ""
         raise ValueError(f"{name} must be finite{' and ' if bound else ''}{bound}, got {value!r}")

@@ -82,6 +82,23 @@ def test_whole_graphs(function: Callable[[Tensor, Tensor], Tensor], trained: boo
     assert same(run(compiled, trained), run(function, trained))
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_whole_graphs_take_temperatures_and_rows_that_change(dynamic: bool | None) -> None:
+    torch._dynamo.reset()
+    hidden, weight = leaves()
+    rows, labels = hidden.detach().view(-1, D), LABELS.view(-1)
+
+    def step(rows: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        from_states = linear_token_logprobs(rows, weight, labels, chunk_tokens=5, temperature=temperature)
+        return from_states.logprobs.sum() + token_logprobs(rows @ weight.t(), labels, temperature=temperature)[1].sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for n, temperature in ((12, 0.7), (12, 0.8), (9, 1.3), (5, 1.0)):
+        given = (rows[:n], labels[:n], temperature)
+        (got,), (want,) = (torch.autograd.grad(function(*given), weight) for function in (compiled, step))
+        assert torch.equal(got, want)
+
+
 # The compiler reads `.grad` of every tensor that crosses a graph break, non-leaves included.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("loss", [policy_loss, preference_loss])
