@@ -72,7 +72,8 @@ def plain_float(
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number) or number < low or number > high or (open_low and number <= low):
+    # Finite by comparisons, which torch.compile traces also where it takes the number for one that changes.
+    if not -math.inf < number < math.inf or number < low or number > high or (open_low and number <= low):
         bound = f"{'>' if open_low else '>='} {low:g}" if low > -math.inf else ""
         bound += f"{' and ' if bound else ''}<= {high:g}" if high < math.inf else ""
         raise ValueError(f"{name} must be finite{' and ' if bound else ''}{bound}, got {value!r}")

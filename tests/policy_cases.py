@@ -34,9 +34,9 @@ TERMS = Callable[[Any, Tensor, Tensor | None, reference.TokenColumns], reference
 
 
 def interpreted(
-    spec: PolicyLoss, logprobs: Tensor, entropy: Tensor | None, columns: reference.TokenColumns
+    spec: PolicyLoss, logprobs: Tensor, entropy: Tensor | None, columns: reference.TokenColumns, **_: str
 ) -> reference.TokenTerms:
-    """Return the kernel's terms, whatever the device."""
+    """Return the kernel's terms, whatever the device and the backend of the rows."""
     return fused_policy_terms(spec, logprobs, entropy, columns, backend="triton")
 
 

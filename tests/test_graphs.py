@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastrl import PolicyLoss, linear_token_logprobs, token_logprobs
+from fastrl import PolicyLoss, PreferenceLoss, linear_token_logprobs, token_logprobs
 
 B, T, D, V = 3, 4, 8, 30
 Leaves = tuple[Tensor, Tensor]
@@ -54,6 +54,12 @@ def policy_loss(hidden: Tensor, weight: Tensor) -> Tensor:
     ).loss  # fmt: skip
 
 
+def preference_loss(hidden: Tensor, weight: Tensor) -> Tensor:
+    rows = torch.cat((hidden, hidden.flip(1)))[:4]
+    labels = torch.cat((LABELS, LABELS.flip(1)))[:4]
+    return PreferenceLoss.preset("simpo").from_hidden(rows, weight, labels, labels >= 0, chunk_tokens=5).loss
+
+
 OPERATIONS = (from_states, from_states_logprobs, from_given_logits, restricted)
 
 
@@ -76,13 +82,31 @@ def test_whole_graphs(function: Callable[[Tensor, Tensor], Tensor], trained: boo
     assert same(run(compiled, trained), run(function, trained))
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_whole_graphs_take_temperatures_and_rows_that_change(dynamic: bool | None) -> None:
+    torch._dynamo.reset()
+    hidden, weight = leaves()
+    rows, labels = hidden.detach().view(-1, D), LABELS.view(-1)
+
+    def step(rows: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        from_states = linear_token_logprobs(rows, weight, labels, chunk_tokens=5, temperature=temperature)
+        return from_states.logprobs.sum() + token_logprobs(rows @ weight.t(), labels, temperature=temperature)[1].sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for n, temperature in ((12, 0.7), (12, 0.8), (9, 1.3), (5, 1.0)):
+        given = (rows[:n], labels[:n], temperature)
+        (got,), (want,) = (torch.autograd.grad(function(*given), weight) for function in (compiled, step))
+        assert torch.equal(got, want)
+
+
 # The compiler reads `.grad` of every tensor that crosses a graph break, non-leaves included.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_the_policy_loss_is_a_graph_break() -> None:
+@pytest.mark.parametrize("loss", [policy_loss, preference_loss])
+def test_a_loss_from_hidden_states_is_a_graph_break(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
     torch._dynamo.reset()
 
     def step(hidden: Tensor, weight: Tensor) -> Tensor:
-        return 2.0 * policy_loss(hidden, weight)
+        return 2.0 * loss(hidden, weight)
 
     assert same(run(torch.compile(step, backend="aot_eager")), run(step))
     torch._dynamo.reset()
@@ -91,7 +115,7 @@ def test_the_policy_loss_is_a_graph_break() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("function", [*OPERATIONS, policy_loss])
+@pytest.mark.parametrize("function", [*OPERATIONS, policy_loss, preference_loss])
 def test_recomputed_under_activation_checkpointing(
     function: Callable[[Tensor, Tensor], Tensor], reentrant: bool
 ) -> None:
@@ -101,7 +125,7 @@ def test_recomputed_under_activation_checkpointing(
     assert same(run(wrapped), run(function))
 
 
-@pytest.mark.parametrize("function", [*OPERATIONS, policy_loss])
+@pytest.mark.parametrize("function", [*OPERATIONS, policy_loss, preference_loss])
 def test_without_gradients(function: Callable[[Tensor, Tensor], Tensor]) -> None:
     want = function(*leaves()).detach()
     with torch.no_grad():

@@ -76,6 +76,14 @@ def test_dtypes_and_head_options(dtype: torch.dtype, backend: str) -> None:
     judge((hidden, weight, None, labels), "hidden weight", backend, chunk_tokens=8)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_float32_bias_of_a_half_precision_head_is_not_rounded(dtype: torch.dtype, backend: str) -> None:
+    hidden, weight, _, labels = draw(20, 16, 300, dtype)
+    _, _, bias, _ = draw(20, 16, 300)
+    judge((hidden, weight, bias, labels), "hidden weight bias", backend, chunk_tokens=8)
+
+
 @pytest.mark.parametrize("needs", ["hidden", "weight", "bias", "hidden weight", "weight bias"])
 def test_partial_requires_grad(needs: str) -> None:
     judge(draw(20, 16, 300), needs, "torch", chunk_tokens=8)

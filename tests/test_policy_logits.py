@@ -16,6 +16,8 @@ from vocabulary_cases import BACKENDS
 import fastrl
 from fastrl import PolicyLoss, RolloutCorrection, reference
 from fastrl.losses import policy
+from fastrl.ops import dispatch, segments
+from fastrl.ops import policy as token_arithmetic
 from fastrl.ops import policy_logits as op
 from fastrl.ops.policy import NUMBERS
 
@@ -519,3 +521,32 @@ def test_opcheck(full: bool) -> None:
         arguments = (rows, labels, heat, columns, names, 0.8, -0.7, 8.0, -100, axes, list(numbers.values()))
         checks = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
         torch.library.opcheck(torch.ops.fastrl.policy_logits_.default, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("name", ["ppo", "gspo"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_torch_backend_runs_no_triton_kernel_beside_its_rows(
+    name: str, frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Triton does not work on a GPU, backend="torch" is the way out."""
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("a Triton kernel ran")
+
+    monkeypatch.setattr(dispatch, "GPU_TYPES", ("cpu",))
+    monkeypatch.setattr(token_arithmetic, "_policy_terms", refuse)
+    monkeypatch.setattr(segments, "_segment_sum", refuse)
+    loss = PolicyLoss.preset(name)
+    inputs = {"advantages": torch.randn(2), "mask": torch.ones(2, 3), "old_logprobs": -torch.rand(2, 3)}
+    hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(7, 4, requires_grad=not frozen)
+    labels = torch.randint(0, 7, (2, 3))
+    with pytest.raises(AssertionError, match="a Triton kernel ran"):
+        loss(torch.randn(2, 3), **inputs)
+    for leaf in (hidden, hidden.detach()):
+        outputs = [
+            loss.from_logits(leaf @ weight.detach().t(), labels, backend="torch", **inputs),
+            loss.from_hidden(leaf, weight, labels, backend="torch", **inputs),
+        ]
+        for output in outputs:
+            if output.loss.requires_grad:
+                output.loss.backward()

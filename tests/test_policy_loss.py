@@ -419,6 +419,9 @@ def test_corrections_that_correct_nothing_are_refused() -> None:
         ({"high": 2.0, "statistic": "tv"}, "op='gate'"),
         ({"high": 2.0, "level": "seq"}, "correction.level"),
         ({"high": math.nan}, "correction.high"),
+        ({"high": -2.0}, "correction.high > 0"),
+        ({"high": 0.0, "op": "mask"}, "correction.high > 0"),
+        ({"low": -0.5, "high": 2.0, "op": "gate"}, "correction.low must be >= 0"),
     ):
         with pytest.raises(ValueError, match=message):
             RolloutCorrection(**fields)  # type: ignore[arg-type]

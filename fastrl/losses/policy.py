@@ -21,7 +21,7 @@ from fastrl.losses.output import LossOutput
 from fastrl.losses.policy_hidden import Batch, fused_from_hidden, with_path, with_tally
 from fastrl.losses.policy_metrics import policy_metrics
 from fastrl.losses.policy_presets import PRESETS, preset_fields
-from fastrl.ops.dispatch import choose, outside_graphs
+from fastrl.ops.dispatch import beside, choose, outside_graphs
 from fastrl.ops.linear_token_logprobs import (
     check_head,
     check_restrictions,
@@ -31,7 +31,7 @@ from fastrl.ops.linear_token_logprobs import (
 )
 from fastrl.ops.policy import fused_policy_terms
 from fastrl.ops.policy_logits import policy_logits
-from fastrl.ops.segments import segment_sum
+from fastrl.ops.segments import segment_sum, sums_beside
 from fastrl.ops.sparse_rows import Tally, counted
 from fastrl.ops.token_logprobs import checked_rows, token_logprobs
 
@@ -98,6 +98,11 @@ class RolloutCorrection:
             value = getattr(self, name)
             if value is not None:
                 checks.plain_float(f"correction.{name}", value)
+        # A ratio is positive: a cap below 0 would turn the sign of the policy term, one of 0 end it.
+        if self.statistic == "ratio" and ((self.low or 0.0) < 0.0 or (self.high is not None and self.high <= 0.0)):
+            raise ValueError(
+                f"correction.low must be >= 0 and correction.high > 0 for the ratio, got {self.low} and {self.high}"
+            )
         if self.low is None and self.high is None:
             raise ValueError("correction needs low, high or both: without a bound nothing is corrected")
         if self.low is not None and self.high is not None and self.low > self.high:
@@ -419,26 +424,24 @@ class PolicyLoss:
             `LossOutput`; metrics are (sum, count) tensors on the device, to be added over micro-batches and divided
             once.
         """
+        inputs = {
+            "advantages": advantages, "mask": mask, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs,
+            "rollout_logprobs": rollout_logprobs, "n_tokens": n_tokens, "n_sequences": n_sequences,
+            "selection": selection, "group_ids": group_ids, "scores": scores, "cu_seqlens": cu_seqlens,
+        }  # fmt: skip
+        return self._of_logprobs(logprobs, entropy, inputs, "auto")
+
+    def _of_logprobs(
+        self, logprobs: Tensor, entropy: Tensor | None, inputs: dict[str, Any], backend: str
+    ) -> LossOutput:
+        """Return what the call returns, beside vocabulary rows of a chosen backend."""
         checks.float_tensor("logprobs", logprobs)
-        layout = Layout.of(logprobs.shape, logprobs.device, cu_seqlens)
-        batch = self._batch(
-            layout,
-            _wide(logprobs.dtype),
-            advantages=advantages,
-            mask=mask,
-            old_logprobs=old_logprobs,
-            ref_logprobs=ref_logprobs,
-            rollout_logprobs=rollout_logprobs,
-            n_tokens=n_tokens,
-            n_sequences=n_sequences,
-            selection=selection,
-            group_ids=group_ids,
-            scores=scores,
-        )
+        layout = Layout.of(logprobs.shape, logprobs.device, inputs.pop("cu_seqlens", None))
+        batch = self._batch(layout, _wide(logprobs.dtype), **_named_inputs(inputs))
         flat_entropy = None if entropy is None else layout.tokens("entropy", checks.float_tensor("entropy", entropy))
         if self.uses_entropy and flat_entropy is None:
             raise ValueError(f"entropy_coef={self.entropy_coef} needs entropy=, per token")
-        return self._evaluate(layout, batch, layout.tokens("logprobs", logprobs), flat_entropy)
+        return self._evaluate(layout, batch, layout.tokens("logprobs", logprobs), flat_entropy, backend)
 
     def from_logits(
         self,
@@ -498,11 +501,11 @@ class PolicyLoss:
         wanted = torch.is_grad_enabled() and isinstance(logits, Tensor) and logits.requires_grad
         if reason is not None or not wanted:
             result = token_logprobs(logits, masked, **options, **restricted)
-            return self(result.logprobs, entropy=result.entropy, **inputs)
+            return self._of_logprobs(result.logprobs, result.entropy, inputs, choose(backend, logits.device).backend)
         rows = checked_rows(logits, masked, **options)
         layout = Layout.of(masked.shape, masked.device, inputs.pop("cu_seqlens", None), "labels")
         batch = self._batch(layout, _wide(logits.dtype), **_named_inputs(inputs))
-        columns = self.columns(layout, batch, None)
+        columns = self.columns(layout, batch, None, sums_beside(rows.backend))
         loss, logprobs, entropy, terms = policy_logits(self, logits, rows, columns, layout.lengths, inplace=inplace)
         metrics = policy_metrics(self, batch, logprobs, entropy, columns, terms)
         return LossOutput(loss, metrics, layout.restore(logprobs), layout.restore(entropy))
@@ -591,7 +594,8 @@ class PolicyLoss:
                     tp_group=tp_group, keep_units=keep_units, backend=backend, allowed=allowed,
                     logits_rounding=logits_rounding,
                 )  # fmt: skip
-            output = self(result.logprobs, entropy=result.entropy, **inputs)
+            chosen = choose(backend, hidden.device).backend
+            output = self._of_logprobs(result.logprobs, result.entropy, inputs, chosen)
             again = any(trains) and not (frozen and keep_units and not self.uses_entropy)
             kept = trains[0] and frozen and keep_units
             output = output if tally is None else with_tally(output, tally)
@@ -668,22 +672,26 @@ class PolicyLoss:
         if self.aggregate == "prompt_mean" and inputs["group_ids"] is None:
             raise ValueError("aggregate='prompt_mean' needs group_ids=, the prompt of each sequence")
 
-    def _evaluate(self, layout: Layout, batch: Batch, logprobs: Tensor, entropy: Tensor | None) -> LossOutput:
+    def _evaluate(
+        self, layout: Layout, batch: Batch, logprobs: Tensor, entropy: Tensor | None, backend: str
+    ) -> LossOutput:
         """Return the loss from flat log-probs: plain PyTorch, or the fused kernel where it runs."""
-        dtype = _wide(logprobs.dtype)
+        dtype, sums = _wide(logprobs.dtype), sums_beside(backend)
         live = torch.where(batch.mask, logprobs.to(dtype), 0.0)
         live_entropy = None if entropy is None else torch.where(batch.mask, entropy.to(dtype), 0.0)
-        columns = self.columns(layout, batch, live)
-        columns = reference.pooled_columns(self, live, columns, batch.mask, layout.lengths, segment_sum)
-        terms = fused_policy_terms(self, live, live_entropy, columns)
-        loss = reference.total(terms.contribution, layout.lengths, segment_sum)
+        columns = self.columns(layout, batch, live, sums)
+        columns = reference.pooled_columns(self, live, columns, batch.mask, layout.lengths, sums)
+        terms = fused_policy_terms(self, live, live_entropy, columns, backend=beside(backend))
+        loss = reference.total(terms.contribution, layout.lengths, sums)
         metrics = policy_metrics(
             self, batch, live.detach(), None if live_entropy is None else live_entropy.detach(), columns, terms
         )
         kept = None if live_entropy is None else layout.restore(live_entropy.detach())
         return LossOutput(loss, metrics, layout.restore(live.detach()), kept)
 
-    def columns(self, layout: Layout, batch: Batch, live: Tensor | None) -> reference.TokenColumns:
+    def columns(
+        self, layout: Layout, batch: Batch, live: Tensor | None, sums: reference.SegmentSum
+    ) -> reference.TokenColumns:
         """Return the columns of the token arithmetic; `live` are the log-probs, where the columns depend on them."""
         kl_tokens = None
         if self.kl_fraction is not None:
@@ -705,7 +713,7 @@ class PolicyLoss:
             n_sequences=batch.n_sequences,
             constant=self.constant if self.constant is not None else layout.shape[-1],
             logprobs=None if live is None else live.detach(),
-            sums=segment_sum,
+            sums=sums,
         )
 
 

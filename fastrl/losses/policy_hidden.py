@@ -18,11 +18,12 @@ from fastrl import reference
 from fastrl.losses.layout import Layout
 from fastrl.losses.output import LossOutput
 from fastrl.losses.policy_metrics import policy_metrics
+from fastrl.ops.dispatch import beside
 from fastrl.ops.linear_token_logprobs import Head, fused_gradient
 from fastrl.ops.policy import fused_policy_terms
 from fastrl.ops.sampling_rows import check_labels_are_allowed
 from fastrl.ops.scaling import handed_out
-from fastrl.ops.segments import segment_sum
+from fastrl.ops.segments import sums_beside
 from fastrl.ops.sparse_rows import Tally
 
 
@@ -72,20 +73,20 @@ class _Plan:
             ends = list(accumulate(self.units))
             first, last = bisect_left(ends, block.start + 1), bisect_left(ends, block.stop)
             lengths = self.unit_lengths[first : last + 1]
-        return policy_gradient_coefficients(self.spec, logprobs, entropy, columns, lengths)
+        return policy_gradient_coefficients(self.spec, logprobs, entropy, columns, lengths, self.head.backend)
 
     def terms(self, logprobs: Tensor, entropy: Tensor) -> reference.TokenTerms:
         """Return the token arithmetic over all tokens."""
         columns = self.columns
         if self.units is not None:
-            columns = reference.pooled_columns(
-                self.spec, logprobs, columns, self.mask, self.layout.lengths, segment_sum
-            )
-        return fused_policy_terms(self.spec, logprobs, entropy, columns)
+            sums = sums_beside(self.head.backend)
+            columns = reference.pooled_columns(self.spec, logprobs, columns, self.mask, self.layout.lengths, sums)
+        return fused_policy_terms(self.spec, logprobs, entropy, columns, backend=beside(self.head.backend))
 
     def loss(self, logprobs: Tensor, entropy: Tensor) -> Tensor:
         """Return the loss of all tokens."""
-        return reference.total(self.terms(logprobs, entropy).contribution, self.layout.lengths, segment_sum)
+        contribution = self.terms(logprobs, entropy).contribution
+        return reference.total(contribution, self.layout.lengths, sums_beside(self.head.backend))
 
 
 class FusedFromHidden(torch.autograd.Function):
@@ -196,10 +197,11 @@ def fused_from_hidden(
     trained = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
     needs = (grad and trained[0], grad and trained[1], grad and trained[2])
     units = unit_lengths = None
+    sums = sums_beside(head.backend)
     if spec.couples_sequences:
-        unit_lengths = segment_sum(batch.mask.to(inverse.dtype), layout.lengths).long()
+        unit_lengths = sums(batch.mask.to(inverse.dtype), layout.lengths).long()
         units = unit_lengths.tolist()
-    columns = spec.columns(layout, batch, None)
+    columns = spec.columns(layout, batch, None, sums)
     tally = Tally(hidden.device)
     plan = _Plan(spec, head, needs, layout, batch.mask, columns, units, unit_lengths, allowed, rounding, tally=tally)
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -238,15 +240,16 @@ def policy_gradient_coefficients(
     entropy: Tensor,  # (N,)
     columns: reference.TokenColumns,
     lengths: Tensor | None = None,  # (S,) where the loss couples the tokens of a sequence
+    backend: str = "auto",  # of the rows
 ) -> tuple[Tensor, Tensor | None]:
     """Return (dL/dlogprobs, dL/dentropy or None) of live tokens, each (N,)."""
     with torch.enable_grad():
         leaf = logprobs.detach().requires_grad_()
         if lengths is not None:
             every = torch.ones_like(leaf, dtype=torch.bool)
-            columns = reference.pooled_columns(spec, leaf, columns, every, lengths, segment_sum)
+            columns = reference.pooled_columns(spec, leaf, columns, every, lengths, sums_beside(backend))
         leaf_entropy = entropy.detach().requires_grad_() if spec.uses_entropy else None
-        contribution = fused_policy_terms(spec, leaf, leaf_entropy, columns).contribution
+        contribution = fused_policy_terms(spec, leaf, leaf_entropy, columns, backend=beside(backend)).contribution
         if leaf_entropy is None:
             return torch.autograd.grad(contribution.sum(), leaf)[0], None
         g, h = torch.autograd.grad(contribution.sum(), (leaf, leaf_entropy))

@@ -398,6 +398,8 @@ class PreferenceLoss:
 
         The options are those of `fastrl.ops.linear_token_logprobs`, used for policy and reference alike; `inputs` are
         the remaining arguments of `from_logprobs`. Gradients are with respect to `hidden`, `weight` and `bias`.
+
+        Inside `torch.compile` a gradient that is formed in the forward is a graph break, as for `PolicyLoss`.
         """
         exact: dict[str, Any] = {
             "temperature": temperature,

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastrl.losses.output import LossOutput
 from fastrl.losses.policy_hidden import FusedFromHidden, with_path, with_tally
 from fastrl.losses.preference_rows import cast_metrics, kl_reference_point
+from fastrl.ops.dispatch import outside_graphs
 from fastrl.ops.linear_token_logprobs import Head, check_head, inverse_temperature, make_head
 from fastrl.ops.sparse_rows import Tally
 
@@ -74,6 +75,7 @@ class _Plan:
         return self.spec.from_logprobs(logprobs, self.mask[rows], ref, **given)
 
 
+@outside_graphs
 def fused_preference(
     spec: Any,  # PreferenceLoss
     hidden: Tensor,  # (2P, T, D), or (B, T, D)

@@ -163,6 +163,14 @@ def kernel_runs(backend: str, device: torch.device) -> bool:
     return choose(backend, device).backend == "triton"
 
 
+def beside(backend: str) -> str:
+    """Return what `kernel_runs` takes for an operation beside rows of a chosen backend.
+
+    PyTorch's rows may be asked for because Triton does not work on the device, so nothing beside them runs it.
+    """
+    return "torch" if backend == "torch" else "auto"
+
+
 def keeps_residual(backend: str) -> bool:
     """Return whether the backend's backward wants what rounding took from the log-sum-exp, beside the outputs.
 

@@ -117,7 +117,8 @@ def linear_token_logprobs(
             states and a float32 head, which a trainer under autocast has, meet in float32. Autocast itself changes
             nothing here, neither forward nor backward; for GEMMs in bfloat16 pass both in it.
         labels: (...) int64 or int32, aligned with the hidden states: nothing is shifted here.
-        bias: (V,) or None; -inf entries ban a token.
+        bias: (V,) or None; -inf entries ban a token. It is added to the float32 logits as it comes, also where the head
+            is of half precision.
         temperature: a float or a tensor broadcastable to `labels`, finite and > 0. None means 1.
         logit_scale: factor on the logits, before the softcap.
         softcap: bound c of c tanh(x / c), or None.
@@ -237,7 +238,12 @@ def check_head(
     if trains and torch.is_inference(weight):
         raise RuntimeError("weight is an inference tensor and cannot be saved for backward; pass weight.clone()")
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    return hidden.to(dtype), weight.to(dtype), labels, None if bias is None else bias.to(dtype)
+    return hidden.to(dtype), weight.to(dtype), labels, None if bias is None else as_added(bias, dtype)
+
+
+def as_added(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the bias of a head of `dtype`: widened to it, but not rounded, as the logits that it is added to are."""
+    return bias.to(torch.promote_types(bias.dtype, dtype))
 
 
 def _refuse_capture(device: torch.device) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastrl import reference
-from fastrl.ops import buffers
+from fastrl.ops import buffers, dispatch
 from fastrl.ops.policy import (
     CONSTANTS,
     NUMBERS,
@@ -162,7 +162,7 @@ def loss_and_gradient(
         for x, labels, inverse in blocks
     ]
     logprobs, entropy = (_joined([each[i] for each in found]) for i in range(2))
-    terms, g, h = _terms_and_coefficients(spec, logprobs, entropy, columns)
+    terms, g, h = _terms_and_coefficients(spec, logprobs, entropy, columns, dispatch.beside(rows.backend))
     for ((x, labels, inverse), part), outputs in zip(parts(blocks), found, strict=True):
         backward_rows(
             rows.backend,
@@ -182,13 +182,13 @@ def _joined(blocks: Sequence[Tensor]) -> Tensor:
 
 
 def _terms_and_coefficients(
-    spec: Any, logprobs: Tensor, entropy: Tensor, columns: reference.TokenColumns
+    spec: Any, logprobs: Tensor, entropy: Tensor, columns: reference.TokenColumns, backend: str = "auto"
 ) -> tuple[reference.TokenTerms, Tensor, Tensor | None]:
     """Return (detached terms, dL/dlogprobs, dL/dentropy or None), each (N,)."""
     with torch.enable_grad():
         leaf = logprobs.detach().requires_grad_()
         leaf_entropy = None if columns.entropy_weights is None else entropy.detach().requires_grad_()
-        terms = fused_policy_terms(spec, leaf, leaf_entropy, columns)
+        terms = fused_policy_terms(spec, leaf, leaf_entropy, columns, backend=backend)
         leaves = [leaf] if leaf_entropy is None else [leaf, leaf_entropy]
         g, *h = torch.autograd.grad(terms.contribution.sum(), leaves)
     return terms._replace(contribution=terms.contribution.detach()), g, h[0] if h else None

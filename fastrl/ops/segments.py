@@ -5,6 +5,7 @@ Legend: N tokens, S sequences.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,11 @@ def segment_sum(
     if not dispatch.kernel_runs(backend, x.device):
         return reference.segment_sum(x, lengths)
     return _segment_sum(x, F.pad(lengths.cumsum(0), (1, 0)))
+
+
+def sums_beside(backend: str) -> reference.SegmentSum:
+    """Return `segment_sum` as it runs beside vocabulary rows of a chosen backend."""
+    return partial(segment_sum, backend=dispatch.beside(backend))
 
 
 def reverse_scan(

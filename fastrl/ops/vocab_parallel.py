@@ -43,6 +43,7 @@ from fastrl.ops.linear_token_logprobs import (
     Head,
     _times_weight,
     _wide,
+    as_added,
     inverse_temperature,
     make_head,
 )
@@ -209,7 +210,7 @@ def _checked(
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     head = make_head(hidden, logit_scale, softcap, operator.index(ignore_index), tp_group=None, **options)
     inverse = inverse_temperature(temperature, labels, hidden)
-    return _Call(hidden, weight, None if bias is None else bias.to(dtype), inverse, head)
+    return _Call(hidden, weight, None if bias is None else as_added(bias, dtype), inverse, head)
 
 
 def _local(name: str, value: Any, group: Any) -> Any:
