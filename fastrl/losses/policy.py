@@ -474,7 +474,7 @@ class PolicyLoss:
                 and options whose gradient is formed in the backward, leaves and views of leaves that require grad, rows
                 that overlap or whose entries are apart, and inference tensors.
         """
-        _refuse_entropy(inputs)
+        _check_inputs(inputs)
         masked = checks.masked_labels(labels, inputs["mask"], logits, "logits")
         options = {
             "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap, "ignore_index": IGNORED,
@@ -564,7 +564,7 @@ class PolicyLoss:
         The backward scales the gradients where they are and adds nothing. Those of float16 wait for it in float32, N D
         4 and V D 4, as the loss scale must come before the rounding; it then takes N D 2 and V D 2 for what it returns.
         """
-        _refuse_entropy(inputs)
+        _check_inputs(inputs)
         masked = checks.masked_labels(labels, inputs["mask"], hidden, "hidden")
         trains = [torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad for x in (hidden, weight, bias)]
         frozen = not any(trains[1:])
@@ -707,15 +707,15 @@ _INPUTS = (
 
 
 def _named_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
-    unknown = sorted(set(inputs) - set(_INPUTS))
-    if unknown:
-        raise TypeError(f"unexpected argument {', '.join(unknown)}; known: {', '.join((*_INPUTS, 'cu_seqlens'))}")
     return {name: inputs.get(name) for name in _INPUTS}
 
 
-def _refuse_entropy(inputs: dict[str, Any]) -> None:
+def _check_inputs(inputs: dict[str, Any]) -> None:
     if "entropy" in inputs:
         raise TypeError("entropy= is computed here from the logits; pass it only to the loss on log-probs")
+    known = (*_INPUTS, "cu_seqlens")
+    if unknown := sorted(set(inputs) - set(known)):
+        raise TypeError(f"unexpected argument {', '.join(unknown)}; known: {', '.join(known)}")
     if inputs.get("mask") is None:
         raise TypeError("mask= is needed: 1 for tokens that count")
 
