@@ -111,4 +111,14 @@ def test_names_that_are_not_presets() -> None:
     with pytest.raises(ValueError, match=r"unknown preference loss 'dpo' \(DPO is 'sigmoid'\); known: sigmoid"):
         fastrl.PreferenceLoss.preset("dpo")
     with pytest.raises(TypeError, match=r"cu_seqlens must be a 1-D int32 or int64 tensor .* got \[0, 8\]"):
-        DAPO(torch.zeros(8), advantages=torch.ones(1), mask=torch.ones(8), cu_seqlens=[0, 8])
+        DAPO(torch.zeros(8), advantages=torch.ones(1), mask=torch.ones(8), cu_seqlens=[0, 8])  # pyright: ignore[reportArgumentType]
+
+
+def test_a_loss_is_shown_as_one_would_write_it() -> None:
+    correction = fastrl.RolloutCorrection(high=2.0)
+    loss = fastrl.PolicyLoss.preset("dapo", correction=correction)
+    assert repr(loss) == "PolicyLoss(clip_high=0.28, correction=RolloutCorrection(high=2.0))"
+    assert eval(repr(loss), vars(fastrl)) == loss
+    assert repr(fastrl.PolicyLoss()) == "PolicyLoss()"
+    assert "beta=0.3" in repr(fastrl.PreferenceLoss.preset("ipo", beta=0.3))
+    assert repr(fastrl.PreferenceLoss.preset("ipo")) != repr(fastrl.PreferenceLoss.preset("sigmoid"))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastrl import checks, reference
 from fastrl.losses.layout import Layout
-from fastrl.losses.output import LossOutput
+from fastrl.losses.output import LossOutput, shown
 from fastrl.losses.policy_hidden import Batch, fused_from_hidden, with_path, with_tally
 from fastrl.losses.policy_metrics import policy_metrics
 from fastrl.losses.policy_presets import PRESETS, preset_fields
@@ -68,7 +68,7 @@ OWNERS = {
 KL_GRADIENTS = ("plain", "ratio_weighted", "straight_through", "straight_through_ratio")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class RolloutCorrection:
     """Weights that correct for the gap between the inference engine and the trainer, w = pi_old / pi_rollout, detached.
 
@@ -105,6 +105,8 @@ class RolloutCorrection:
         if self.log_weight_clamp is not None:
             checks.plain_float("correction.log_weight_clamp", self.log_weight_clamp, low=0.0, open_low=True)
 
+    __repr__ = shown
+
     def weights(
         self, old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, cu_seqlens: Tensor | None = None
     ) -> Tensor:
@@ -124,7 +126,7 @@ class RolloutCorrection:
         return layout.restore(reference.correction_weights(self, old, rollout, keep, layout.lengths, segment_sum))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class PolicyLoss:
     """A policy loss as a point on independent axes; `PolicyLoss.preset(name)` gives the losses of the field by name.
 
@@ -215,6 +217,8 @@ class PolicyLoss:
         self._check_choices()
         self._check_numbers()
         self._check_combinations()
+
+    __repr__ = shown
 
     def _check_choices(self) -> None:
         checks.one_of("ratio_level", self.ratio_level, RATIO_LEVELS)
