@@ -87,7 +87,7 @@ def _plot(arguments: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Time, memory and accuracy beside the peers.")
     commands = parser.add_subparsers(required=True)
-    cpu = commands.add_parser("cpu", help="the CPU cases, about five minutes on two cores")
+    cpu = commands.add_parser("cpu", help="the CPU cases, five to ten minutes on two cores")
     cpu.add_argument("--out", type=Path, help="folder for the result file and the charts; printed only unless given")
     cpu.add_argument("--quick", action="store_true", help="a quarter of the tokens, fewer rounds")
     cpu.add_argument("--tiny", action="store_true", help="shapes that prove nothing but that the harness runs")

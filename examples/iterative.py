@@ -19,7 +19,7 @@ own wrong completions as rejected, which differ in their form first, the score r
 right fell from 12 % to 0 %.
 """
 
-import sys
+import argparse
 from typing import Any
 
 from fastrl.train.config import GRPOConfig
@@ -32,8 +32,10 @@ JUDGE = "judges:bare_number"
 PROMPT: dict[str, Any] = {"prompt_template": "{prompt}", "device": "cpu"}
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Two rounds of iterative GRPO; prints the folder of the last policy.")
+    parser.add_argument("run_dir", nargs="?", default="runs/iterative", help="where the rounds go (%(default)s)")
     folders = iterate(
-        sys.argv[1] if len(sys.argv) > 1 else "runs/iterative",
+        parser.parse_args().run_dir,
         rounds=2,
         pairs=PairsConfig(
             task_parameters=SUMS, rewards={JUDGE: 1.0}, problems=64, group_size=8, max_new_tokens=12, **PROMPT

@@ -105,7 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fastrl {fastrl.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train = commands.add_parser("train", help="train a model (`fastrl train grpo --help` lists the settings)")
+    train = commands.add_parser(
+        "train",
+        help="train a model (`fastrl train grpo --help` lists the settings)",
+        epilog="Then the settings: --config FILE.yaml, --FIELD VALUE; `fastrl train grpo --help` lists those of grpo.",
+    )
     train.add_argument("algorithm", choices=list(ALGORITHMS), help="the training loop")
     commands.add_parser("pairs", help="sample preferences from a model (`fastrl pairs --help` lists the settings)")
     commands.add_parser(

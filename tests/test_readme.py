@@ -25,6 +25,10 @@ def test_promises_name_tests_that_exist() -> None:
         assert f"def {function}(" in (ROOT / file).read_text(), f"{file}::{function}"
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
+def test_links_and_files_that_are_named_lead_somewhere() -> None:
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+        text = page.read_text()
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+        for target in re.findall(r"`((?:tests|fastrl|csrc|bench|examples|scripts|docs|reports)/[\w./-]+)[`:]", text):
+            assert target.endswith("/X.py") or (ROOT / target).exists(), f"{page.name}: {target}"

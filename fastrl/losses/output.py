@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -22,3 +23,10 @@ class LossOutput(NamedTuple):
     """Per-token log-probabilities, detached, where the loss computed them; 0 at masked positions."""
     entropy: Tensor | None
     """Per-token entropies, detached, where the loss computed them; 0 at masked positions."""
+
+
+def shown(spec: Any) -> str:
+    """Return the repr of a loss as one would write it: the fields that differ from their defaults."""
+    fields = [(field, getattr(spec, field.name)) for field in dataclasses.fields(spec)]
+    given = [f"{field.name}={value!r}" for field, value in fields if value != field.default]
+    return f"{type(spec).__name__}({', '.join(given)})"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastrl import checks, reference
 from fastrl.losses.layout import Layout
-from fastrl.losses.output import LossOutput
+from fastrl.losses.output import LossOutput, shown
 from fastrl.losses.policy_hidden import Batch, fused_from_hidden, with_path, with_tally
 from fastrl.losses.policy_metrics import policy_metrics
 from fastrl.losses.policy_presets import PRESETS, preset_fields
@@ -68,7 +68,7 @@ OWNERS = {
 KL_GRADIENTS = ("plain", "ratio_weighted", "straight_through", "straight_through_ratio")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class RolloutCorrection:
     """Weights that correct for the gap between the inference engine and the trainer, w = pi_old / pi_rollout, detached.
 
@@ -114,6 +114,8 @@ class RolloutCorrection:
         if self.log_weight_clamp is not None:
             checks.plain_float("correction.log_weight_clamp", self.log_weight_clamp, low=0.0, open_low=True)
 
+    __repr__ = shown
+
     def weights(
         self, old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, cu_seqlens: Tensor | None = None
     ) -> Tensor:
@@ -133,7 +135,7 @@ class RolloutCorrection:
         return layout.restore(reference.correction_weights(self, old, rollout, keep, layout.lengths, segment_sum))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class PolicyLoss:
     """A policy loss as a point on independent axes; `PolicyLoss.preset(name)` gives the losses of the field by name.
 
@@ -224,6 +226,8 @@ class PolicyLoss:
         self._check_choices()
         self._check_numbers()
         self._check_combinations()
+
+    __repr__ = shown
 
     def _check_choices(self) -> None:
         checks.one_of("ratio_level", self.ratio_level, RATIO_LEVELS)
@@ -487,7 +491,7 @@ class PolicyLoss:
                 and options whose gradient is formed in the backward, leaves and views of leaves that require grad, rows
                 that overlap or whose entries are apart, and inference tensors.
         """
-        _refuse_entropy(inputs)
+        _check_inputs(inputs)
         masked = checks.masked_labels(labels, inputs["mask"], logits, "logits")
         options = {
             "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap, "backend": backend,
@@ -577,7 +581,7 @@ class PolicyLoss:
         The backward scales the gradients where they are and adds nothing. Those of float16 wait for it in float32, N D
         4 and V D 4, as the loss scale must come before the rounding; it then takes N D 2 and V D 2 for what it returns.
         """
-        _refuse_entropy(inputs)
+        _check_inputs(inputs)
         masked = checks.masked_labels(labels, inputs["mask"], hidden, "hidden")
         trains = [torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad for x in (hidden, weight, bias)]
         frozen = not any(trains[1:])
@@ -724,15 +728,15 @@ _INPUTS = (
 
 
 def _named_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
-    unknown = sorted(set(inputs) - set(_INPUTS))
-    if unknown:
-        raise TypeError(f"unexpected argument {', '.join(unknown)}; known: {', '.join((*_INPUTS, 'cu_seqlens'))}")
     return {name: inputs.get(name) for name in _INPUTS}
 
 
-def _refuse_entropy(inputs: dict[str, Any]) -> None:
+def _check_inputs(inputs: dict[str, Any]) -> None:
     if "entropy" in inputs:
         raise TypeError("entropy= is computed here from the logits; pass it only to the loss on log-probs")
+    known = (*_INPUTS, "cu_seqlens")
+    if unknown := sorted(set(inputs) - set(known)):
+        raise TypeError(f"unexpected argument {', '.join(unknown)}; known: {', '.join(known)}")
     if inputs.get("mask") is None:
         raise TypeError("mask= is needed: 1 for tokens that count")
 

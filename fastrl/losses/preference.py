@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrl import checks
-from fastrl.losses.output import LossOutput
+from fastrl.losses.output import LossOutput, shown
 from fastrl.losses.policy_hidden import with_path, with_tally
 from fastrl.losses.preference_checks import validate
 from fastrl.losses.preference_hidden import fused_preference
@@ -61,7 +61,7 @@ from fastrl.ops import linear_token_logprobs, token_logprobs
 from fastrl.ops.sparse_rows import Tally, counted
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PreferenceLoss:
     """A preference loss, put together from parts; `PreferenceLoss.preset(name, ...)` gives the published ones.
 
@@ -124,6 +124,8 @@ class PreferenceLoss:
     "baseline" (bco)."""
     components: tuple[tuple[PreferenceLoss, float], ...] = ()
     """A weighted sum of other losses, made by `mixture`."""
+
+    __repr__ = shown
 
     def __post_init__(self) -> None:
         validate(self)

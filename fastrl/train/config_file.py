@@ -32,6 +32,10 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], program: 
     first = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
     first.add_argument("--config", metavar="FILE.yaml")
     known, rest = first.parse_known_args(arguments)
+    fields = [f"--{field.name}" for field in dataclasses.fields(config_class)]  # pyright: ignore[reportArgumentType]
+    for word in (argument.partition("=")[0] for argument in rest):
+        if difflib.get_close_matches(word, ["--config", *fields], n=1, cutoff=0.75) == ["--config"]:
+            first.error(f"unknown option {word}, did you mean --config FILE.yaml?")
     default = load_config(config_class, known.config) if known.config is not None else config_class()
     description = (
         "Settings come from --config FILE.yaml, whose keys are the names below with underscores, and from the options, "

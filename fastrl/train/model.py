@@ -52,6 +52,7 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     resolved_dtype = _resolve_dtype(dtype)
+    check_folder("model", name_or_path)
     source = str(smollm2_path()) if name_or_path == SMOLLM2 else name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -69,6 +70,15 @@ def load_model(
     clear_generation_defaults(model, tokenizer)
     model.to(device)  # pyright: ignore[reportArgumentType]  # decorated in transformers, which hides its signature
     return model.eval(), tokenizer
+
+
+def check_folder(name: str, name_or_path: str) -> None:
+    """Raise `ValueError` for what can only be a folder, and is none: a hub name has no more than one slash."""
+    is_path = name_or_path.startswith(("/", "./", "../", "~")) or name_or_path.count("/") > 1
+    if is_path and not Path(name_or_path).is_dir():
+        raise ValueError(
+            f"{name} must be a folder with a saved model or a name on the hub; there is no {name_or_path!r}"
+        )
 
 
 def clear_generation_defaults(model: Any, tokenizer: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastrl.train.model import DTYPES
+from fastrl.train.model import DTYPES, check_folder
 
 
 class RewardModel(Protocol):
@@ -79,6 +79,7 @@ def load_reward_model(
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    check_folder("reward_model", str(folder))
     try:
         own_tokenizer = AutoTokenizer.from_pretrained(folder)
         model, report = AutoModelForSequenceClassification.from_pretrained(

@@ -1,6 +1,6 @@
 """fastrl inside verl: its policy losses and advantage estimators by name, and the log-probs of its fused kernels.
 
-    pip install fastrl verl            # the entry point registers every name in every process
+    pip install -e FASTRL verl         # the entry point registers every name in every process
     actor_rollout_ref.actor.policy_loss.loss_mode=fastrl_gspo
     algorithm.adv_estimator=fastrl_rloo
 
