@@ -53,7 +53,9 @@ class Record:
 def _our_line() -> str | None:
     """Return "file:line function" of the innermost frame of our own code that is no kernel, if it asked for this."""
     frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None and (frame.f_code.co_filename == __file__ or "torch" in frame.f_code.co_filename.split("/")):
+    while frame is not None and (
+        frame.f_code.co_filename == __file__ or "torch" in frame.f_code.co_filename.split("/")
+    ):
         frame = frame.f_back
     if frame is None or not frame.f_code.co_filename.startswith(OURS):
         return None
@@ -164,6 +166,7 @@ def stand_in() -> Iterator[Record]:
         patch.setattr(torch.cuda, "current_device", lambda: 0)
         patch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
         patch.setattr(torch.cuda, "synchronize", lambda _=None: None)
+        patch.setattr(torch.cuda, "_sleep", lambda cycles: None, raising=False)
         patch.setattr(torch.cuda, "Event", _Event)
         patch.setattr(torch.cuda, "current_stream", lambda _=None: types.SimpleNamespace(cuda_stream=0))
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
