@@ -37,6 +37,8 @@ WAITING = {
     Tensor.masked_select, Tensor.cpu, Tensor.numpy, Tensor.unique, torch.nonzero, torch.masked_select, torch.unique,
     torch.unique_consecutive, torch.bincount, torch.repeat_interleave, torch.equal, torch.allclose,
 }  # fmt: skip
+# What `torch.use_deterministic_algorithms` refuses of floats on CUDA, among the functions that we might call.
+SCANS = {Tensor.cumsum, torch.cumsum}
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -46,6 +48,7 @@ class Record:
 
     waits: list[str] = field(default_factory=list)
     made_on_host: list[str] = field(default_factory=list)
+    nondeterministic: list[str] = field(default_factory=list)
     products: list[tuple[torch.dtype, torch.dtype]] = field(default_factory=list)
     """(dtype of the operands, of the result) of the matrix products that named a result dtype."""
 
@@ -105,6 +108,8 @@ class _Mode(TorchFunctionMode):
             waits = device is not None and func in (torch.tensor, torch.as_tensor)
             if device is None and not kwargs.get("pin_memory") and (line := _our_line()) is not None:
                 self.record.made_on_host.append(line)
+        if func in SCANS and args[0].is_floating_point() and (line := _our_line()) is not None:
+            self.record.nondeterministic.append(line)
         if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
             waits = True
         if waits and (line := _our_line()) is not None:

@@ -11,13 +11,18 @@ from typing import Any
 import pytest
 import torch
 from cuda_stand_in import DEVICE, Record, stand_in
+from oracle import assert_as_accurate
 from torch import Tensor
 
 from bench import gpu, report
 from bench.baselines import EAGER, fastrl_contender
 from bench.cases import MODELS, Case
 from fastrl import PolicyLoss, PreferenceLoss, linear_token_logprobs, token_logprobs, verify, verify_checks
+from fastrl.losses.estimators import otb_advantages
+from fastrl.losses.selection import second_moment_mask
 from fastrl.ops.row_statistics import linear_row_statistics
+from fastrl.ops.sampling_rows import top_k_top_p_allowed
+from fastrl.ops.segments import running_sum
 
 pytest.importorskip("triton")
 B, T, D, V, C = 4, 6, 8, 50, 8
@@ -113,6 +118,26 @@ def test_other_ways_to_the_head_wait_once(record: Record) -> None:
     )
     loss.loss.backward()
     assert record.made_on_host == []
+
+
+def test_running_sums_are_deterministic(record: Record) -> None:
+    """PyTorch refuses a cumulative sum of floats on CUDA under `use_deterministic_algorithms`."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 700, generator=generator)
+    for given in (x, x[0], x[:, :0], x.double()):
+        exact = given.double().cumsum(-1)
+        assert_as_accurate("running sum", running_sum(given), exact, given.cumsum(-1))
+    logits = torch.randn(2, 90, generator=generator, device=DEVICE)
+    kept = top_k_top_p_allowed(logits, top_k=40, top_p=0.7)
+    falling, order = logits.topk(40, -1)
+    mass = falling.double().softmax(-1).cumsum(-1)
+    wanted = torch.zeros_like(kept).scatter(-1, order, mass - falling.double().softmax(-1) < 0.7)
+    assert torch.equal(kept, wanted)
+    rollout = -torch.rand(4, 9, generator=generator)
+    mask = torch.ones(4, 9, dtype=torch.bool)
+    second_moment_mask(rollout + 0.3, rollout, mask, threshold=0.04)
+    otb_advantages(torch.ones(4, 9), rollout, torch.full((4, 9), 0.2), mask, group_size=4)
+    assert record.nondeterministic == []
 
 
 def test_hidden_states_are_refused_inside_a_capture(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
