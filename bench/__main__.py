@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `python -m bench cpu | gpu | sparse | table | plot`."""
+"""Command line of the benchmarks: `python -m bench cpu | gpu | tiles | sparse | table | plot`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from bench import plots, record, report, sparse
+from bench import plots, record, report, sparse, tiles
 from bench.cases import cpu_cases, tiny_cases
-from bench.gpu import run_gpu
+from bench.gpu import RUN_LIMIT_S, run_gpu
 from bench.measure import Plan
 from bench.samples import samples
 from bench.suite import run_cases, say
@@ -49,11 +49,27 @@ def _cpu(arguments: argparse.Namespace) -> None:
 
 
 def _gpu(arguments: argparse.Namespace) -> None:
-    result = run_gpu(arguments.out, dry_run=arguments.dry_run, tests=not arguments.skip_tests)
+    result = run_gpu(arguments.out, dry_run=arguments.dry_run, tests=not arguments.skip_tests, limit_s=arguments.limit)
     _finish(result, arguments.out)
     if result["tests"]["status"] == "failed":
         say("the gpu lane of the tests failed: see `tests` in the record")
         sys.exit(1)
+
+
+def _tiles(arguments: argparse.Namespace) -> None:
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("no GPU: torch.cuda.is_available() is False; --device cpu needs TRITON_INTERPRET=1")
+    result = record.new_record("tiles", device, {"vocabularies": list(arguments.vocabularies)})
+
+    def keep(found: list[dict[str, Any]]) -> None:
+        result["tiles"] = found
+        say(" ".join(tiles.table(found[-1:])[1]))
+        if arguments.out is not None:
+            record.save(result, arguments.out, prefix="tiles-")
+
+    found = tiles.sweep(device, tuple(arguments.vocabularies), kept=keep)
+    print(report.plain_table(tiles.table(found)))
 
 
 def _sparse(arguments: argparse.Namespace) -> None:
@@ -97,6 +113,12 @@ def _parser() -> argparse.ArgumentParser:
     gpu.add_argument("--dry-run", action="store_true", help="go through the steps on the CPU at tiny shapes")
     gpu.add_argument("--skip-tests", action="store_true", help="leave the gpu lane of the tests out")
     gpu.set_defaults(run=_gpu)
+    gpu.add_argument("--limit", type=float, default=RUN_LIMIT_S, help="seconds after which no case is begun")
+    sizes = commands.add_parser("tiles", help="block sizes and warps of the Triton row kernels, about four minutes")
+    sizes.add_argument("--out", type=Path, help="folder for the result file, written after each kernel")
+    sizes.add_argument("--device", default="cuda")
+    sizes.add_argument("--vocabularies", type=int, nargs="+", default=tiles.VOCABULARIES)
+    sizes.set_defaults(run=_tiles)
     lists = commands.add_parser(
         "sparse", help="cost and error of tail_mass on SmolLM2's own samples, about ten minutes"
     )

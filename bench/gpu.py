@@ -9,27 +9,31 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import record as records
+from bench import tiles
 from bench.baselines import fastrl_contender
 from bench.cases import MODELS, Case, gpu_cases, make_inputs, tiny_cases
-from bench.measure import Plan, measure, quartiles, release
+from bench.measure import Plan, release
 from bench.suite import run_case, say
 from bench.targets import gpu_targets
 
+# One command on a rented device may be cut after ten minutes, and starting it takes some of them.
+RUN_LIMIT_S = 460
+# What the tests may take of it, and what is held back for the experiments.
 TEST_LIMIT_S = 200
-# One run should end before 8 minutes; cases and experiments share what the tests leave.
-RUN_LIMIT_S = 440
-EXPERIMENT_SHARE_S = 70
+EXPERIMENT_SHARE_S = 60
+# Shapes of the tile experiment of this run; `python -m bench tiles` has more.
+TILES = ((1024, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16))
 
 
 @dataclasses.dataclass
@@ -44,14 +48,24 @@ class Clock:
         return self.limit_s - (time.monotonic() - self.begin)
 
 
+def gpu_test_files() -> list[str]:
+    """Return the test files of the gpu lane: collecting the others would need what they import."""
+    files = sorted((records.ROOT / "tests").glob("test_*.py"))
+    lane = re.compile(r"pytest\.mark\.gpu|^pytestmark = LANE|^@on_device", re.MULTILINE)
+    return [str(file.relative_to(records.ROOT)) for file in files if lane.search(file.read_text())]
+
+
 def gpu_tests(limit_s: float = TEST_LIMIT_S) -> dict[str, Any]:
-    """Return how the gpu lane of the test suite went."""
+    """Return how the gpu lane of the test suite went, test by test where it did not end in time."""
     if importlib.util.find_spec("pytest") is None:
         return {"status": "missing", "reason": "pytest is not installed"}
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--tb=line", "tests"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", *gpu_test_files()]
     if importlib.util.find_spec("pytest_timeout") is None:
         # Its option in pyproject.toml is unknown then, which strict settings turn into an error.
         command += ["-o", "addopts=-ra -p no:cacheprovider", "-W", "ignore::pytest.PytestConfigWarning"]
+    if importlib.util.find_spec("xdist") is not None:
+        # Compiling the kernels is most of the work.
+        command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     try:
         done = subprocess.run(
@@ -59,24 +73,13 @@ def gpu_tests(limit_s: float = TEST_LIMIT_S) -> dict[str, Any]:
         )
     except subprocess.TimeoutExpired as late:
         output = late.stdout.decode(errors="replace") if isinstance(late.stdout, bytes) else (late.stdout or "")
-        return {"status": "out of time", "limit_s": limit_s, "tail": output.splitlines()[-30:]}
-    tail = (done.stdout + done.stderr).splitlines()[-40:]
+        lines = output.splitlines()
+        bad = [line for line in lines if "FAILED" in line or "ERROR" in line]
+        return {"status": "out of time", "limit_s": limit_s, "failed": bad, "tail": lines[-30:]}
+    lines = (done.stdout + done.stderr).splitlines()
     # 5: no test of the lane was collected, which is no success.
-    return {"status": "passed" if done.returncode == 0 else "failed", "returncode": done.returncode, "tail": tail}
-
-
-def _times(actions: dict[str, Callable[[], Any]], device: torch.device, repeats: int) -> dict[str, dict[str, float]]:
-    """Return the spread of the seconds of each action; one that raises says so instead."""
-    working, results = {}, {}
-    for name, action in actions.items():
-        try:
-            action()
-        except (RuntimeError, ValueError, TypeError) as error:
-            results[name] = {"failed": str(error).splitlines()[0][:200]}
-        else:
-            working[name] = action
-    seconds = measure(working, device, Plan(repeats=repeats, warmups=2, budget_s=10.0))
-    return {**results, **{name: quartiles(values) for name, values in seconds.items()}}
+    status = "passed" if done.returncode == 0 else "failed"
+    return {"status": status, "returncode": done.returncode, "tail": lines[-20 if status == "passed" else -400 :]}
 
 
 def gemm_experiment(device: torch.device, dry_run: bool) -> list[dict[str, Any]]:
@@ -104,70 +107,25 @@ def gemm_experiment(device: torch.device, dry_run: bool) -> list[dict[str, Any]]
             "logits f32 -> bf16 copy": lambda a=wide, b=narrow: b.copy_(a),
         }
         narrow.zero_()
-        found.append({"rows": rows, "d": d, "v": v, "flop": 2 * rows * d * v, "seconds": _times(actions, device, 10)})
+        found.append(
+            {"rows": rows, "d": d, "v": v, "flop": 2 * rows * d * v, "seconds": tiles.times(actions, device, 10)}
+        )
         del hidden, weight, wide, narrow, gradient_of_head, actions
         release(device)
     return found
 
 
-@contextmanager
-def tiles(module: Any, tile: Any) -> Iterator[None]:
-    """Make the row kernels take one tile for every dtype and row length, and put their tables back."""
-    names = ("FWD_TILES", "BWD_TILES")
-    kept = {name: getattr(module, name) for name in names}
-    for name in names:
-        setattr(module, name, dict.fromkeys((2, 4, 8), ((2**31, tile),)))
-    try:
-        yield
-    finally:
-        for name, table in kept.items():
-            setattr(module, name, table)
-
-
 def tile_experiment(device: torch.device, dry_run: bool) -> list[dict[str, Any]]:
-    """Time the Triton row kernels at several tiles: entries per step and warps per program."""
+    """Time the Triton row kernels at a few tiles of the vocabulary of the cases."""
     if importlib.util.find_spec("triton") is None:
         return [{"missing": "triton is not installed"}]
-    from fastrl_kernels import launch, token_logprobs
+    if not dry_run:
+        return tiles.sweep(device, (151936,), TILES)
+    from fastrl_kernels import launch
 
-    blocks = (64,) if dry_run else (1024, 2048, 4096, 8192, 16384)
-    shapes = [(4, 300, torch.float32)] if dry_run else [(2048, 151936, torch.float32), (8192, 151936, torch.bfloat16)]
-    if dry_run and not launch.interpreting():
+    if not launch.interpreting():
         return [{"missing": "a dry run needs TRITON_INTERPRET=1 for the Triton kernels"}]
-    found = []
-    for n, v, dtype in shapes:
-        logits = torch.randn(n, v, device=device).mul_(3.0).to(dtype)
-        labels = torch.randint(0, v, (n,), device=device)
-        out = torch.empty_like(logits)
-        logprobs, entropy, logsumexp = token_logprobs.token_logprobs_fwd(logits, labels, 1.0)
-        # The row kernels take what the forward returned, and the gradients of the three outputs.
-        rest = (logprobs, entropy, logsumexp, torch.ones_like(logprobs), None, None)
-        actions: dict[str, Callable[[], Any]] = {"copy": lambda a=logits, b=out: b.copy_(a)}
-
-        def with_tile(tile: Any, action: Callable[[], Any]) -> Callable[[], Any]:
-            def run() -> Any:
-                with tiles(token_logprobs, tile):
-                    return action()
-
-            return run
-
-        def forward(x: torch.Tensor = logits, y: torch.Tensor = labels) -> Any:
-            return token_logprobs.token_logprobs_fwd(x, y, 1.0)
-
-        def backward(x: torch.Tensor = logits, y: torch.Tensor = labels, o: torch.Tensor = out, r: Any = rest) -> Any:
-            return token_logprobs.token_logprobs_bwd(x, y, 1.0, *r, out=o)
-
-        for block in blocks:
-            for warps in (4,) if dry_run else (4, 8, 16):
-                tile = launch.Tile(block, warps)
-                actions[f"forward {block}x{warps}"] = with_tile(tile, forward)
-                actions[f"backward {block}x{warps}"] = with_tile(tile, backward)
-        actions["forward as shipped"], actions["backward as shipped"] = forward, backward
-        spread = _times(actions, device, 10)
-        found.append({"n": n, "v": v, "dtype": str(dtype).removeprefix("torch."), "seconds": spread})
-        del logits, labels, out, logprobs, entropy, logsumexp, rest, actions, forward, backward
-        release(device)
-    return found
+    return tiles.sweep(device, (300,), ((64, 4),), row_bytes=2400, repeats=2)
 
 
 def chunk_experiment(device: torch.device, dry_run: bool) -> list[dict[str, Any]]:
@@ -186,7 +144,7 @@ def chunk_experiment(device: torch.device, dry_run: bool) -> list[dict[str, Any]
         actions: dict[str, Callable[[], Any]] = {
             str(size): fastrl_contender(chunk_tokens=size).prepare(inputs) for size in sizes
         }
-        found.append({**case.describe(), "seconds_by_chunk": _times(actions, device, 10)})
+        found.append({**case.describe(), "seconds_by_chunk": tiles.times(actions, device, 10)})
         del inputs, actions
         release(device)
     return found
@@ -227,25 +185,26 @@ def _run_cases(
         keep()
 
 
-def run_gpu(out: Path, *, dry_run: bool = False, tests: bool = True) -> dict[str, Any]:
+def run_gpu(out: Path, *, dry_run: bool = False, tests: bool = True, limit_s: float = RUN_LIMIT_S) -> dict[str, Any]:
     """Return the record of the GPU run, written to `out` after every step.
 
     Args:
         out: folder of the result file.
         dry_run: go through the steps on the CPU at tiny shapes.
         tests: run the gpu lane of the test suite first.
+        limit_s: seconds after which no further case is begun.
     """
     if not dry_run and not torch.cuda.is_available():
         raise RuntimeError("no GPU: torch.cuda.is_available() is False; --dry-run goes through the steps on the CPU")
     device = torch.device("cpu" if dry_run else "cuda")
-    plan = Plan(repeats=2) if dry_run else Plan(repeats=10, warmups=3, budget_s=15.0)
+    plan = Plan(repeats=2) if dry_run else Plan(repeats=10, warmups=2, budget_s=8.0)
     record = records.new_record("gpu", device, {**dataclasses.asdict(plan), "dry_run": dry_run})
     record.update(experiments={}, skipped=[], tests={"status": "not asked for"})
 
     def keep() -> None:
         records.save(record, out)
 
-    clock = Clock(RUN_LIMIT_S)
+    clock = Clock(limit_s)
     keep()
     if tests:
         say("the gpu lane of the tests")

@@ -15,6 +15,8 @@ from bench.cases import Case
 from bench.oracle import shared
 
 Action = Callable[[], Any]
+# About a millisecond.
+HEAD_START_CYCLES = 2_000_000
 GEMM, COPY = "floor: one GEMM", "floor: one copy"
 
 
@@ -43,6 +45,8 @@ def timed(action: Action, device: torch.device) -> float:
     if device.type == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
+        # The host gets a head start, as it has in training: without it a short kernel is timed with its launch.
+        torch.cuda._sleep(HEAD_START_CYCLES)
         start.record()
         action()
         stop.record()

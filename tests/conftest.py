@@ -5,19 +5,28 @@ import os
 import pytest
 import torch
 
-# Triton reads this when a kernel is decorated: it must be set before the first import of fastrl_kernels.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+def _is_gpu_lane(config: pytest.Config) -> bool:
+    return torch.cuda.is_available() and config.getoption("markexpr") == "gpu"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let Triton interpret, on a machine with a GPU too, unless this is the gpu lane: most tests are on the CPU.
+
+    Triton reads this when a kernel is decorated: it must be set before the first import of fastrl_kernels.
+    """
+    if not _is_gpu_lane(config):
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip the gpu lane, visibly, where there is no device."""
-    if torch.cuda.is_available():
+    """Skip the gpu tests, visibly, where there is no device, and beside interpreted kernels."""
+    if _is_gpu_lane(config):
         return
-    skip = pytest.mark.skip(reason="needs a GPU")
+    reason = "compiled kernels: pytest -m gpu" if torch.cuda.is_available() else "needs a GPU"
     for item in items:
         if "gpu" in item.keywords:
-            item.add_marker(skip)
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(params=[0], ids=["seed0"])

@@ -37,6 +37,8 @@ WAITING = {
     Tensor.masked_select, Tensor.cpu, Tensor.numpy, Tensor.unique, torch.nonzero, torch.masked_select, torch.unique,
     torch.unique_consecutive, torch.bincount, torch.repeat_interleave, torch.equal, torch.allclose,
 }  # fmt: skip
+# What `torch.use_deterministic_algorithms` refuses of floats on CUDA, among the functions that we might call.
+SCANS = {Tensor.cumsum, torch.cumsum}
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -46,6 +48,7 @@ class Record:
 
     waits: list[str] = field(default_factory=list)
     made_on_host: list[str] = field(default_factory=list)
+    nondeterministic: list[str] = field(default_factory=list)
     products: list[tuple[torch.dtype, torch.dtype]] = field(default_factory=list)
     """(dtype of the operands, of the result) of the matrix products that named a result dtype."""
 
@@ -53,7 +56,9 @@ class Record:
 def _our_line() -> str | None:
     """Return "file:line function" of the innermost frame of our own code that is no kernel, if it asked for this."""
     frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None and (frame.f_code.co_filename == __file__ or "torch" in frame.f_code.co_filename.split("/")):
+    while frame is not None and (
+        frame.f_code.co_filename == __file__ or "torch" in frame.f_code.co_filename.split("/")
+    ):
         frame = frame.f_back
     if frame is None or not frame.f_code.co_filename.startswith(OURS):
         return None
@@ -103,6 +108,8 @@ class _Mode(TorchFunctionMode):
             waits = device is not None and func in (torch.tensor, torch.as_tensor)
             if device is None and not kwargs.get("pin_memory") and (line := _our_line()) is not None:
                 self.record.made_on_host.append(line)
+        if func in SCANS and args[0].is_floating_point() and (line := _our_line()) is not None:
+            self.record.nondeterministic.append(line)
         if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
             waits = True
         if waits and (line := _our_line()) is not None:
@@ -164,6 +171,7 @@ def stand_in() -> Iterator[Record]:
         patch.setattr(torch.cuda, "current_device", lambda: 0)
         patch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
         patch.setattr(torch.cuda, "synchronize", lambda _=None: None)
+        patch.setattr(torch.cuda, "_sleep", lambda cycles: None, raising=False)
         patch.setattr(torch.cuda, "Event", _Event)
         patch.setattr(torch.cuda, "current_stream", lambda _=None: types.SimpleNamespace(cuda_stream=0))
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

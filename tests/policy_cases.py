@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from device import DEVICE
 from oracle import assert_as_accurate
 from torch import Tensor
 
@@ -36,8 +37,14 @@ TERMS = Callable[[Any, Tensor, Tensor | None, reference.TokenColumns], reference
 def interpreted(
     spec: PolicyLoss, logprobs: Tensor, entropy: Tensor | None, columns: reference.TokenColumns, **_: str
 ) -> reference.TokenTerms:
-    """Return the kernel's terms, whatever the device and the backend of the rows."""
-    return fused_policy_terms(spec, logprobs, entropy, columns, backend="triton")
+    """Return the kernel's terms of tensors on the CPU, from the device where the kernels run."""
+
+    def there(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.to(DEVICE)
+
+    on_device = reference.TokenColumns(*(there(x) for x in columns))
+    terms = fused_policy_terms(spec, logprobs.to(DEVICE), there(entropy), on_device, backend="triton")
+    return reference.TokenTerms(*(None if x is None else x.cpu() for x in terms))
 
 
 def groups() -> dict[str, slice]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from device import DEVICE
 from oracle import ROUNDINGS, assert_as_accurate
 from torch import Tensor
 
@@ -53,16 +54,20 @@ def find(
     softcap: float = 0.0,
 ) -> tuple[sparse_rows.Lists, Tensor]:
     """Return (lists, the whole gradient of every row)."""
-    tile = logits.clone()
+    place = DEVICE if backend == "triton" else "cpu"
+    tile, labels = logits.to(place, copy=True), labels.to(place)
+    first, second, third = (None if g is None else g.to(place) for g in grads)
+    grads = (first, second, third)
     heat = torch.as_tensor(temperature, dtype=logits.dtype)
-    inverse = heat.reciprocal().expand(logits.shape[0]).contiguous()
+    inverse = heat.reciprocal().expand(logits.shape[0]).contiguous().to(place)
     scalars = {"logit_scale": logit_scale, "softcap": softcap, "ignore_index": -100}
     outputs = forward_rows(backend, tile, labels, inverse, **scalars)
-    rule = sparse_rows.rule_for(tail_mass, logits.shape[1], logits.device)
+    rule = sparse_rows.rule_for(tail_mass, logits.shape[1], tile.device)
     problem = sparse_rows.Problem(labels, inverse, outputs, grads)
     lists = sparse_rows.find(backend, tile, problem, rule, **scalars)
-    assert torch.equal(tile.nan_to_num(), logits.nan_to_num())
-    return lists, backward_rows(backend, tile, labels, inverse, outputs, grads, **scalars)
+    assert torch.equal(tile.cpu().nan_to_num(), logits.nan_to_num())
+    gradient = backward_rows(backend, tile, labels, inverse, outputs, grads, **scalars)
+    return sparse_rows.Lists(*(x.cpu() for x in lists)), gradient.cpu()
 
 
 def row_scale(inverse: Tensor, grads: tuple[Tensor | None, ...], logit_scale: float) -> Tensor:

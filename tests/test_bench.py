@@ -1,13 +1,14 @@
 """The benchmark harness: it times what is right, refuses what is wrong, and reports what it measured."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench import __main__ as command
-from bench import gpu, measure, oracle, plots, record, report, samples, sparse, targets
+from bench import gpu, measure, oracle, plots, record, report, samples, sparse, targets, tiles
 from bench.baselines import EAGER, Contender, Missing, Outputs, contenders, fastrl_contender
 from bench.cases import MODELS, OPERATIONS, Case, make_inputs, tiny_cases
 from bench.suite import run_case, run_cases
@@ -300,18 +301,45 @@ def test_a_gpu_case_that_fails_or_is_late_is_recorded(tmp_path: Path, monkeypatc
 
 def test_tiles_are_put_back() -> None:
     launch = pytest.importorskip("fastrl_kernels.launch")
-    from fastrl_kernels import token_logprobs
-
-    before = token_logprobs.FWD_TILES
+    kernel = tiles.kernels()["token_logprobs backward"]
+    before = kernel.module.BWD_TILES
 
     def stopped() -> None:
-        with gpu.tiles(token_logprobs, launch.Tile(64, 4)):
-            assert launch.tile_for(token_logprobs.BWD_TILES, torch.bfloat16, 10**6).block == 64
+        with tiles.one_tile(kernel, launch.Tile(64, 4)):
+            assert launch.tile_for(kernel.module.BWD_TILES, torch.bfloat16, 10**6).block == 64
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
         stopped()
-    assert token_logprobs.FWD_TILES is before
+    assert kernel.module.BWD_TILES is before
+
+
+def test_tiles_of_every_kernel_are_timed_and_the_best_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    kept: list[int] = []
+    found = tiles.sweep(
+        CPU, (70,), ((32, 1), (3, 1)), row_bytes=300, repeats=1, kept=lambda found: kept.append(len(found))
+    )
+    assert kept == list(range(1, len(found) + 1))
+    assert {entry["kernel"] for entry in found} == set(tiles.kernels())
+    assert [entry["dtype"] for entry in found] == ["bfloat16"] * 3 + ["float32"] * 4
+    for entry in found:
+        assert "failed" in entry["seconds"]["3x1"]  # no power of two
+        assert tiles.best(entry) == ("32x1", entry["seconds"]["32x1"]["median"])
+    assert len(tiles.table(found)) == len(found) + 1
+    assert tiles.best({"seconds": {"copy": {"median": 1.0}, "32x1": {"failed": "no room"}}}) is None
+
+
+def test_the_gpu_lane_is_collected_where_little_is_installed() -> None:
+    """The other test files import what a rented device need not have, and a file that cannot be imported ends a run."""
+    files = gpu.gpu_test_files()
+    assert "tests/test_kernels_token_logprobs.py" in files
+    assert "tests/test_gpu.py" in files
+    for file in files:
+        text = (record.ROOT / file).read_text()
+        assert not re.search(r"^(import|from) (transformers|trl|yaml|datasets|safetensors|matplotlib)", text, re.M), (
+            file
+        )
 
 
 def test_contenders_offer_known_operations_under_names_of_their_own() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from device import DEVICE, LANE
 from torch import Tensor
 
 from fastrl_kernels import advantages as module
@@ -11,7 +12,7 @@ from fastrl_kernels.advantages import group_advantages_fwd
 from fastrl_kernels.launch import Tile
 from tests.oracle import assert_as_accurate
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = LANE
 NAN, INF = float("nan"), float("inf")
 
 

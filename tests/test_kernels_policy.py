@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from device import DEVICE, LANE
 from policy_cases import evaluate, interpreted, judge, judge_terms, product_of_axes, ratio_at, tokens
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from fastrl.ops import policy as op
 from fastrl_kernels import policy as kernels
 from fastrl_kernels.launch import on_device_of
 
+pytestmark = LANE
 DTYPES = [torch.float32, torch.float64]
 
 
@@ -33,10 +35,11 @@ def _exp_terms_kernel(x_ptr, exp_ptr, expm1_ptr, tail_ptr, N, BLOCK: tl.constexp
 
 
 def exp_terms(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = tuple(torch.full_like(x, math.nan) for _ in range(3))
+    x = x.to(DEVICE)
+    exp, expm1, tail = (torch.full_like(x, math.nan) for _ in range(3))
     with on_device_of(x):
-        _exp_terms_kernel[(triton.cdiv(x.numel(), 4096),)](x, *outputs, x.numel(), BLOCK=4096)
-    return outputs
+        _exp_terms_kernel[(triton.cdiv(x.numel(), 4096),)](x, exp, expm1, tail, x.numel(), BLOCK=4096)
+    return exp.cpu(), expm1.cpu(), tail.cpu()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -303,10 +306,10 @@ def test_op_has_a_schema_a_fake_and_a_gradient() -> None:
         shared = columns.sequence_log_ratio
         constants = {name: getattr(columns, name) for name in op.CONSTANTS if getattr(columns, name) is not None}
         arguments = (
-            logprobs[:8].clone().requires_grad_(),
-            entropy[:8].clone().requires_grad_() if spec.uses_entropy else None,
-            None if shared is None else shared[:8].clone().requires_grad_(),
-            [x[:8] for x in constants.values()],
+            logprobs[:8].to(DEVICE).clone().requires_grad_(),
+            entropy[:8].to(DEVICE).clone().requires_grad_() if spec.uses_entropy else None,
+            None if shared is None else shared[:8].to(DEVICE).clone().requires_grad_(),
+            [x[:8].to(DEVICE) for x in constants.values()],
             ",".join(constants),
             *op.axes_of(spec),
             op.numbers_of(spec),

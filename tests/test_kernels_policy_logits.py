@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from device import DEVICE, LANE
 from torch import Tensor
 
 from fastrl_kernels import policy, policy_logits, token_logprobs
 
+pytestmark = LANE
 IGNORE = -5
 N = 7
 AXES = {
@@ -28,10 +30,10 @@ def problem(dtype: torch.dtype, vocabulary: int) -> tuple[Tensor, Tensor, policy
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
     def draw() -> Tensor:
-        return torch.randn(N, generator=generator).to(wide)
+        return torch.randn(N, generator=generator).to(DEVICE, wide)
 
-    logits = (3.0 * torch.randn(N, vocabulary, generator=generator)).to(dtype)
-    labels = torch.randint(0, vocabulary, (N,), generator=generator)
+    logits = (3.0 * torch.randn(N, vocabulary, generator=generator)).to(DEVICE, dtype)
+    labels = torch.randint(0, vocabulary, (N,), generator=generator).to(DEVICE)
     labels[2], labels[5] = IGNORE, vocabulary
     logits[[2, 4]] = math.nan
     base = -draw().abs()
@@ -65,15 +67,15 @@ def one_kernel(
     """Assert that one launch gives what three give; rows of weight 0 are 0 whatever they hold."""
     options |= {"ignore_index": IGNORE, "logit_scale": 0.9}
     numbers = policy.PolicyNumbers(dual_clip=3.0)
-    inverse = torch.linspace(0.6, 1.4, N)
-    residual = torch.empty(N, dtype=columns.weights.dtype)
+    inverse = torch.linspace(0.6, 1.4, N, device=DEVICE)
+    residual = torch.empty(N, dtype=columns.weights.dtype, device=DEVICE)
     rows = token_logprobs.token_logprobs_fwd(logits, labels, inverse, residual=residual, **options)
     terms = policy.policy_terms(axes, numbers, rows[0], rows[1], None, columns)
     upstream = (terms.grad_logprobs, None if columns.entropy_weights is None else -columns.entropy_weights, None)
     want = token_logprobs.token_logprobs_bwd(logits, labels, inverse, *rows, *upstream, residual=residual, **options)
     without = (upstream[0] == 0) if upstream[1] is None else (upstream[0] == 0) & (upstream[1] == 0)
     want[without] = 0.0
-    wide = torch.full((N, logits.shape[1] + 3), math.nan, dtype=logits.dtype)
+    wide = torch.full((N, logits.shape[1] + 3), math.nan, dtype=logits.dtype, device=DEVICE)
     apart, over = wide[:, 1:-2], logits.clone()
     for source, out in ((logits, apart), (over, over)):
         logprobs, entropy, results = kernels.policy_logits_fwd(
@@ -92,14 +94,15 @@ def one_kernel(
 
 def scaling(kernels: ModuleType) -> None:
     """Assert that rows are scaled, apart or in place, and left alone in place where the factor is 1."""
-    x = torch.randn(3, 2050)
+    x = torch.randn(3, 2050, device=DEVICE)
     for factor in (1.0, -0.3):
         place = x.clone()
-        assert torch.equal(kernels.scale_rows(x, torch.tensor(factor)), x * factor)
-        assert kernels.scale_rows(place, torch.tensor(factor), out=place) is place
+        number = torch.tensor(factor, device=DEVICE)
+        assert torch.equal(kernels.scale_rows(x, number), x * factor)
+        assert kernels.scale_rows(place, number, out=place) is place
         assert torch.equal(place, x * factor)
-    halves = torch.full((2, 5), 0.5, dtype=torch.bfloat16)
-    assert kernels.scale_rows(halves, torch.tensor(3.0)).tolist() == [[1.5] * 5] * 2
+    halves = torch.full((2, 5), 0.5, dtype=torch.bfloat16, device=DEVICE)
+    assert kernels.scale_rows(halves, torch.tensor(3.0, device=DEVICE)).tolist() == [[1.5] * 5] * 2
 
 
 def test_bits_are_those_of_the_three_kernels() -> None:
@@ -109,12 +112,10 @@ def test_bits_are_those_of_the_three_kernels() -> None:
 def test_no_rows() -> None:
     _, _, columns = problem(torch.float32, 4)
     none = policy.PolicyColumns(*(None if x is None else x[:0] for x in columns))
-    empty = torch.empty(0, 4)
-    results = policy_logits.policy_logits_fwd(
-        AXES["clip"], policy.PolicyNumbers(), empty, torch.empty(0, dtype=torch.int64), 1.0, none, out=empty
-    )
+    empty, labels = torch.empty(0, 4, device=DEVICE), torch.empty(0, dtype=torch.int64, device=DEVICE)
+    results = policy_logits.policy_logits_fwd(AXES["clip"], policy.PolicyNumbers(), empty, labels, 1.0, none, out=empty)
     assert results[0].shape == results[1].shape == results[2].contribution.shape == (0,)
-    assert policy_logits.scale_rows(empty, torch.ones(())).shape == (0, 4)
+    assert policy_logits.scale_rows(empty, torch.ones((), device=DEVICE)).shape == (0, 4)
 
 
 @pytest.mark.gpu

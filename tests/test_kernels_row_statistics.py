@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from device import DEVICE, LANE
 from torch import Tensor
 
 from fastrl_kernels import row_statistics
@@ -13,7 +14,7 @@ from fastrl_kernels.launch import Tile, tile_for
 from fastrl_kernels.row_statistics import row_statistics_fwd
 from tests.oracle import assert_as_accurate
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = LANE
 NAN, INF = float("nan"), float("inf")
 BLOCK = 32
 

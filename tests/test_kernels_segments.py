@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from device import DEVICE, LANE
 from oracle import assert_as_accurate
 from policy_cases import interpreted
 from torch import Tensor
@@ -19,7 +20,7 @@ from fastrl.ops.segments import reverse_scan, segment_sum
 from fastrl_kernels import segments
 from fastrl_kernels.launch import Tile
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = LANE
 LENGTHS = {
     "ragged": [0, 1, 7, 1000, 0, 4097, 3],
     "all empty": [0, 0, 0],
@@ -40,7 +41,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def kernel_sum(x: Tensor, lengths: Tensor) -> Tensor:
-    return segment_sum(x, lengths, backend="triton")
+    """Return the kernel's sums, where `x` is."""
+    return segment_sum(x.to(DEVICE), lengths.to(DEVICE), backend="triton").to(x.device)
 
 
 def drawn(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -138,10 +140,11 @@ def test_gradients_of_gradients() -> None:
 
 
 def test_ops_have_a_schema_a_fake_and_a_gradient() -> None:
-    x, offsets = torch.randn(9, requires_grad=True), torch.tensor([0, 2, 2, 6, 9])
+    x = torch.randn(9, requires_grad=True, device=DEVICE)
+    offsets = torch.tensor([0, 2, 2, 6, 9], device=DEVICE)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.fastrl.segment_sum, (x, offsets), test_utils=checks)
-    values = torch.randn(4, requires_grad=True)
+    values = torch.randn(4, requires_grad=True, device=DEVICE)
     torch.library.opcheck(torch.ops.fastrl.segment_spread, (values, offsets, 9), test_utils=checks)
 
 
@@ -195,7 +198,8 @@ def test_losses_over_sequences_sum_with_the_kernel(name: str, monkeypatch: pytes
 
 
 def kernel_scan(b: Tensor, c: Tensor, lengths: Tensor, reach: int = 0) -> Tensor:
-    return reverse_scan(b, c, lengths, reach, backend="triton")
+    there = (x.to(DEVICE) for x in (b, c, lengths))
+    return reverse_scan(*there, reach, backend="triton").to(b.device)
 
 
 def loop_scan(b: Tensor, c: Tensor, lengths: Tensor) -> Tensor:

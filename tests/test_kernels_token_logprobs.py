@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from device import DEVICE, LANE
 from torch import Tensor
 
 from fastrl_kernels import rowmath, token_logprobs
@@ -15,7 +16,7 @@ from fastrl_kernels.launch import COMPILE_OPTIONS, Tile, interpreting, on_device
 from fastrl_kernels.token_logprobs import token_logprobs_bwd, token_logprobs_fwd
 from tests.oracle import assert_as_accurate
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = LANE
 IGNORE = -100
 NAN, INF = float("nan"), float("inf")
 # One element, below, at and above a power of two, a prime, more than one block of the forward (2048) and the backward.

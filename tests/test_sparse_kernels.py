@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from device import DEVICE, on_device
 from mutations import Mutation, load, mutated_source
 from sparse_cases import OPTIONS, TAIL_MASS, UPSTREAM, assert_bound, draw_logits, find, upstream
 from torch import Tensor
@@ -141,6 +142,7 @@ def test_no_rows(backend: str) -> None:
     assert bool((total == 1).all())
 
 
+@on_device
 @pytest.mark.parametrize("vocabulary", [31, 32, 33, 100])
 @pytest.mark.parametrize("which", UPSTREAM)
 def test_triton_lists_are_those_of_its_gradient(which: str, vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,13 +158,14 @@ def test_triton_lists_are_those_of_its_gradient(which: str, vocabulary: int, mon
         assert value == gradient[i, index].tolist()
 
 
+@on_device
 def test_triton_strided_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_kernels, "LIST_TILES", {4: ((2**31, Tile(32, 1)),)})
     logits, labels = draw_logits("mixed", 6, 75)
-    grads = (torch.ones(6), None, None)
-    spread = torch.full((75, 12), NAN)
+    logits, labels, grads = logits.to(DEVICE), labels.to(DEVICE), (torch.ones(6, device=DEVICE), None, None)
+    spread = torch.full((75, 12), NAN, device=DEVICE)
     spread[:, ::2] = logits.t()
-    outputs = tuple(torch.zeros(6) for _ in range(4))
+    outputs = tuple(torch.zeros(6, device=DEVICE) for _ in range(4))
     plain, strided = (
         sparse_rows.Lists(*triton_kernels.list_entries(x, labels, 1.0, outputs, grads, **RULE))  # type: ignore[arg-type]
         for x in (logits, spread[:, ::2].t())

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastrl import checks, reference
 from fastrl.losses.advantage import Grouping, group_advantages, grouping, reward_tensor
 from fastrl.losses.returns import MASKED, TokenBatch, masked_whiten, returns_to_go, whitened
+from fastrl.ops.segments import running_sum
 
 GroupIds = Tensor | Sequence[int] | None
 
@@ -370,7 +371,7 @@ def otb_advantages(
     live = tokens.mask.view(shape)
     p = tokens.flat("old_logprobs", old_logprobs).exp()
     energy = torch.where(tokens.mask, 1.0 - 2.0 * p + tokens.flat("sum_squared_probs", sum_squared_probs), 0.0)
-    weight = torch.where(live, energy.view(shape).cumsum(1), 0.0)
+    weight = torch.where(live, running_sum(energy.view(shape)), 0.0)
     paid = torch.where(tokens.mask, tokens.rewards, 0.0)
     returns = tokens.scan(paid, torch.ones_like(paid)).view(shape)
 

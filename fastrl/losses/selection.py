@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastrl import checks, reference
 from fastrl.losses.layout import Layout
-from fastrl.ops.segments import segment_sum
+from fastrl.ops.segments import running_sum, segment_sum
 
 
 def _open(logprobs: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> tuple[Layout, Tensor]:
@@ -207,7 +207,7 @@ def second_moment_mask(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor,
     squared = torch.where(keep, squared, torch.inf)
     ordered, order = squared.sort(stable=True)
     live = torch.where(ordered.isinf(), 0.0, ordered)
-    means = live.cumsum(0) / torch.arange(1, live.numel() + 1, device=live.device)
+    means = running_sum(live) / torch.arange(1, live.numel() + 1, device=live.device)
     allowed = (means < threshold) & ~ordered.isinf()
     selected = torch.zeros_like(keep)
     selected[order] = allowed

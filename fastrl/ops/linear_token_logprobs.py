@@ -251,7 +251,7 @@ def _refuse_capture(device: torch.device) -> None:
     if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "operations on hidden states cannot be captured in a CUDA graph: the host must learn how many rows take "
-            "part. Leave them outside the graph, or capture token_logprobs or from_logits, which do not wait for it"
+            "part. Leave them outside the graph; token_logprobs and from_logits can be captured"
         )
 
 

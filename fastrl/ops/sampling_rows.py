@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastrl import checks
 from fastrl.ops import buffers, dispatch
+from fastrl.ops.segments import running_sum
 from fastrl.ops.token_logprobs import backward_rows, forward_rows, once_differentiable, row_blocks
 
 ROUNDINGS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -333,12 +334,15 @@ def top_k_top_p_allowed(
         checks.plain_float("top_p", top_p, low=0.0, high=1.0, open_low=True)
     heat = checks.temperature(temperature, logits.shape[:-1], logits.device)
     flat = logits.detach().reshape(-1, logits.shape[-1])
-    heats = heat.reshape(-1, 1) if isinstance(heat, Tensor) else torch.full((flat.shape[0], 1), heat).to(logits.device)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    if isinstance(heat, Tensor):
+        heats = heat.to(dtype).reshape(-1, 1)
+    else:
+        heats = torch.full((flat.shape[0], 1), heat, dtype=dtype, device=logits.device)
     kept = torch.empty(flat.shape, dtype=torch.bool, device=logits.device)
     for start in range(0, flat.shape[0], SET_ROWS):
         rows = slice(start, start + SET_ROWS)
-        wide = flat[rows].to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-        kept[rows] = _kept(wide / heats[rows].to(wide.dtype), top_k, top_p)
+        kept[rows] = _kept(flat[rows].to(dtype) / heats[rows], top_k, top_p)
     return kept.view(logits.shape)
 
 
@@ -348,7 +352,7 @@ def _kept(z: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
         kept &= z >= z.topk(top_k, -1).values[:, -1:]
     if top_p is not None and top_p < 1.0:
         falling = torch.where(kept, z, -math.inf).sort(-1, descending=True).values
-        before = falling.double().softmax(-1).cumsum(-1).roll(1, -1)
+        before = running_sum(falling.double().softmax(-1)).roll(1, -1)
         before[:, 0] = 0.0
         last = (before < top_p).sum(-1, keepdim=True) - 1
         kept &= z >= falling.gather(-1, last.clamp(min=0))

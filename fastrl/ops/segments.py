@@ -73,6 +73,24 @@ def reverse_scan(
     return segments.reverse_scan_fwd(b, c, F.pad(lengths.cumsum(0), (1, 0)))
 
 
+def running_sum(x: Tensor) -> Tensor:  # (..., L) -> (..., L)
+    """Return x.cumsum(-1) of float32 or float64, not differentiated, the same bits each time on every device.
+
+    PyTorch's cumulative sum of floats on a GPU is none of its deterministic algorithms, and raises where they are asked
+    for. No host synchronisation.
+    """
+    if x.numel() == 0:
+        return x.detach().clone()
+    if x.device.type == "cpu":
+        return x.detach().cumsum(-1)
+    length = x.shape[-1]
+    terms = x.detach().flip(-1)
+    factors = torch.ones_like(terms)
+    factors[..., -1] = 0.0
+    lengths = torch.full((x.numel() // length,), length, dtype=torch.int64, device=x.device)
+    return reverse_scan(terms.reshape(-1), factors.reshape(-1), lengths, length).view(x.shape).flip(-1)
+
+
 @torch.library.custom_op("fastrl::segment_sum", mutates_args=())
 def _segment_sum(x: Tensor, offsets: Tensor) -> Tensor:
     from fastrl_kernels import segments
