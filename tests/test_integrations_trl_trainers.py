@@ -321,6 +321,14 @@ def bare_config(kind: str, **options: Any) -> Any:
     return trl_runs.CONFIGS[kind](output_dir="unused", use_cpu=True, bf16=False, **options)
 
 
+def test_pairs_without_a_prompt(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first token has nothing to be scored from; TRL's averages count it."""
+    pairs = trl_runs.dataset("dpo").map(lambda row: {"prompt": "", "chosen": row["chosen"] + ".", "rejected": "no!"})
+    monkeypatch.setattr(trl_runs, "dataset", lambda kind: pairs)
+    options = {"loss_type": ["ipo", "sigmoid_norm", "sft"], "max_steps": 1}
+    assert "3 GEMM units" in compare("dpo", folder, tmp_path, options).path
+
+
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_a_compiled_reference_has_no_truth_value(kind: str, folder: Path, tmp_path: Path) -> None:
     """`bool` of what `torch.compile` returns asks the model for its length, which raises."""

@@ -200,6 +200,7 @@ class FastDPOTrainer(FastLossMixin, DPOTrainer):
         prediction = PairPrediction(
             self.fastrl_loss,
             inputs["completion_mask"][:, 1:].sum(1),
+            inputs["completion_mask"].sum(1),
             inputs["ref_chosen_logps"],
             inputs["ref_rejected_logps"],
         )
