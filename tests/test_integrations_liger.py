@@ -495,6 +495,24 @@ def test_an_option_that_is_not_supported_raises_when_the_object_is_built(
         getattr(ours, f"LigerFusedLinear{name}Loss")(**options)
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("LigerFusedLinearGRPOLoss", "beta"),
+        ("LigerFusedLinearGRPOLoss", "epsilon_high"),
+        ("LigerFusedLinearDPOLoss", "label_smoothing"),
+        ("LigerFusedLinearSimPOLoss", "gamma"),
+        ("LigerFusedLinearORPOLoss", "compute_nll_loss"),
+        ("LigerFusedLinearKTOLoss", "beta"),
+    ],
+)
+def test_an_option_cannot_be_changed_afterwards(name: str, option: str) -> None:
+    module = getattr(ours, name)()
+    with pytest.raises(AttributeError, match=f"{option} cannot be changed.*build another"):
+        setattr(module, option, 0.3)
+    module.chunk_size = 4
+
+
 def test_calls_that_do_not_fit_say_what_was_expected() -> None:
     batch: dict[str, Any] = _grpo_batch()
     with pytest.raises(ValueError, match="use_ref_model=True needs"):

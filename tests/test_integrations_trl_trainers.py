@@ -321,6 +321,47 @@ def bare_config(kind: str, **options: Any) -> Any:
     return trl_runs.CONFIGS[kind](output_dir="unused", use_cpu=True, bf16=False, **options)
 
 
+def test_pairs_without_a_prompt(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first token has nothing to be scored from; TRL's averages count it."""
+    pairs = trl_runs.dataset("dpo").map(lambda row: {"prompt": "", "chosen": row["chosen"] + ".", "rejected": "no!"})
+    monkeypatch.setattr(trl_runs, "dataset", lambda kind: pairs)
+    options = {"loss_type": ["ipo", "sigmoid_norm", "sft"], "max_steps": 1}
+    assert "3 GEMM units" in compare("dpo", folder, tmp_path, options).path
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_a_compiled_reference_has_no_truth_value(kind: str, folder: Path, tmp_path: Path) -> None:
+    """`bool` of what `torch.compile` returns asks the model for its length, which raises."""
+
+    def length(self: Any) -> int:
+        raise TypeError(f"{type(self).__name__} does not support len()")
+
+    def compiled(trainer: Any) -> None:
+        reference = trainer.ref_model
+        reference.__class__ = type(type(reference).__name__, (type(reference),), {"__len__": length})
+
+    run = train(kind, folder, tmp_path, {"max_steps": 1}, mode="fast", prepare=compiled)
+    assert "3 GEMM units" in run.path
+
+
+def test_a_subclass_keeps_what_it_adds_to_the_loss(folder: Path, tmp_path: Path) -> None:
+    class Regularised(trl_runs.TRAINERS["sft"]):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            return loss + 1e-3 * sum(p.square().sum() for p in self.model.parameters())
+
+    weights = []
+    for kind in (Regularised, type("Fast", (fast.FastSFTTrainer, Regularised), {})):
+        trainer = trl_runs.make_trainer("sft", folder, tmp_path, {"max_steps": 1}, kind)
+        trainer.train()
+        weights.append(trl_runs.weights(trainer.model))
+    assert "3 GEMM units" in trainer.fastrl_path
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=0.0, atol=1e-6)
+    with pytest.raises(NotImplementedError, match="put the class that knows it in front"):
+        trl_runs.make_trainer("sft", folder, tmp_path, {}, type("Bare", (fast.FastLossMixin, Regularised), {}))
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,22 @@ _AGGREGATE = {"grpo": "sequence_mean", "sapo": "sequence_mean", "dr_grpo": "cons
 _VESPO_WEIGHT_MAX = math.exp(20.0)
 
 
-class LigerFusedLinearGRPOLoss(nn.Module):
+class BuiltOnce(nn.Module):
+    """A module that refuses to change the options that its `loss` was built from, which Liger reads at every call."""
+
+    BUILT_FROM: tuple[str, ...] = ()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; raise AttributeError for an option once the loss is built."""
+        if name in self.BUILT_FROM and "loss" in self.__dict__:
+            raise AttributeError(
+                f"{type(self).__name__}.{name} cannot be changed, as the loss is built once: build another with "
+                f"{name}={value!r}"
+            )
+        super().__setattr__(name, value)
+
+
+class LigerFusedLinearGRPOLoss(BuiltOnce):
     """GRPO and its relatives from hidden states and the head, as `PolicyLoss.from_hidden`.
 
     Args:
@@ -46,6 +61,12 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         ValueError: unknown names; numbers out of range; options that the loss type does not read; "luspo" at the token
             level; "cispo", "sapo" and "vespo" at the sequence level.
     """
+
+    BUILT_FROM = (
+        "beta", "use_ref_model", "epsilon_low", "epsilon_high", "loss_type", "max_completion_length", "delta",
+        "importance_sampling_level", "sapo_temperature_pos", "sapo_temperature_neg", "use_bias_correction_kl",
+        "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg",
+    )  # fmt: skip
 
     def __init__(
         self,

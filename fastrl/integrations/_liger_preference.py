@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrl import checks
+from fastrl.integrations._liger_policy import BuiltOnce
 from fastrl.losses.policy import PolicyLoss
 from fastrl.losses.preference import PreferenceLoss
 from fastrl.ops import linear_token_logprobs
@@ -24,15 +25,20 @@ _TOKEN_SUM = PolicyLoss.preset("sft", aggregate="token_sum")
 Pairs = tuple[Tensor, tuple[Tensor, ...]]
 
 
-class _PairLoss(nn.Module):
+class _PairLoss(BuiltOnce):
     """A loss of pairs: chosen rows first, then the rejected ones."""
+
+    BUILT_FROM = (
+        "beta", "alpha", "compute_nll_loss", "average_log_prob", "loss_type", "label_smoothing", "discopop_tau",
+        "gamma",
+    )  # fmt: skip
 
     def __init__(
         self, loss: PreferenceLoss, ignore_index: int, compiled: bool, chunk_size: int, compute_nll_loss: bool
     ) -> None:
         super().__init__()
-        self.loss = loss
         self.compute_nll_loss = compute_nll_loss  # the NLL is returned where its weight is 0, too
+        self.loss = loss
         self.ignore_index = ignore_index
         self.compiled = compiled
         self.chunk_size = chunk_size
@@ -248,11 +254,13 @@ class LigerFusedLinearORPOLoss(_PairLoss):
         return loss, (*found, ratio.to(loss.dtype), (odds.sum() / n).to(loss.dtype))
 
 
-class LigerFusedLinearKTOLoss(nn.Module):
+class LigerFusedLinearKTOLoss(BuiltOnce):
     """KTO: single rows that are desirable or not, against a reference point that the caller measures.
 
     The arguments are those of `LigerFusedLinearDPOLoss`.
     """
+
+    BUILT_FROM = ("beta",)
 
     def __init__(
         self,
@@ -264,8 +272,8 @@ class LigerFusedLinearKTOLoss(nn.Module):
         chunk_size: int = 1,
     ) -> None:
         super().__init__()
-        self.loss = PreferenceLoss.preset("kto", beta=beta)
         self.beta = beta
+        self.loss = PreferenceLoss.preset("kto", beta=beta)
         self.ignore_index = ignore_index
         self.compiled = compiled
         self.use_ref_model = use_ref_model

@@ -47,6 +47,7 @@ class PairPrediction:
 
     loss: PreferenceLoss
     lengths: Tensor  # (2P,) live tokens of each row
+    counts: Tensor  # (2P,) tokens that TRL divides by: one more where a row has no prompt
     ref_chosen: Tensor  # (P,) sums over tokens
     ref_rejected: Tensor  # (P,)
     path: str = ""
@@ -101,12 +102,13 @@ class PairPrediction:
         """Return the gradient (M,) of the pairs `which`, whose tokens are `logprobs` (M,), pair by pair."""
         lengths = pairs.reshape(-1)
         row = _row_of_tokens(lengths)
+        counts = self.counts.view(2, -1)[:, which]
         # A mixture of "sft" alone takes no reference.
         reference = (self.ref_chosen[which], self.ref_rejected[which]) if self.loss.reference else (None, None)
         with torch.enable_grad():
             sums = _sums(logprobs, row, lengths.numel())
             loss = self.loss(
-                sums[0::2], sums[1::2], *reference, chosen_lengths=pairs[:, 0], rejected_lengths=pairs[:, 1],
+                sums[0::2], sums[1::2], *reference, chosen_lengths=counts[0], rejected_lengths=counts[1],
                 n_pairs=float(self._pairs().shape[0]), n_tokens=self._pairs()[:, 0].sum().double(),
             ).loss  # fmt: skip
             (g,) = torch.autograd.grad(loss, sums)

@@ -46,6 +46,7 @@ class FastLossMixin:
     # TRL's trainers narrow these; a mixin sees those of transformers.
     args: Any
     model: Any
+    ref_model: Any
 
     fastrl_path: str = ""
 
@@ -71,7 +72,14 @@ class FastLossMixin:
 
     def _fastrl_translate(self) -> Any:
         """Return the loss of the configuration."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} says no loss: put the class that knows it in front of your trainer, "
+            "class Mine(FastDPOTrainer, YourDPOTrainer), or define _fastrl_translate"
+        )
+
+    def _fastrl_reference_model(self) -> Any:
+        """Return the model of the reference; a compiled one has no truth value."""
+        return self.model if self.ref_model is None else self.ref_model
 
     @contextmanager
     def _fastrl_predicting(self, prediction: Prediction | str) -> Iterator[None]:
@@ -187,11 +195,12 @@ class FastDPOTrainer(FastLossMixin, DPOTrainer):
         with patched():
             if not before:
                 names = ("ref_chosen_logps", "ref_rejected_logps")
-                reference = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+                reference = self.compute_ref_log_probs(self._fastrl_reference_model(), inputs)
                 inputs = inputs | dict(zip(names, reference, strict=True))
         prediction = PairPrediction(
             self.fastrl_loss,
             inputs["completion_mask"][:, 1:].sum(1),
+            inputs["completion_mask"].sum(1),
             inputs["ref_chosen_logps"],
             inputs["ref_rejected_logps"],
         )
@@ -255,7 +264,7 @@ class FastKTOTrainer(FastLossMixin, KTOTrainer):
     def _fastrl_reference(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Return the reference's log-probs (B,) under the names of precomputed ones."""
         # The function leaves the model's cache of keys and values on, which no one reads.
-        model: Any = self.ref_model or self.model
+        model: Any = self._fastrl_reference_model()
         logps, kl_logps = self.compute_ref_log_probs(partial(model, use_cache=False), inputs)
         return {"ref_logps": logps} if kl_logps is None else {"ref_logps": logps, "ref_KL_logps": kl_logps}
 
