@@ -52,6 +52,8 @@ from fastrl.losses.preference_terms import (
     F_DIVERGENCES,
     FEATURES,
     LINKS,
+    SCORE_EXP_LIMIT,
+    SQUARED_EXP_LIMIT,
     Scores,
     Term,
     alphapo,
@@ -466,7 +468,9 @@ class PreferenceLoss:
             chosen, rejected = log_odds(chosen), log_odds(rejected)
         else:
             transform, alpha = self._transform()
-            chosen, rejected = transform(chosen, alpha), transform(rejected, alpha)
+            squared = any(term.link == "square" for term in self.terms)
+            limit = SQUARED_EXP_LIMIT if squared else SCORE_EXP_LIMIT
+            chosen, rejected = transform(chosen, alpha, limit), transform(rejected, alpha, limit)
         if self.score_normalise == "length" and rows.chosen_lengths is not None and rows.rejected_lengths is not None:
             chosen, rejected = chosen / rows.chosen_lengths, rejected / rows.rejected_lengths
         return Scores(chosen, rejected, policy_margin, ref_margin)
