@@ -346,7 +346,18 @@ class PreferenceLoss:
     ) -> LossOutput:
         """Return the loss of logits; the reference is given as logits or as log-probs.
 
-        `inputs` are the remaining arguments of `from_logprobs`. The gradient is with respect to `logits`.
+        The gradient is with respect to `logits`.
+
+        Args:
+            logits, labels: as `fastrl.token_logprobs` takes them; what stands under the mask has no effect.
+            mask: as in `from_logprobs`.
+            ref_logits, ref_logprobs: the reference, one of the two, unless the loss reads none.
+            temperature, logit_scale, softcap, backend: of `fastrl.token_logprobs`, for policy and reference alike.
+            desirable: the `labels` of `from_logprobs`, for kto, apo_zero_unpaired and bco.
+            inputs: the remaining arguments of `from_logprobs`; with weighting="wpo" sum p^2 is taken from the logits.
+
+        Raises:
+            ValueError, TypeError: as `fastrl.token_logprobs` and `from_logprobs` do; a reference given twice.
         """
         head: dict[str, Any] = {
             "temperature": temperature,
@@ -398,8 +409,12 @@ class PreferenceLoss:
         `tail_mass` > 0, `sparse/rows` and `sparse/left_max` are those of `PolicyLoss.from_hidden`; where the gradient
         of a trainable head takes 4 units, the backward fills them in.
 
-        The options are those of `fastrl.ops.linear_token_logprobs`, used for policy and reference alike; `inputs` are
-        the remaining arguments of `from_logprobs`. Gradients are with respect to `hidden`, `weight` and `bias`.
+        The options are those of `fastrl.ops.linear_token_logprobs`, used for policy and reference alike; `desirable` and
+        `inputs` are as in `from_logits`. Gradients are with respect to `hidden`, `weight` and `bias`.
+
+        Raises:
+            ValueError, TypeError: as `linear_token_logprobs` and `from_logprobs` do; a reference given twice, or a head
+                of the reference without its states.
         """
         exact: dict[str, Any] = {
             "temperature": temperature,
