@@ -409,8 +409,8 @@ class PreferenceLoss:
         `tail_mass` > 0, `sparse/rows` and `sparse/left_max` are those of `PolicyLoss.from_hidden`; where the gradient
         of a trainable head takes 4 units, the backward fills them in.
 
-        The options are those of `fastrl.ops.linear_token_logprobs`, used for policy and reference alike; `desirable` and
-        `inputs` are as in `from_logits`. Gradients are with respect to `hidden`, `weight` and `bias`.
+        The options are those of `fastrl.ops.linear_token_logprobs`, used for policy and reference alike; `desirable`
+        and `inputs` are as in `from_logits`. Gradients are with respect to `hidden`, `weight` and `bias`.
 
         Raises:
             ValueError, TypeError: as `linear_token_logprobs` and `from_logprobs` do; a reference given twice, or a head
