@@ -104,10 +104,10 @@ def linear_token_logprobs(
 # --- small parts ------------------------------------------------------------------------------------------------------
 
 
-def exp_linear(x: Tensor) -> Tensor:
-    """Return exp(x), continued linearly beyond `EXP_LIMIT`; NaN stays NaN, +inf is held at `LOG_RATIO_LIMIT`."""
+def exp_linear(x: Tensor, limit: float = EXP_LIMIT) -> Tensor:
+    """Return exp(x), continued linearly beyond `limit`; NaN stays NaN, +inf is held at `LOG_RATIO_LIMIT`."""
     x = x.clamp(max=LOG_RATIO_LIMIT)
-    return torch.where(x > EXP_LIMIT, math.exp(EXP_LIMIT) * (x - (EXP_LIMIT - 1.0)), x.clamp(max=EXP_LIMIT).exp())
+    return torch.where(x > limit, math.exp(limit) * (x - (limit - 1.0)), x.clamp(max=limit).exp())
 
 
 def exp_remainder(x: Tensor) -> Tensor:

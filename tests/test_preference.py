@@ -457,6 +457,21 @@ def test_masked_data_cannot_matter(name: str, poison: float) -> None:
     assert all(torch.equal(value[0], dirty[2][key][0]) for key, value in clean[2].items())
 
 
+@pytest.mark.parametrize(
+    "options", [{"f_divergence": "forward_kl"}, {"f_divergence": "alpha_divergence", "alpha": 0.2}]
+)
+def test_f_divergences_are_exact_at_log_ratios_of_sixty(options: dict) -> None:
+    c, r = (torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in (-70.0, -75.0))
+    rc, rr = torch.tensor([-10.0], dtype=torch.float64), torch.tensor([-20.0], dtype=torch.float64)
+    got = PreferenceLoss.preset("hinge", **options)(c, r, rc, rr).loss
+    power = options.get("alpha", 0.0) - 1.0
+    g = [((power * s).exp() - 1.0) / power for s in (c - rc, r - rr)]
+    want = torch.relu(1.0 - 0.1 * (g[0] - g[1])).sum()
+    assert_as_accurate("loss", got, want, want)
+    for x, y in zip(torch.autograd.grad(got, (c, r)), torch.autograd.grad(want, (c, r)), strict=True):
+        assert_as_accurate("gradient", x, y, y)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("difference", [-1e4, 1e4])
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def distillation_loss(
         LossOutput with metrics divergence and student_entropy; `.entropy` is the student's, per token.
 
     Raises:
-        ValueError: different vocabularies or token shapes, numbers out of range.
+        ValueError, TypeError: different vocabularies, token shapes or devices, numbers out of range.
     """
     how = _divergence(beta, temperature, top_k)
     labels, poison = _live_labels(mask, student_hidden)

@@ -57,7 +57,7 @@ def kl_estimate(
         value_clamp: bound of the absolute value of the result. verl, OpenRLHF, slime "low_var_kl" 10.
         ratio_max: cap of r, with "straight_through_ratio" only. OpenRLHF 10.
         value_clamp_order: with "ratio_weighted", whether `value_clamp` bounds r times the estimate ("after_ratio",
-            slime) or the estimate alone ("before_ratio", NeMo-RL); in `PolicyLoss` it is `kl_value_clamp_order`.
+            slime and NeMo-RL) or the estimate alone ("before_ratio"); in `PolicyLoss` it is `kl_value_clamp_order`.
 
     Raises:
         ValueError, TypeError: unknown options, shapes that differ, options that have no effect together.

@@ -149,13 +149,14 @@ class PolicyLoss:
     ratio_anchor: str = "old"
     """Denominator of the ratio: "old", "rollout", or "self" (the detached log-prob: ratio 1 with a gradient)."""
     log_ratio_clamp: float | None = None
-    """Bound c of token log-ratios, clamped to [-c, c] with zero gradient outside."""
+    """Bound c of token log-ratios, clamped to [-c, c] with zero gradient outside (VESPO: at most 20)."""
     sequence_log_ratio_max: float | None = None
     """Upper clamp of the sequence's log-ratio."""
     surrogate: str = "clip"
     """l(r, A); the formulas are listed in `fastrl.reference.token_terms`."""
     clip_low: float | None = 0.2
-    """Width of the clip below 1 (clip), of the log-ratio (geometric), bound of the divergence; None: open."""
+    """Width of the clip below 1 (clip), of the log-ratio (geometric), bound of the divergence; None: open. With one
+    bound alone, divergence_tv holds every token to it, whatever the sign of A."""
     clip_high: float | None = 0.2
     """The same above 1."""
     weight_low: float | None = None
@@ -200,7 +201,8 @@ class PolicyLoss:
     kl_ratio_max: float | None = None
     """Cap of the ratio in "straight_through_ratio"."""
     kl_ratio_anchor: str | None = None
-    """Denominator of the ratio in the KL term: "old", "rollout", "self"; None: the ratio of the loss."""
+    """Denominator of the token's ratio in the KL term: "old", "rollout", "self"; None: the ratio of `ratio_level` to
+    `ratio_anchor`, of which vespo and geometric have the token's alone."""
     kl_fraction: float | None = None
     """Share of the live tokens, those of largest covariance of advantage and log-prob, that carry the KL (KL-Cov)."""
     entropy_coef: float = 0.0

@@ -51,6 +51,8 @@ from fastrl.losses.preference_terms import (
     F_DIVERGENCES,
     FEATURES,
     LINKS,
+    SCORE_EXP_LIMIT,
+    SQUARED_EXP_LIMIT,
     Scores,
     Term,
     alphapo,
@@ -345,7 +347,18 @@ class PreferenceLoss:
     ) -> LossOutput:
         """Return the loss of logits; the reference is given as logits or as log-probs.
 
-        `inputs` are the remaining arguments of `from_logprobs`. The gradient is with respect to `logits`.
+        The gradient is with respect to `logits`.
+
+        Args:
+            logits, labels: as `fastrl.token_logprobs` takes them; what stands under the mask has no effect.
+            mask: as in `from_logprobs`.
+            ref_logits, ref_logprobs: the reference, one of the two, unless the loss reads none.
+            temperature, logit_scale, softcap, backend: of `fastrl.token_logprobs`, for policy and reference alike.
+            desirable: the `labels` of `from_logprobs`, for kto, apo_zero_unpaired and bco.
+            inputs: the remaining arguments of `from_logprobs`; with weighting="wpo" sum p^2 is taken from the logits.
+
+        Raises:
+            ValueError, TypeError: as `fastrl.token_logprobs` and `from_logprobs` do; a reference given twice.
         """
         head: dict[str, Any] = {
             "temperature": temperature,
@@ -398,10 +411,14 @@ class PreferenceLoss:
         `tail_mass` > 0, `sparse/rows` and `sparse/left_max` are those of `PolicyLoss.from_hidden`; where the gradient
         of a trainable head takes 4 units, the backward fills them in.
 
-        The options are those of `fastrl.ops.linear_token_logprobs`, used for policy and reference alike; `inputs` are
-        the remaining arguments of `from_logprobs`. Gradients are with respect to `hidden`, `weight` and `bias`.
+        The options are those of `fastrl.ops.linear_token_logprobs`, used for policy and reference alike; `desirable`
+        and `inputs` are as in `from_logits`. Gradients are with respect to `hidden`, `weight` and `bias`.
 
         Inside `torch.compile` a gradient that is formed in the forward is a graph break, as for `PolicyLoss`.
+
+        Raises:
+            ValueError, TypeError: as `linear_token_logprobs` and `from_logprobs` do; a reference given twice, or a head
+                of the reference without its states.
         """
         exact: dict[str, Any] = {
             "temperature": temperature,
@@ -471,7 +488,9 @@ class PreferenceLoss:
             chosen, rejected = log_odds(chosen), log_odds(rejected)
         else:
             transform, alpha = self._transform()
-            chosen, rejected = transform(chosen, alpha), transform(rejected, alpha)
+            squared = any(term.link == "square" for term in self.terms)
+            limit = SQUARED_EXP_LIMIT if squared else SCORE_EXP_LIMIT
+            chosen, rejected = transform(chosen, alpha, limit), transform(rejected, alpha, limit)
         if self.score_normalise == "length" and rows.chosen_lengths is not None and rows.rejected_lengths is not None:
             chosen, rejected = chosen / rows.chosen_lengths, rejected / rows.rejected_lengths
         return Scores(chosen, rejected, policy_margin, ref_margin)

@@ -20,10 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrl.reference import exp_linear
+from fastrl.reference import EXP_LIMIT, exp_linear
 
 # log(1 - p) of a completion with p = 1: a mean log-prob above -ODDS_EPS is read as -ODDS_EPS, its gradient kept.
 ODDS_EPS = 1e-30
+# Where the exponentials of scores go on linearly: e^76 x 1e4 is 1e37, which float32 holds; a link that squares it takes
+# e^32, whose square is 6e35.
+SCORE_EXP_LIMIT, SQUARED_EXP_LIMIT = 76.0, EXP_LIMIT
 
 
 @dataclass(frozen=True)
@@ -50,29 +53,29 @@ class Scores(NamedTuple):
 # --- transforms of a score --------------------------------------------------------------------------------------------
 
 
-def forward_kl(s: Tensor, alpha: float) -> Tensor:
+def forward_kl(s: Tensor, alpha: float, limit: float) -> Tensor:
     """Return 1 - e^{-s}: f'(u) = 1 - 1/u at u = e^s (f-DPO, arXiv 2309.16240)."""
-    return 1.0 - exp_linear(-s)
+    return 1.0 - exp_linear(-s, limit)
 
 
-def js_divergence(s: Tensor, alpha: float) -> Tensor:
+def js_divergence(s: Tensor, alpha: float, limit: float) -> Tensor:
     """Return log 2 + log sigmoid(s): f'(u) = log(2u / (u + 1)) (f-DPO, arXiv 2309.16240)."""
     return math.log(2.0) + F.logsigmoid(s)
 
 
-def alpha_divergence(s: Tensor, alpha: float) -> Tensor:
+def alpha_divergence(s: Tensor, alpha: float, limit: float) -> Tensor:
     """Return (e^{(a-1)s} - 1)/(a - 1), and its limit s at a = 1 (f-DPO, arXiv 2309.16240)."""
     if abs(alpha - 1.0) < 1e-6:
         return s
-    return (exp_linear((alpha - 1.0) * s) - 1.0) / (alpha - 1.0)
+    return (exp_linear((alpha - 1.0) * s, limit) - 1.0) / (alpha - 1.0)
 
 
-def identity(s: Tensor, alpha: float) -> Tensor:
+def identity(s: Tensor, alpha: float, limit: float) -> Tensor:
     """Return s: the reverse KL of DPO."""
     return s
 
 
-F_DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
+F_DIVERGENCES: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     "reverse_kl": identity,
     "forward_kl": forward_kl,
     "js_divergence": js_divergence,
@@ -80,9 +83,9 @@ F_DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-def alphapo(s: Tensor, alpha: float) -> Tensor:
+def alphapo(s: Tensor, alpha: float, limit: float = SCORE_EXP_LIMIT) -> Tensor:
     """Return (1 - p^{-a})/a with p = e^s, and its limit s at a = 0 (AlphaPO, arXiv 2501.03884)."""
-    return s if alpha == 0.0 else (1.0 - exp_linear(-alpha * s)) / alpha
+    return s if alpha == 0.0 else (1.0 - exp_linear(-alpha * s, limit)) / alpha
 
 
 def log_odds(s: Tensor) -> Tensor:

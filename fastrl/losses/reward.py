@@ -43,7 +43,8 @@ def reward_model_loss(
         LossOutput with metrics rewards/chosen, rewards/rejected, rewards/mean, rewards/margins, rewards/accuracies.
 
     Raises:
-        ValueError: shapes other than (P,), or different ones; a negative coefficient.
+        ValueError, TypeError: scores that are not (P,) of one shape, device and float type; a negative coefficient or
+            count.
     """
     checks.plain_float("centering_coef", centering_coef, low=0.0)
     tensors = {"chosen_scores": chosen_scores, "rejected_scores": rejected_scores, "margin": margin}
@@ -100,7 +101,8 @@ def process_reward_loss(
         LossOutput with metrics accuracy and probability (of the labelled class, or of the right one).
 
     Raises:
-        ValueError: shapes that differ, classes out of range, probabilities outside [0, 1].
+        ValueError, TypeError: shapes, devices or dtypes that differ, fewer than two classes, classes out of range,
+            probabilities outside [0, 1].
     """
     checks.float_tensor("logits", logits)
     if logits.dim() != 3:

@@ -55,7 +55,8 @@ def value_loss(
         LossOutput with metrics clip_fraction, values, returns, and the sums that `explained_variance` reads.
 
     Raises:
-        ValueError: shapes that differ, a missing old value, an unknown aggregate, bad numbers.
+        ValueError, TypeError: shapes, devices or dtypes that do not fit, a missing old value, an unknown aggregate,
+            bad numbers.
     """
     checks.float_tensor("values", values)
     layout = Layout.of(values.shape, values.device, cu_seqlens, "values")
