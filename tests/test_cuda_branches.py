@@ -163,7 +163,7 @@ def test_the_gpu_run_of_the_bench(record: Record, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("bench.suite.contenders", lambda: [fastrl_contender(), EAGER])
     small = {name: lambda device, _, run=run: run(device, True) for name, run in gpu.EXPERIMENTS.items()}
     monkeypatch.setattr(gpu, "EXPERIMENTS", small)
-    made = gpu.run_gpu(tmp_path, tests=False, limit_s=1e4)
+    made = gpu.run_gpu(tmp_path, parts=("cases", "experiments"), limit_s=1e4)
     assert made["skipped"] == []
     assert [c["status"] for result in made["results"] for c in result["contenders"]] == ["ok"] * 4
     assert not any("failed" in entry for entries in made["experiments"].values() for entry in entries)

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from fastrl import checks
 from fastrl.ops import buffers, dispatch, sparse_rows
-from fastrl.ops.compaction import Kept, kept_first
+from fastrl.ops.compaction import Kept, kept_first, refuse_capture
 from fastrl.ops.sampling_rows import (
     check_allowed,
     check_labels_are_allowed,
@@ -227,7 +227,7 @@ def check_head(
             f"weight must be (V, D={hidden.shape[-1] if hidden.dim() else '?'}), got {tuple(weight.shape)}"
         )
     checks.same_device("weight", weight, hidden.device)
-    _refuse_capture(hidden.device)
+    refuse_capture(hidden.device)
     if bias is not None:
         checks.vocabulary_tensor("bias", bias)
         checks.same_shape("bias", bias, weight.shape[:1])
@@ -238,15 +238,6 @@ def check_head(
         raise RuntimeError("weight is an inference tensor and cannot be saved for backward; pass weight.clone()")
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     return hidden.to(dtype), weight.to(dtype), labels, None if bias is None else bias.to(dtype)
-
-
-def _refuse_capture(device: torch.device) -> None:
-    """Raise inside the capture of a CUDA graph, where the host cannot wait."""
-    if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "operations on hidden states cannot be captured in a CUDA graph: the host must learn how many rows take "
-            "part. Leave them outside the graph; token_logprobs and from_logits can be captured"
-        )
 
 
 def make_head(
