@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ RUN_LIMIT_S = 460
 # What the tests may take of it, and what is held back for the experiments.
 TEST_LIMIT_S = 200
 EXPERIMENT_SHARE_S = 60
+TEST_MARGIN_S = 20
+PARTS = ("tests", "cases", "experiments")
 # Shapes of the tile experiment of this run; `python -m bench tiles` has more.
 TILES = ((1024, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16))
 
@@ -185,13 +187,15 @@ def _run_cases(
         keep()
 
 
-def run_gpu(out: Path, *, dry_run: bool = False, tests: bool = True, limit_s: float = RUN_LIMIT_S) -> dict[str, Any]:
+def run_gpu(
+    out: Path, *, dry_run: bool = False, parts: Sequence[str] = PARTS, limit_s: float = RUN_LIMIT_S
+) -> dict[str, Any]:
     """Return the record of the GPU run, written to `out` after every step.
 
     Args:
         out: folder of the result file.
         dry_run: go through the steps on the CPU at tiny shapes.
-        tests: run the gpu lane of the test suite first.
+        parts: some of `PARTS`; the tests alone may take the whole time.
         limit_s: seconds after which no further case is begun.
     """
     if not dry_run and not torch.cuda.is_available():
@@ -206,12 +210,16 @@ def run_gpu(out: Path, *, dry_run: bool = False, tests: bool = True, limit_s: fl
 
     clock = Clock(limit_s)
     keep()
-    if tests:
+    if "tests" in parts:
         say("the gpu lane of the tests")
-        record["tests"] = gpu_tests()
+        record["tests"] = gpu_tests(limit_s - TEST_MARGIN_S if tuple(parts) == ("tests",) else TEST_LIMIT_S)
         keep()
     main, rest = (tiny_cases(), []) if dry_run else (gpu_cases()[:8], gpu_cases()[8:])
-    _run_cases(record, device, main, plan, Clock(clock.left() - EXPERIMENT_SHARE_S), keep)
-    _run_experiments(record, device, dry_run, keep)
-    _run_cases(record, device, rest, plan, clock, keep)
+    if "cases" in parts:
+        held = EXPERIMENT_SHARE_S if "experiments" in parts else 0
+        _run_cases(record, device, main, plan, Clock(clock.left() - held), keep)
+    if "experiments" in parts:
+        _run_experiments(record, device, dry_run, keep)
+    if "cases" in parts:
+        _run_cases(record, device, rest, plan, clock, keep)
     return record

@@ -12,7 +12,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 20
@@ -88,13 +90,24 @@ def processor() -> str:
 def _packages() -> dict[str, dict[str, str | None]]:
     """Return the versions of what the distribution requires, per extra; `core` holds what it always needs."""
     found: dict[str, dict[str, str | None]] = {"core": {}}
-    for requirement in importlib.metadata.requires("fastrl") or ():
+    for requirement in _requirements():
         name = re.match(r"[A-Za-z0-9._-]+", requirement)
         extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)", requirement)
         group = extra.group(1) if extra else "core"
         if name and group not in QUIET_EXTRAS:
             found.setdefault(group, {})[name.group()] = _version(name.group())
     return found
+
+
+def _requirements() -> list[str]:
+    """Return what the distribution requires; of a checkout that is not installed, what its pyproject.toml says."""
+    try:
+        return importlib.metadata.requires("fastrl") or []
+    except importlib.metadata.PackageNotFoundError:
+        file = Path(__file__).resolve().parent.parent / "pyproject.toml"
+        project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
+        extras = project["optional-dependencies"].items()
+        return [*project["dependencies"], *(f"{x}; extra == '{name}'" for name, listed in extras for x in listed)]
 
 
 def _version(name: str) -> str | None:

@@ -1,6 +1,7 @@
 """The command: exit codes, one-line errors, configuration files with overrides, and what works without the extras."""
 
 import dataclasses
+import importlib.metadata
 import json
 import re
 import runpy
@@ -244,6 +245,16 @@ def test_the_package_runs_as_a_module(monkeypatch, capsys):
         runpy.run_module("fastrl", run_name="__main__")
     assert stopped.value.code == 0
     assert "doctor" in capsys.readouterr().out
+
+
+def test_doctor_knows_the_packages_of_a_checkout(monkeypatch):
+    installed = doctor._packages()
+
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", absent)
+    assert doctor._packages() == installed
 
 
 def test_doctor_survives_whatever_is_broken(monkeypatch):

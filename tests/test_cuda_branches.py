@@ -14,7 +14,7 @@ from cuda_stand_in import DEVICE, Record, stand_in
 from oracle import assert_as_accurate
 from torch import Tensor
 
-from bench import gpu, report
+from bench import gpu, measure, report
 from bench.baselines import EAGER, fastrl_contender
 from bench.cases import MODELS, Case
 from fastrl import PolicyLoss, PreferenceLoss, linear_token_logprobs, token_logprobs, verify, verify_checks
@@ -158,12 +158,13 @@ def test_torch_compile_leaves_what_waits_out_of_cuda_graphs() -> None:
 
 def test_the_gpu_run_of_the_bench(record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step but the tests of the device, and what is made of the results."""
-    cases = [Case(name, MODELS["tiny"], 2, 8, torch.bfloat16) for name in ("loss_hidden", "loss_logits")]
+    cases = [Case(name, MODELS["tiny"], 2, 4, torch.bfloat16) for name in ("loss_hidden", "loss_logits")]
     monkeypatch.setattr(gpu, "gpu_cases", lambda: cases)
     monkeypatch.setattr("bench.suite.contenders", lambda: [fastrl_contender(), EAGER])
-    small = {name: lambda device, _, run=run: run(device, True) for name, run in gpu.EXPERIMENTS.items()}
-    monkeypatch.setattr(gpu, "EXPERIMENTS", small)
-    made = gpu.run_gpu(tmp_path, tests=False, limit_s=1e4)
+    monkeypatch.setattr(gpu, "Plan", lambda **_: measure.Plan(repeats=1, warmups=0))
+    # The others are the same on every device.
+    monkeypatch.setattr(gpu, "EXPERIMENTS", {"gemm": lambda device, _: gpu.gemm_experiment(device, True)})
+    made = gpu.run_gpu(tmp_path, parts=("cases", "experiments"), limit_s=1e4)
     assert made["skipped"] == []
     assert [c["status"] for result in made["results"] for c in result["contenders"]] == ["ok"] * 4
     assert not any("failed" in entry for entries in made["experiments"].values() for entry in entries)

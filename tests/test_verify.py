@@ -149,6 +149,20 @@ def test_the_worst_part_is_the_one_shown() -> None:
     assert verify.same_bits(zeros, {"x": torch.tensor([math.ulp(0.0)], dtype=torch.float64)}).error > 0
 
 
+def test_large_results_are_judged_piece_by_piece(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    exact = torch.randn(7, 3, dtype=torch.float64)
+    exact[2, 1] = math.inf
+    result, eager = exact + 1e-3 * torch.randn(7, 3), exact + 1e-2 * torch.randn(7, 3)
+    whole = verify.max_error(result, exact), verify.budget(exact, eager, torch.float32)
+    monkeypatch.setattr(verify, "PIECE", 4)
+    assert (verify.max_error(result, exact), verify.budget(exact, eager, torch.float32)) == whole
+    result[5, 1] = math.nan
+    with pytest.raises(verify.Disagreement, match=r"at \[\[5, 1\]\]"):
+        verify.max_error(result, exact)
+    with pytest.raises(verify.Disagreement, match=r"at \[\[\]\]"):
+        verify.max_error(torch.tensor(math.nan), torch.tensor(1.0))
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 

@@ -19,10 +19,20 @@ def is_asynchronous(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def refuse_capture(device: torch.device) -> None:
+    """Raise inside the capture of a CUDA graph, where the host cannot wait."""
+    if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "operations on hidden states cannot be captured in a CUDA graph: the host must learn how many rows take "
+            "part. Leave them outside the graph; token_logprobs and from_logits can be captured"
+        )
+
+
 class HostNumber:
     """A number on its way from a CUDA or ROCm device to the host."""
 
     def __init__(self, number: Tensor) -> None:
+        refuse_capture(number.device)
         self._host = torch.empty((), dtype=torch.int64, pin_memory=True)
         self._host.copy_(number, non_blocking=True)
         self._event = torch.cuda.Event()

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from fastrl import checks
 from fastrl.ops import buffers, dispatch, sparse_rows
-from fastrl.ops.compaction import Kept, kept_first
+from fastrl.ops.compaction import Kept, kept_first, refuse_capture
 from fastrl.ops.sampling_rows import (
     check_allowed,
     check_labels_are_allowed,
@@ -228,7 +228,7 @@ def check_head(
             f"weight must be (V, D={hidden.shape[-1] if hidden.dim() else '?'}), got {tuple(weight.shape)}"
         )
     checks.same_device("weight", weight, hidden.device)
-    _refuse_capture(hidden.device)
+    refuse_capture(hidden.device)
     if bias is not None:
         checks.vocabulary_tensor("bias", bias)
         checks.same_shape("bias", bias, weight.shape[:1])
@@ -244,15 +244,6 @@ def check_head(
 def as_added(bias: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the bias of a head of `dtype`: widened to it, but not rounded, as the logits that it is added to are."""
     return bias.to(torch.promote_types(bias.dtype, dtype))
-
-
-def _refuse_capture(device: torch.device) -> None:
-    """Raise inside the capture of a CUDA graph, where the host cannot wait."""
-    if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "operations on hidden states cannot be captured in a CUDA graph: the host must learn how many rows take "
-            "part. Leave them outside the graph; token_logprobs and from_logits can be captured"
-        )
 
 
 def make_head(
