@@ -655,7 +655,9 @@ class PolicyLoss:
         if self.aggregate == "prompt_mean" and inputs["group_ids"] is None:
             raise ValueError("aggregate='prompt_mean' needs group_ids=, the prompt of each sequence")
 
-    def _evaluate(self, layout: Layout, batch: Batch, logprobs: Tensor, entropy: Tensor | None) -> LossOutput:
+    def _evaluate(
+        self, layout: Layout, batch: Batch, logprobs: Tensor, entropy: Tensor | None, with_metrics: bool = True
+    ) -> LossOutput:
         """Return the loss from flat log-probs: plain PyTorch, or the fused kernel where it runs."""
         dtype = _wide(logprobs.dtype)
         live = torch.where(batch.mask, logprobs.to(dtype), 0.0)
@@ -664,6 +666,8 @@ class PolicyLoss:
         columns = reference.pooled_columns(self, live, columns, batch.mask, layout.lengths, segment_sum)
         terms = fused_policy_terms(self, live, live_entropy, columns)
         loss = reference.total(terms.contribution, layout.lengths, segment_sum)
+        if not with_metrics:
+            return LossOutput(loss, {}, None, None)
         metrics = policy_metrics(
             self, batch, live.detach(), None if live_entropy is None else live_entropy.detach(), columns, terms
         )
@@ -694,6 +698,23 @@ class PolicyLoss:
             logprobs=None if live is None else live.detach(),
             sums=segment_sum,
         )
+
+
+def loss_value(
+    spec: PolicyLoss,
+    logprobs: Tensor,  # (B, T) or (N,)
+    *,
+    cu_seqlens: Tensor | None = None,
+    **inputs: Any,
+) -> Tensor:
+    """Return the loss of `spec(logprobs, ...)` without its metrics, which cost as much again, for callers with others.
+
+    `inputs` are those of the call, without `entropy`.
+    """
+    checks.float_tensor("logprobs", logprobs)
+    layout = Layout.of(logprobs.shape, logprobs.device, cu_seqlens)
+    batch = spec._batch(layout, _wide(logprobs.dtype), **_named_inputs(inputs))
+    return spec._evaluate(layout, batch, layout.tokens("logprobs", logprobs), None, with_metrics=False).loss
 
 
 IGNORED = -(2**31)
