@@ -110,12 +110,37 @@ def exp_linear(x: Tensor, limit: float = EXP_LIMIT) -> Tensor:
     return torch.where(x > limit, math.exp(limit) * (x - (limit - 1.0)), x.clamp(max=limit).exp())
 
 
+class _ExpRemainder(torch.autograd.Function):
+    """The series of `exp_remainder` with its derivative e^x - 1: autograd would keep each of its partial sums."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        series = torch.ones_like(x)
+        for i in range(SERIES_ORDER, 2, -1):
+            series.mul_(x).mul_(1.0 / i).add_(1.0)
+        return 0.5 * x * x * series
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * torch.expm1(x)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return tangent * torch.expm1(x)
+
+
 def exp_remainder(x: Tensor) -> Tensor:
     """Return e^x - 1 - x for |x| <= `SERIES_REACH` as x^2/2 (1 + x/3 (1 + x/4 (...))), to a few roundings of itself."""
-    series = torch.ones_like(x)
-    for i in range(SERIES_ORDER, 2, -1):
-        series = series * x * (1.0 / i) + 1.0
-    return 0.5 * x * x * series
+    return _ExpRemainder.apply(x)
 
 
 def one_sided(x: Tensor, low: float | None, high: float | None) -> Tensor:
@@ -661,6 +686,16 @@ def square_residual(u: Tensor, target: Tensor, tau: float) -> Tensor:
     return tau * u - target
 
 
+def _anchors(spec: Any) -> set[str]:
+    """Return which other log-probs a loss reads: "old", "rollout", "ref" or "self"."""
+    read = {spec.ratio_anchor}
+    if spec.kl is not None:
+        read.add(spec.kl_to)
+    if spec.kl_ratio_anchor is not None:
+        read.add(spec.kl_ratio_anchor)
+    return read if spec.correction is None else read | {"old", "rollout"}
+
+
 def policy_columns(
     spec: Any,  # PolicyLoss
     *,
@@ -686,8 +721,8 @@ def policy_columns(
     def clean(x: Tensor | None) -> Tensor | None:
         return None if x is None else torch.where(mask, x.detach().to(dtype), 0.0)
 
-    old, ref, rollout = clean(old_logprobs), clean(ref_logprobs), clean(rollout_logprobs)
-    named = {"old": old, "rollout": rollout, "ref": ref, "self": None}
+    given = {"old": old_logprobs, "rollout": rollout_logprobs, "ref": ref_logprobs, "self": None}
+    named = {name: clean(given[name]) for name in _anchors(spec)}
     scale = aggregate_weights(
         spec.aggregate,
         mask,
@@ -702,8 +737,9 @@ def policy_columns(
     )
     weights, log_correction = scale, None
     if spec.correction is not None:
+        rollout = named["rollout"]
         assert rollout is not None
-        before = old if old is not None else clean(logprobs)
+        before = named["old"] if old_logprobs is not None else clean(logprobs)
         assert before is not None
         correction = correction_weights(spec.correction, before, rollout, mask, lengths, sums)
         if spec.surrogate == "vespo":

@@ -33,6 +33,8 @@ from bench.measure import peak_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY, HIDDEN, ROWS = 49152, 576, 4
+SPREAD = 0.05
+"""Standard deviation of the log-ratios, in nats."""
 Ways = dict[str, Callable[[], Any]]
 
 
@@ -140,6 +142,12 @@ def with_proof(adapter: Any, ours: Callable[[], Any], proofs: str = "_proofs") -
     return {"fastrl": ours, "fastrl, with the proof": proved}
 
 
+def lived(sizes: Sizes) -> Tensor:
+    """Return the mask (sequences, length) of completions that end between a quarter of the length and all of it."""
+    ends = torch.linspace(sizes.length / 4, sizes.length, sizes.sequences).long()
+    return torch.arange(sizes.length) < ends.unsqueeze(-1)
+
+
 def slime_loss(sizes: Sizes) -> Ways:
     """slime's policy loss with a KL to the reference, given log-probs and entropies."""
     cases, adapter, module = needs("hosts.slime_losses"), needs("fastrl.integrations.slime"), needs(SLIME)
@@ -147,17 +155,17 @@ def slime_loss(sizes: Sizes) -> Ways:
     old = -3.0 * torch.rand(sizes.sequences, sizes.length)
     columns = {
         "log_probs": list(old),
-        "ref_log_probs": list(old + 0.1 * torch.randn_like(old)),
-        "rollout_log_probs": list(old + 0.1 * torch.randn_like(old)),
+        "ref_log_probs": list(old + SPREAD * torch.randn_like(old)),
+        "rollout_log_probs": list(old + SPREAD * torch.randn_like(old)),
         "advantages": list(torch.randn_like(old)),
-        "loss_masks": list(torch.ones_like(old, dtype=torch.int)),
+        "loss_masks": list(lived(sizes).int()),
         "response_lengths": [sizes.length] * sizes.sequences,
         "total_lengths": [2 * sizes.length] * sizes.sequences,
         "unconcat_tokens": None,
     }
     args = cases.arguments(use_kl_loss=True, kl_loss_type="low_var_kl")
     reduction = cases.reduction_of(args, columns)
-    leaf = (old + 0.1 * torch.randn_like(old)).reshape(-1).requires_grad_()
+    leaf = (old + SPREAD * torch.randn_like(old)).reshape(-1).requires_grad_()
     entropy = list(torch.rand_like(old))
     vars(module)["get_log_probs_and_entropy"] = lambda logits, **batch: (
         None,
@@ -195,8 +203,9 @@ def nemo_rl_loss(sizes: Sizes) -> Ways:
     """NeMo-RL's loss with the options that it has by default."""
     cases, adapter = needs("hosts.nemo_rl_losses"), needs("fastrl.integrations.nemo_rl")
     module = needs("nemo_rl.algorithms.loss.loss_functions")
-    logprobs, columns = cases.batch(rows=sizes.sequences, width=sizes.length + 1)
+    logprobs, columns = cases.batch(spread=SPREAD, rows=sizes.sequences, width=sizes.length + 1)
     data = {name: value.float() for name, value in columns.items()}
+    data["token_mask"][:, 1:] = lived(sizes)
     leaf, counts, cfg = logprobs.float().requires_grad_(), cases.counts(data), module.ClippedPGLossConfig()
 
     def way(loss_fn: Any) -> Callable[[], None]:
@@ -211,8 +220,9 @@ def skyrl_loss(name: str, correction: dict[str, Any]) -> Callable[[Sizes], Ways]
     def build(sizes: Sizes) -> Ways:
         cases, adapter = needs("hosts.skyrl_losses"), needs("fastrl.integrations.skyrl")
         registry = needs("skyrl.backends.skyrl_train.utils.ppo_utils").PolicyLossRegistry
-        batch = cases.batch(rows=sizes.sequences, width=sizes.length)
-        logprobs, old, advantages, mask, rollout = (column.float() for column in batch)
+        batch = cases.batch(spread=SPREAD, rows=sizes.sequences, width=sizes.length)
+        logprobs, old, advantages, _, rollout = (column.float() for column in batch)
+        mask = lived(sizes).float()
         leaf, config = logprobs.requires_grad_(), cases.config(name, correction, "old")
 
         def way(function: Any) -> Callable[[], None]:
@@ -228,12 +238,13 @@ def prime_rl_loss(sizes: Sizes) -> Ways:
     """prime-rl's default loss of one sequence."""
     cases, adapter = needs("hosts.prime_rl_losses"), needs("fastrl.integrations.prime_rl")
     module, configs = needs("prime_rl.trainer.rl.loss"), needs("prime_rl.configs.trainer")
-    given = cases.sequence(tokens=sizes.length)
+    given = cases.sequence(spread=SPREAD, tokens=sizes.length)
     columns = {
         name: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in given.items()
     }
     columns["trainer_logprobs"].requires_grad_()
+    columns["loss_mask"] = torch.arange(sizes.length) >= sizes.length // 4
     inputs, config = module.LossInputs(**columns), configs.DefaultLossConfig()
 
     def way(function: Callable[[Any], Any]) -> Callable[[], None]:

@@ -11,6 +11,7 @@ from oracle import assert_as_accurate
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastrl import reference
 from fastrl.losses.kl import ESTIMATORS, GRADIENTS, AdaptiveKLController, full_kl, kl_estimate, kl_penalty_rewards
 
 
@@ -102,6 +103,16 @@ def test_k3_is_accurate_relative_to_itself(dtype: torch.dtype) -> None:
             eps = torch.finfo(dtype).eps
             assert abs(got - exact) <= 8 * eps * abs(exact), f"k3({at}) = {got}"
             assert abs(grad - exact_slope) <= 8 * eps * abs(exact_slope), f"slope of k3 at {at} = {grad}"
+
+
+# PyTorch's own forward mode compiles with torch.jit.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_k3_is_differentiated_twice_forward_and_over_batches(seed: int) -> None:
+    x = torch.linspace(-0.7, 0.7, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: reference.kl_value(x, "k3"), (x,), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(lambda x: reference.kl_value(x, "k3"), (x,))
+    slope = torch.func.vmap(torch.func.grad(lambda x: reference.kl_value(x, "k3")))(x.detach())
+    assert torch.allclose(slope, -torch.expm1(-x.detach()), rtol=1e-14)
 
 
 def test_the_two_orders_of_clamp_and_ratio() -> None:

@@ -310,6 +310,22 @@ def test_unknown_rollout_logprob_counts_as_weight_one() -> None:
     assert bool(value[0].isfinite())
 
 
+@pytest.mark.parametrize("name", ["ppo", "gspo", "cispo", "dppo_tv"])
+def test_the_loss_without_metrics_is_the_loss(name: str, seed: int) -> None:
+    loss = PolicyLoss.preset(name, kl="k3", kl_coef=0.1)
+    columns = {key: -torch.rand(3, 5) for key in ("old_logprobs", "ref_logprobs", "rollout_logprobs")}
+    x, mask = -torch.rand(3, 5), torch.tensor([5, 2, 0]).unsqueeze(1) > torch.arange(5)
+    results = []
+    for run in (lambda *args, **inputs: loss(*args, **inputs).loss, lambda *a, **k: policy.loss_value(loss, *a, **k)):
+        leaf = x.clone().requires_grad_()
+        value = run(leaf, advantages=torch.tensor([1.0, -1.0, 0.5]), mask=mask, **columns)
+        results.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    with pytest.raises(TypeError, match="unexpected argument entropy"):
+        policy.loss_value(loss, x, advantages=x, mask=mask, entropy=x, **columns)
+
+
 def test_metrics_against_brute_force() -> None:
     inputs = batch()
     spec = PolicyLoss(dual_clip=1.5, clip_high=0.3, kl="k3", kl_coef=0.1, entropy_coef=0.01)

@@ -26,7 +26,7 @@ from fastrl import checks
 from fastrl.integrations._host import Host
 from fastrl.integrations._proof import FirstUse, on_cpu, prove_loss
 from fastrl.losses.kl import kl_estimate
-from fastrl.losses.policy import PolicyLoss
+from fastrl.losses.policy import PolicyLoss, loss_value
 
 HOST = Host("prime-rl", "prime-rl", "559b44772", "fastrl.integrations.prime_rl")
 
@@ -196,12 +196,12 @@ _IMPORTANCE = PolicyLoss(
 
 def _trust_region(c: _Columns, advantages: Tensor, dropped: Tensor, tau: float) -> Tensor:
     """Return sum_t w (-keep A r + tau x^2), the sum that prime-rl's three policy losses share."""
-    output = _IMPORTANCE(
-        c.logprobs, advantages=advantages * c.weights, mask=c.mask, rollout_logprobs=c.rollout, selection=~dropped,
-        cu_seqlens=c.offsets,
+    value = loss_value(
+        _IMPORTANCE, c.logprobs, advantages=advantages * c.weights, mask=c.mask, rollout_logprobs=c.rollout,
+        selection=~dropped, cu_seqlens=c.offsets,
     )  # fmt: skip
     penalty = 2.0 * kl_estimate(c.logprobs, c.rollout, "k2")
-    return output.loss + tau * (torch.where(c.mask, penalty, 0.0) * c.weights).sum()
+    return value + tau * (torch.where(c.mask, penalty, 0.0) * c.weights).sum()
 
 
 def _default(inputs: Any, o: Mapping[str, float]) -> Any:

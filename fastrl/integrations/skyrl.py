@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastrl.integrations._host import Host
 from fastrl.integrations._proof import FirstUse, on_cpu, prove_loss, sampled_sequences
-from fastrl.losses.policy import PolicyLoss, RolloutCorrection
+from fastrl.losses.policy import PolicyLoss, RolloutCorrection, loss_value
 from fastrl.losses.selection import covariance_keep_mask
 
 HOST = Host("SkyRL", "skyrl", "a9564572e", "fastrl.integrations.skyrl")
@@ -215,15 +215,17 @@ class PolicyLossFunction:
                 logprobs.detach(), old, advantages, mask, fraction=config.clip_cov.clip_ratio,
                 low=config.clip_cov.clip_cov_lb, high=config.clip_cov.clip_cov_ub, **_clip(config),
             )  # fmt: skip
-        output = loss(
-            logprobs, advantages=weighted, mask=mask, old_logprobs=old, rollout_logprobs=rollout, selection=selection
-        )
+        columns: dict[str, Any] = {
+            "advantages": weighted, "mask": mask, "old_logprobs": old, "rollout_logprobs": rollout,
+            "selection": selection,
+        }  # fmt: skip
         if self.loss is not None:
+            output = loss(logprobs, **columns)
             clipped, count = output.metrics["clip_fraction"]
             return output.loss, {"clip_ratio": clipped / count}
         with torch.no_grad():
             own = _metrics(self.name, loss, logprobs.detach(), old, advantages, live, rollout, selection)
-        return output.loss, {**own, **metrics}
+        return loss_value(loss, logprobs, **columns), {**own, **metrics}
 
     def _proved(
         self, config: Any, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, rollout: Tensor | None

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastrl.integrations._host import Host, Switch
 from fastrl.integrations._proof import FirstUse, prove, prove_loss, sampled_tokens, uncompiled
 from fastrl.losses.kl import kl_estimate
-from fastrl.losses.policy import PolicyLoss
+from fastrl.losses.policy import PolicyLoss, loss_value
 from fastrl.ops.token_logprobs import token_logprobs
 
 HOST = Host("slime", "slime", "624b824a8", "fastrl.integrations.slime")
@@ -212,18 +212,18 @@ def _policy_term(
     lengths = torch.tensor([m.numel() for m in batch["loss_masks"]], device=logprobs.device)
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     advantages = torch.cat(list(batch["advantages"])) * weights
-    output = loss(logprobs, advantages=advantages, mask=mask, old_logprobs=old, cu_seqlens=offsets)
+    value = loss_value(loss, logprobs, advantages=advantages, mask=mask, old_logprobs=old, cu_seqlens=offsets)
     log_ratio = torch.where(mask, logprobs.detach() - old, 0.0)
     if loss.ratio_level.startswith("sequence"):
         sums = torch.segment_reduce(log_ratio, "sum", lengths=lengths, unsafe=True)
         counts = torch.segment_reduce(mask.to(log_ratio.dtype), "sum", lengths=lengths, unsafe=True)
         log_ratio = (sums / counts.clamp(min=1.0)).repeat_interleave(lengths, output_size=mask.numel())
     metrics = {
-        "pg_loss": output.loss.detach(),
+        "pg_loss": value.detach(),
         "pg_clipfrac": reduction(_clipped(loss, log_ratio.exp(), advantages).to(log_ratio.dtype)),
         "ppo_kl": -reduction(log_ratio),
     }
-    return output.loss, metrics
+    return value, metrics
 
 
 def _clipped(loss: PolicyLoss, ratio: Tensor, advantages: Tensor) -> Tensor:

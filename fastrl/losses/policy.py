@@ -679,7 +679,13 @@ class PolicyLoss:
             raise ValueError("aggregate='prompt_mean' needs group_ids=, the prompt of each sequence")
 
     def _evaluate(
-        self, layout: Layout, batch: Batch, logprobs: Tensor, entropy: Tensor | None, backend: str
+        self,
+        layout: Layout,
+        batch: Batch,
+        logprobs: Tensor,
+        entropy: Tensor | None,
+        backend: str,
+        with_metrics: bool = True,
     ) -> LossOutput:
         """Return the loss from flat log-probs: plain PyTorch, or the fused kernel where it runs."""
         dtype, sums = _wide(logprobs.dtype), sums_beside(backend)
@@ -689,6 +695,8 @@ class PolicyLoss:
         columns = reference.pooled_columns(self, live, columns, batch.mask, layout.lengths, sums)
         terms = fused_policy_terms(self, live, live_entropy, columns, backend=beside(backend))
         loss = reference.total(terms.contribution, layout.lengths, sums)
+        if not with_metrics:
+            return LossOutput(loss, {}, None, None)
         metrics = policy_metrics(
             self, batch, live.detach(), None if live_entropy is None else live_entropy.detach(), columns, terms
         )
@@ -721,6 +729,24 @@ class PolicyLoss:
             logprobs=None if live is None else live.detach(),
             sums=sums,
         )
+
+
+def loss_value(
+    spec: PolicyLoss,
+    logprobs: Tensor,  # (B, T) or (N,)
+    *,
+    cu_seqlens: Tensor | None = None,
+    **inputs: Any,
+) -> Tensor:
+    """Return the loss of `spec(logprobs, ...)` without its metrics, which cost as much again, for callers with others.
+
+    `inputs` are those of the call, without `entropy`.
+    """
+    checks.float_tensor("logprobs", logprobs)
+    layout = Layout.of(logprobs.shape, logprobs.device, cu_seqlens)
+    batch = spec._batch(layout, _wide(logprobs.dtype), **_named_inputs(inputs))
+    flat = layout.tokens("logprobs", logprobs)
+    return spec._evaluate(layout, batch, flat, None, "auto", with_metrics=False).loss
 
 
 _INPUTS = (
