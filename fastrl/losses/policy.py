@@ -627,8 +627,8 @@ class PolicyLoss:
             scores = inputs["scores"]
             positive = spread > 0 if scores is None else layout.tokens_or_sequences("scores", scores) > 0
         group_ids = None if inputs["group_ids"] is None else layout.sequences("group_ids", inputs["group_ids"])
-        _check_count("n_tokens", inputs["n_tokens"])
-        _check_count("n_sequences", inputs["n_sequences"])
+        _check_count("n_tokens", inputs["n_tokens"], mask)
+        _check_count("n_sequences", inputs["n_sequences"], mask)
         return Batch(
             advantages=spread,
             mask=mask.reshape(-1),
@@ -724,16 +724,18 @@ def _refuse_entropy(inputs: dict[str, Any]) -> None:
         raise TypeError("mask= is needed: 1 for tokens that count")
 
 
-def _check_count(name: str, value: Any) -> None:
+def _check_count(name: str, value: Any, mask: Tensor) -> None:
+    """Raise unless a count is above 0, or 0 where no token is live and nothing is divided by it."""
     if value is None:
         return
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}")
-        if checks.checks_values(value):
-            checks.plain_float(name, float(value), low=0.0, open_low=True)
-        return
-    checks.plain_float(name, value, low=0.0, open_low=True)
+        if not checks.checks_values(value):
+            return
+        value = value.item()
+    nothing = value == 0 and checks.checks_values(mask) and not bool(mask.any())
+    checks.plain_float(name, value, low=0.0, open_low=not nothing)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
