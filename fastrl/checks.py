@@ -202,15 +202,22 @@ def temperature(value: Any, shape: torch.Size, device: torch.device) -> float | 
     return expanded
 
 
-def count(name: str, value: Any, *, zero: bool = False) -> None:
-    """Raise unless `value` is None, a number or a tensor of one element, above 0 (or not below it when `zero`)."""
+def count(name: str, value: Any, mask: Tensor | None = None, *, zero: bool = False) -> None:
+    """Raise unless `value` is None, a number or a tensor of one element, above 0.
+
+    It may be 0 when `zero`, and where `mask` has no live token: nothing is divided by it then.
+    """
+    if value is None:
+        return
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}")
-        if checks_values(value):
-            plain_float(name, float(value), low=0.0, open_low=not zero)
-    elif value is not None:
-        plain_float(name, value, low=0.0, open_low=not zero)
+        if not checks_values(value):
+            return
+        value = value.item()
+    if mask is not None and value == 0 and checks_values(mask):
+        zero = not bool(mask.any())
+    plain_float(name, value, low=0.0, open_low=not zero)
 
 
 def keep_mask(name: str, value: Any, shape: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor | None]:

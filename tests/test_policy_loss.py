@@ -490,6 +490,26 @@ def test_wrong_shapes_devices_and_counts_are_named() -> None:
             loss(**packed, cu_seqlens=torch.tensor(offsets))
 
 
+@pytest.mark.parametrize("count", [0, torch.tensor(0), torch.zeros(1)])
+def test_a_count_of_zero_is_that_of_a_batch_without_live_tokens(count: float | Tensor) -> None:
+    """`n_tokens=mask.sum()` is what a step passes, also one whose every completion was filtered out."""
+    logits, mask = torch.randn(2, 3, 7, requires_grad=True), torch.zeros(2, 3)
+    labels = torch.zeros(2, 3, dtype=torch.int64)
+    hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    given = {"advantages": torch.ones(2), "n_tokens": count, "n_sequences": count}
+    for name in ("dapo", "grpo", "ppo"):
+        loss = PolicyLoss.preset(name, kl=None, kl_coef=0.0, entropy_coef=0.1)
+        for output in (
+            loss.from_logits(logits, labels, mask=mask, **given),
+            loss.from_hidden(hidden, weight, labels, mask=mask, **given),
+        ):
+            assert float(output.loss.detach()) == 0.0
+            grads = torch.autograd.grad(output.loss, (logits, hidden, weight), allow_unused=True)
+            assert not any(bool(x.any()) for x in grads if x is not None)
+        with pytest.raises(ValueError, match="must be finite and > 0, got 0"):
+            loss.from_logits(logits, labels, mask=mask + 1, **given)
+
+
 def test_global_counts_may_be_tensors() -> None:
     inputs, loss = batch(), PolicyLoss.preset("dapo")
     assert torch.equal(evaluate(loss, inputs, n_tokens=50)[0], evaluate(loss, inputs, n_tokens=torch.tensor(50.0))[0])

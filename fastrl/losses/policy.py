@@ -643,8 +643,8 @@ class PolicyLoss:
             scores = inputs["scores"]
             positive = spread > 0 if scores is None else layout.tokens_or_sequences("scores", scores) > 0
         group_ids = None if inputs["group_ids"] is None else layout.sequences("group_ids", inputs["group_ids"])
-        checks.count("n_tokens", inputs["n_tokens"])
-        checks.count("n_sequences", inputs["n_sequences"])
+        checks.count("n_tokens", inputs["n_tokens"], mask)
+        checks.count("n_sequences", inputs["n_sequences"], mask)
         return Batch(
             advantages=spread,
             mask=mask.reshape(-1),

@@ -109,12 +109,12 @@ def process_reward_loss(
         raise ValueError(f"logits must be (B, T, C), got shape {tuple(logits.shape)}")
     if logits.shape[2] < 2:
         raise ValueError(f"logits must have C >= 2 classes, got shape {tuple(logits.shape)}")
-    checks.count("n_tokens", n_tokens)
-    checks.count("n_sequences", n_sequences)
     plain = [name for name in AGGREGATES if name not in ("constant", "prompt_mean")]
     checks.one_of("aggregate", aggregate, plain)
     shape, n_classes = logits.shape[:2], logits.shape[2]
     keep, poison = checks.keep_mask("mask", mask, shape, logits.device)
+    checks.count("n_tokens", n_tokens, keep)
+    checks.count("n_sequences", n_sequences, keep)
     dtype = result_dtype(logits)
     log_probs = torch.log_softmax(torch.where(keep[..., None], logits.to(dtype), 0.0), dim=-1)
     if isinstance(labels, Tensor) and labels.is_floating_point():

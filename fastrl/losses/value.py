@@ -62,10 +62,10 @@ def value_loss(
     layout = Layout.of(values.shape, values.device, cu_seqlens, "values")
     checks.one_of("aggregate", aggregate, AGGREGATES)
     _check_options(clip, coefficient, old_values, aggregate, constant, group_ids)
-    checks.count("n_tokens", n_tokens)
-    checks.count("n_sequences", n_sequences)
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
     keep, poison = checks.keep_mask("mask", mask, values.shape, values.device)
+    checks.count("n_tokens", n_tokens, keep)
+    checks.count("n_sequences", n_sequences, keep)
     live = keep.reshape(-1)
 
     def clean(name: str, value: Tensor) -> Tensor:
