@@ -123,7 +123,8 @@ def _grpo(reference: str = "logps", old: bool = True, **fixed: Any) -> Callable[
                 extra["ref_per_token_logps"] = batch["ref"]
             elif reference == "hidden":
                 extra |= {key: batch[key.replace("input", "hidden")] for key in ("ref_input", "ref_weight", "ref_bias")}
-            named = {"token": torch.where(batch["mask"] != 0, batch["ratio"], 1.0), "sequence": batch["ratio"][:, :1]}
+            ratio = torch.where(batch["mask"] != 0, batch["ratio"], 1.0)
+            named = {"token": ratio, "sequence": batch["ratio"][:, :1], "masked": ratio * (ratio > 0.9)}
             if isinstance(extra.get("vllm_is_ratio"), str):
                 extra["vllm_is_ratio"] = named[extra["vllm_is_ratio"]]
             return module(
@@ -158,8 +159,8 @@ def test_grpo_losses(options: dict[str, Any], kl: str) -> None:
     _same(_grpo(), "LigerFusedLinearGRPOLoss", _grpo_batch(), **options)
 
 
-@pytest.mark.parametrize("ratio", ["token", "sequence"])
-@pytest.mark.parametrize("options", GRPO_TYPES[:6], ids=lambda o: o["loss_type"])
+@pytest.mark.parametrize("ratio", ["token", "sequence", "masked"])
+@pytest.mark.parametrize("options", [*GRPO_TYPES[:6], *GRPO_TYPES[7:9]], ids=lambda o: "-".join(map(str, o.values())))
 def test_grpo_takes_the_weights_of_the_rollout_engine(options: dict[str, Any], ratio: str) -> None:
     _same(_grpo(vllm_is_ratio=ratio), "LigerFusedLinearGRPOLoss", _grpo_batch(), **options)
 
@@ -301,7 +302,7 @@ def test_orpo_takes_the_nll_under_labels_of_its_own() -> None:
         _run(_pairs(False, nll_target=everything)(module), batch)
 
 
-def _kto(reference: bool, kl: Tensor | None) -> Callable[[Any], Callable[..., Any]]:
+def _kto(reference: bool, kl: Tensor | float | None) -> Callable[[Any], Callable[..., Any]]:
     def bind(module: Any) -> Callable[..., Any]:
         def call(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, **batch: Any) -> Any:
             extra: dict[str, Any] = {}
@@ -317,8 +318,10 @@ def _kto(reference: bool, kl: Tensor | None) -> Callable[[Any], Callable[..., An
 
 @BIASED
 @pytest.mark.parametrize("average", [False, True])
-@pytest.mark.parametrize("kl", [None, torch.tensor(0.8), torch.tensor([0.1, 0.9, 2.0, 0.0])], ids=["0", "one", "rows"])
-def test_kto(biased: bool, average: bool, kl: Tensor | None) -> None:
+@pytest.mark.parametrize(
+    "kl", [None, 0.4, torch.tensor(0.8), torch.tensor([0.1, 0.9, 2.0, 0.0])], ids=["0", "float", "one", "rows"]
+)
+def test_kto(biased: bool, average: bool, kl: Tensor | float | None) -> None:
     for reference in (True, False):
         # In chunks of less than the batch Liger 0.8.5 compares every row with every reference point.
         options: dict[str, Any] = {"use_ref_model": reference, "average_log_prob": average, "chunk_size": B}

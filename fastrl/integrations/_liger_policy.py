@@ -153,7 +153,8 @@ class LigerFusedLinearGRPOLoss(BuiltOnce):
             selected_token_ids, attention_mask, ref_per_token_logps, ref_input, ref_weight, ref_bias
         )
         inputs |= self._counts(attention_mask, num_items_in_batch)
-        loss = self.loss
+        loss, signs = self.loss, advantages
+        clips = self.loss_type in (*CLIPPED, "cispo")
         if vllm_is_ratio is not None:
             if self.loss_type == "vespo":
                 loss, inputs["rollout_logprobs"] = _with_vespo_weights(
@@ -166,7 +167,10 @@ class LigerFusedLinearGRPOLoss(BuiltOnce):
             _input, lin_weight, selected_token_ids, bias=bias, temperature=self.temperature, advantages=advantages,
             **inputs,
         )  # fmt: skip
-        metrics = [_mean(output.metrics["clip_fraction"])]
+        clipped = _mean(output.metrics["clip_fraction"])
+        if vllm_is_ratio is not None and clips:
+            clipped = self._clipped(output.logprobs, old_per_token_logps, attention_mask, signs)
+        metrics = [clipped]
         if self.beta != 0.0:
             metrics.insert(0, _mean(output.metrics["kl"]) if loss.kl else torch.zeros_like(metrics[0]))
         return output.loss, tuple(metrics)
@@ -194,6 +198,22 @@ class LigerFusedLinearGRPOLoss(BuiltOnce):
         with torch.no_grad():
             live = torch.where(mask != 0, ids, -100)
             return linear_token_logprobs(hidden, weight, live, bias=bias, temperature=self.temperature).logprobs
+
+    @torch.no_grad()
+    def _clipped(self, logprobs: Tensor | None, old: Tensor | None, mask: Tensor, advantages: Tensor) -> Tensor:
+        """Return the share of clipped tokens by the advantages' own signs, which a weight of 0 would hide."""
+        assert logprobs is not None
+        live = mask != 0
+        log_ratio = torch.zeros_like(logprobs) if old is None else torch.where(live, logprobs - old, 0.0)
+        if self.loss.ratio_level == "sequence":
+            log_ratio = log_ratio.sum(1, keepdim=True) / live.sum(1, keepdim=True).clamp(min=1)
+        ratio, signs = log_ratio.exp(), _spread(advantages, mask)
+        if self.loss_type == "cispo":
+            clipped = (ratio > (self.loss.weight_high or 0.0)) & (signs > 0)
+        else:
+            low, high = 1.0 - (self.loss.clip_low or 0.0), 1.0 + (self.loss.clip_high or 0.0)
+            clipped = ((ratio < low) & (signs < 0)) | ((ratio > high) & (signs > 0))
+        return ((clipped & live).sum() / live.sum().clamp(min=1)).to(torch.float32)
 
     def _counts(self, mask: Tensor, num_items_in_batch: float | Tensor | None) -> dict[str, Any]:
         """Return the counts that the sums are divided by."""

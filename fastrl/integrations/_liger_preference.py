@@ -290,7 +290,7 @@ class LigerFusedLinearKTOLoss(BuiltOnce):
         ref_input: Tensor | None = None,  # (B, T, D')
         ref_weight: Tensor | None = None,  # (V, D')
         ref_bias: Tensor | None = None,  # (V,)
-        kl: Tensor | None = None,  # one number, or (B,)
+        kl: Tensor | float | None = None,  # one number, or (B,)
     ) -> Pairs:
         """Return (loss, sums over the desirable and the other rows of the logps, of all logits, of the rewards)."""
         _check_rows(_input, target, pairs=False)
@@ -304,7 +304,7 @@ class LigerFusedLinearKTOLoss(BuiltOnce):
         ref = torch.zeros_like(logps)
         if reference is not None:
             ref = self._reduced(_logprobs(*reference, target, self.ignore_index), mask).detach()
-        point = torch.zeros_like(ref) if kl is None else kl.detach().to(ref)
+        point = torch.zeros_like(ref) if kl is None else torch.as_tensor(kl).detach().to(ref)
         if point.numel() != 1 and point.shape != ref.shape:
             raise ValueError(f"kl must be one number or (B={ref.numel()},), got shape {tuple(point.shape)}")
         # A reference point per row is that much more reference log-prob.
