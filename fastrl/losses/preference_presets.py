@@ -204,7 +204,7 @@ def preset_fields(name: str, style: str | None = None) -> dict[str, Any]:
         ValueError: unknown preset, or a style that the preset does not have, with the known ones.
     """
     if name not in PRESETS:
-        raise ValueError(f"unknown preference loss {name!r} (DPO is 'sigmoid'); known: {', '.join(PRESETS)}")
+        raise ValueError(f"unknown preference loss {name!r}; known: {', '.join(PRESETS)}; DPO is 'sigmoid'")
     preset = PRESETS[name]
     if style is not None and style not in preset.styles:
         raise ValueError(f"style of {name!r} must be one of {', '.join(map(repr, preset.styles))}, got {style!r}")

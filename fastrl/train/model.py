@@ -77,7 +77,8 @@ def check_folder(name: str, name_or_path: str) -> None:
     is_path = name_or_path.startswith(("/", "./", "../", "~")) or name_or_path.count("/") > 1
     if is_path and not Path(name_or_path).is_dir():
         raise ValueError(
-            f"{name} must be a folder with a saved model or a name on the hub; there is no {name_or_path!r}"
+            f"{name} must be a folder with a saved model or a name on the hub; {name_or_path!r} could not be loaded: "
+            "there is no such folder"
         )
 
 
