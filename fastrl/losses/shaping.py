@@ -1,7 +1,8 @@
 """What happens to rewards and batches before the advantages: overlong answers, and which groups are worth training on.
 
 Keep-masks are bool, True = keep. Per completion they are (B,), a group being kept or left as a whole; missing rewards
-(NaN) are left out of every statistic. Groups are given as for `group_advantages`. Nothing is differentiated.
+(NaN) are left out of every statistic. Groups are given as for `group_advantages`. Nothing is differentiated. All
+raise ValueError or TypeError, by the name of the argument, for what does not fit.
 
 Legend: B completions, T time, N tokens, S sequences, G groups.
 """
