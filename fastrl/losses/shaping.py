@@ -46,7 +46,10 @@ def soft_overlong_punishment(
             raise ValueError(f"{name} must be an int >= 1, got {value!r}")
     if buffer > max_length:
         raise ValueError(f"buffer must be <= max_length={max_length}, got {buffer}")
-    return (((max_length - buffer) - reward_tensor("lengths", lengths)) / buffer).clamp(-1.0, 0.0)
+    count = reward_tensor("lengths", lengths)
+    if checks.checks_values(count) and not bool((count >= 0).all()):
+        raise ValueError(f"lengths must be >= 0, got {count[~(count >= 0)][:4].tolist()}")
+    return (((max_length - buffer) - count) / buffer).clamp(-1.0, 0.0)
 
 
 def overlong_filter_mask(
