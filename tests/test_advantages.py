@@ -388,6 +388,8 @@ def test_soft_overlong_punishment_is_equation_13() -> None:
     assert result.tolist() == pytest.approx([0, 0, -0.05, -0.5, -1, -1, -1])
     with pytest.raises(ValueError, match="buffer"):
         shaping.soft_overlong_punishment(lengths, max_length=100, buffer=101)
+    with pytest.raises(ValueError, match=r"lengths must be >= 0, got \[-3"):
+        shaping.soft_overlong_punishment(torch.tensor([5, -3]), max_length=100, buffer=20)
 
 
 def test_overlong_filter_drops_the_truncated_sequences_padded_and_packed() -> None:

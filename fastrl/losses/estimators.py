@@ -1,7 +1,8 @@
 """Advantage estimators of the field: compositions of group statistics, returns and whitening.
 
 Each says its formula, its paper, and the trainer whose numbers it gives. Rewards, groups and missing rewards are those
-of `fastrl.losses.advantage`; token rewards, masks and packing those of `fastrl.losses.returns`.
+of `fastrl.losses.advantage`; token rewards, masks and packing those of `fastrl.losses.returns`. All raise ValueError or
+TypeError, by the name of the argument, for shapes, dtypes, groups, options and numbers that do not fit.
 
 Legend: B completions, T time, N tokens, S sequences, G groups, K rewards of a completion, J steps of a completion.
 """

@@ -1,7 +1,8 @@
 """What happens to rewards and batches before the advantages: overlong answers, and which groups are worth training on.
 
 Keep-masks are bool, True = keep. Per completion they are (B,), a group being kept or left as a whole; missing rewards
-(NaN) are left out of every statistic. Groups are given as for `group_advantages`. Nothing is differentiated.
+(NaN) are left out of every statistic. Groups are given as for `group_advantages`. Nothing is differentiated. All
+raise ValueError or TypeError, by the name of the argument, for what does not fit.
 
 Legend: B completions, T time, N tokens, S sequences, G groups.
 """
@@ -45,7 +46,10 @@ def soft_overlong_punishment(
             raise ValueError(f"{name} must be an int >= 1, got {value!r}")
     if buffer > max_length:
         raise ValueError(f"buffer must be <= max_length={max_length}, got {buffer}")
-    return (((max_length - buffer) - reward_tensor("lengths", lengths)) / buffer).clamp(-1.0, 0.0)
+    count = reward_tensor("lengths", lengths)
+    if checks.checks_values(count) and not bool((count >= 0).all()):
+        raise ValueError(f"lengths must be >= 0, got {count[~(count >= 0)][:4].tolist()}")
+    return (((max_length - buffer) - count) / buffer).clamp(-1.0, 0.0)
 
 
 def overlong_filter_mask(
