@@ -769,8 +769,6 @@ def _check_inputs(inputs: dict[str, Any]) -> None:
         raise TypeError("mask= is needed: 1 for tokens that count")
 
 
-
-
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
