@@ -44,7 +44,8 @@ def token_logprobs(
     Args:
         logits: (..., V) float32, bfloat16, float16 or float64, of any strides. -inf entries have probability 0.
         labels: (...) int64 or int32, already aligned with the logits: nothing is shifted here.
-        temperature: a float or a tensor broadcastable to `labels`, finite and > 0. None means 1.
+        temperature: a float or a tensor broadcastable to `labels`, finite and > 0. None means 1. The C++ rows are NaN
+            in float32 where |logit_scale| / T (under a softcap softcap / T) is outside 1e-30 to 1e30.
         logit_scale: factor on the logits, before the softcap.
         softcap: bound c of c tanh(x / c), or None.
         ignore_index: label of rows to leave out; their outputs and gradients are exactly 0 whatever the logits hold.
