@@ -25,7 +25,7 @@ class LossOutput(NamedTuple):
     """Per-token entropies, detached, where the loss computed them; 0 at masked positions."""
 
 
-def shown(spec: Any, /) -> str:
+def shown(spec: Any) -> str:
     """Return the repr of a loss as one would write it: the fields that differ from their defaults."""
     fields = [(field, getattr(spec, field.name)) for field in dataclasses.fields(spec)]
     given = [f"{field.name}={value!r}" for field, value in fields if value != field.default]
