@@ -25,8 +25,8 @@ class LossOutput(NamedTuple):
     """Per-token entropies, detached, where the loss computed them; 0 at masked positions."""
 
 
-def shown(self: Any) -> str:
+def shown(spec: Any) -> str:
     """Return the repr of a loss as one would write it: the fields that differ from their defaults."""
-    fields = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
+    fields = [(field, getattr(spec, field.name)) for field in dataclasses.fields(spec)]
     given = [f"{field.name}={value!r}" for field, value in fields if value != field.default]
-    return f"{type(self).__name__}({', '.join(given)})"
+    return f"{type(spec).__name__}({', '.join(given)})"

@@ -114,7 +114,8 @@ class RolloutCorrection:
         if self.log_weight_clamp is not None:
             checks.plain_float("correction.log_weight_clamp", self.log_weight_clamp, low=0.0, open_low=True)
 
-    __repr__ = shown
+    def __repr__(self) -> str:
+        return shown(self)
 
     def weights(
         self, old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, cu_seqlens: Tensor | None = None
@@ -229,7 +230,8 @@ class PolicyLoss:
         self._check_numbers()
         self._check_combinations()
 
-    __repr__ = shown
+    def __repr__(self) -> str:
+        return shown(self)
 
     def _check_choices(self) -> None:
         checks.one_of("ratio_level", self.ratio_level, RATIO_LEVELS)

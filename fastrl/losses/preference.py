@@ -127,7 +127,8 @@ class PreferenceLoss:
     components: tuple[tuple[PreferenceLoss, float], ...] = ()
     """A weighted sum of other losses, made by `mixture`."""
 
-    __repr__ = shown
+    def __repr__(self) -> str:
+        return shown(self)
 
     def __post_init__(self) -> None:
         validate(self)
