@@ -222,7 +222,7 @@ def test_log_probs_of_a_half_precision_head_at_a_real_size(dtype: torch.dtype) -
     assert extra <= 1.05 * (chunk * (4 + 2) + head * 4 + 16384 * d * 4), f"{extra / 1e9:.2f} GB"
     exact = evaluate(reference.linear_token_logprobs, torch.float64)
     eager = evaluate(reference.linear_token_logprobs, torch.float32)
-    # Log-probs are held to PyTorch's own product of this precision: tensor cores round sums of 4096 terms their own way.
+    # Log-probs are held to PyTorch's own product of this precision: tensor cores round long sums their own way.
     logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
     eager = (logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1), *eager[1:])
     for name, got, right, usual in zip(("logprobs", "dhidden", "dweight"), found, exact, eager, strict=True):
