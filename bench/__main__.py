@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     gpu.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some of its parts")
     gpu.set_defaults(run=_gpu)
     gpu.add_argument("--limit", type=float, default=RUN_LIMIT_S, help="seconds after which no case is begun")
-    sizes = commands.add_parser("tiles", help="block sizes and warps of the Triton row kernels, about four minutes")
+    sizes = commands.add_parser("tiles", help="block sizes and warps of the Triton row kernels, at most eight minutes")
     sizes.add_argument("--out", type=Path, help="folder for the result file, written after each kernel")
     sizes.add_argument("--device", default="cuda")
     sizes.add_argument("--vocabularies", type=int, nargs="+", default=tiles.VOCABULARIES)

@@ -8,6 +8,7 @@ Legend: N rows, V vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -23,6 +24,8 @@ WARPS = (4, 8, 16)
 # Llama 2, Llama 3, Qwen 2.5, Gemma; the third is the one of the benchmarks.
 VOCABULARIES = (32000, 128256, 151936, 262144)
 DTYPES = (torch.bfloat16, torch.float32)
+# No further kernel is begun after this: one command on a rented device may be cut after ten minutes.
+LIMIT_S = 420.0
 # Bytes of the logits: many times the cache of any GPU.
 ROW_BYTES = 1 << 30
 Action = Callable[[], Any]
@@ -112,6 +115,7 @@ def sweep(
     *,
     row_bytes: int = ROW_BYTES,
     repeats: int = 10,
+    limit_s: float = LIMIT_S,
     kept: Callable[[list[dict[str, Any]]], None] = lambda found: None,
 ) -> list[dict[str, Any]]:
     """Return one record per kernel, vocabulary and dtype: seconds of a copy, of the shipped tile and of each tile.
@@ -122,17 +126,19 @@ def sweep(
         tiles: (entries per step, warps per program).
         row_bytes: size of the logits.
         repeats: rounds per record.
+        limit_s: seconds after which no further record is begun.
         kept: called with what was found so far, after each record.
     """
     from fastrl_kernels.launch import Tile, tile_for
 
     found: list[dict[str, Any]] = []
+    begin = time.monotonic()
     for v in vocabularies:
         for dtype in DTYPES:
             n = max(1, row_bytes // (v * dtype.itemsize))
             logits, labels = logits_of(n, v, dtype, device)
             for name, kernel in kernels().items():
-                if dtype not in kernel.dtypes:
+                if dtype not in kernel.dtypes or time.monotonic() - begin > limit_s:
                     continue
                 run, out = kernel.prepare(logits, labels), torch.empty_like(logits)
 

@@ -42,7 +42,7 @@ TARGETS = {
     "cuda:100": GPUTarget("cuda", 100, 32),
     "hip:gfx942": GPUTarget("hip", "gfx942", 64),
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,11 @@ def recorded() -> Iterator[list[Launch]]:
         JITFunction.run = original
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the results of rows."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def launch_token_logprobs(
     dtype: torch.dtype,
     v: int,
@@ -104,10 +109,11 @@ def launch_token_logprobs(
 ) -> None:
     """Launch forward and backward of the plain log-prob, or with softcap, entropy and a temperature per row."""
     logits, labels = torch.empty(n, v, dtype=dtype), torch.zeros(n + 1, dtype=torch.int64)[shift:][:n]
-    options: dict[str, Any] = {"logit_scale": scale, "softcap": cap if full else 0.0, "residual": torch.empty(n)}
-    inv_temperature = torch.empty(n) if full else 1.0 / temperature
+    row = torch.ones(n, dtype=wide(dtype))
+    options: dict[str, Any] = {"logit_scale": scale, "softcap": cap if full else 0.0, "residual": row}
+    inv_temperature = row if full else 1.0 / temperature
     results = token_logprobs.token_logprobs_fwd(logits, labels, inv_temperature, **options)
-    upstream = (torch.ones(n), torch.ones(n), torch.ones(n)) if full else (torch.ones(n), None, None)
+    upstream = (row, row, row) if full else (row, None, None)
     token_logprobs.token_logprobs_bwd(logits, labels, inv_temperature, *results, *upstream, **options)
 
 
@@ -118,10 +124,24 @@ def launch_without_residual(dtype: torch.dtype) -> None:
     token_logprobs.token_logprobs_bwd(logits, labels, 1.0, row, row, row, row, row, row, out=logits)
 
 
+def launch_strided(dtype: torch.dtype, v: int) -> None:
+    """Launch what reads rows on rows whose entries are not adjacent, with int32 labels."""
+    n = 3
+    logits, labels = torch.empty(v, n, dtype=dtype).t(), torch.zeros(n, dtype=torch.int32)
+    row = torch.empty(n, dtype=wide(dtype))
+    results = token_logprobs.token_logprobs_fwd(logits, labels, 1.0, residual=row)
+    token_logprobs.token_logprobs_bwd(logits, labels, 1.0, *results, row, row, row, residual=row)
+    row_statistics.row_statistics_fwd(logits, labels, 1.0)
+    columns = policy.PolicyColumns(row, row)
+    axes, numbers = policy.PolicyAxes("clip"), policy.PolicyNumbers()
+    policy_logits.policy_logits_fwd(axes, numbers, logits, labels, 1.0, columns, out=torch.empty(n, v, dtype=dtype))
+
+
 def launch_row_statistics(dtype: torch.dtype, v: int, full: bool) -> None:
     """Launch the row statistics, plain or with softcap and a temperature per row."""
     logits, labels = torch.empty(2, v, dtype=dtype), torch.zeros(2, dtype=torch.int64)
-    row_statistics.row_statistics_fwd(logits, labels, torch.empty(2) if full else 1.0, softcap=30.0 if full else 0.0)
+    inv_temperature = torch.empty(2, dtype=wide(dtype)) if full else 1.0
+    row_statistics.row_statistics_fwd(logits, labels, inv_temperature, softcap=30.0 if full else 0.0)
 
 
 def launch_advantages(dtype: torch.dtype, baseline: str, scale: str, *, n: int = 64, size: int = 8) -> None:
@@ -132,10 +152,18 @@ def launch_advantages(dtype: torch.dtype, baseline: str, scale: str, *, n: int =
     advantages.group_advantages_fwd(rewards, order, offsets, baseline=baseline, scale=scale, batch_std=batch)
 
 
-def launch_policy(axes: policy.PolicyAxes, *, n: int = 64, coupled: bool = False, **numbers: float) -> None:
+def launch_policy(
+    axes: policy.PolicyAxes,
+    *,
+    n: int = 64,
+    coupled: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **numbers: float,
+) -> None:
     """Launch the token arithmetic of the policy loss with every column."""
-    columns = policy.PolicyColumns(*(torch.empty(n) for _ in range(7)), positive=torch.zeros(n, dtype=torch.bool))
-    logprobs, entropy, shared = (torch.empty(n) for _ in range(3))
+    positive = torch.zeros(n, dtype=torch.bool)
+    columns = policy.PolicyColumns(*(torch.empty(n, dtype=dtype) for _ in range(7)), positive=positive)
+    logprobs, entropy, shared = (torch.empty(n, dtype=dtype) for _ in range(3))
     policy.policy_terms(axes, policy.PolicyNumbers(**numbers), logprobs, entropy, shared if coupled else None, columns)
 
 
@@ -168,7 +196,7 @@ def launch_policy_logits(
     logits, labels = torch.empty(n, v, dtype=dtype), torch.zeros(n + 1, dtype=torch.int64)[shift:][:n]
 
     def row() -> torch.Tensor:
-        return torch.empty(n + 1)[shift:][:n]
+        return torch.empty(n + 1, dtype=wide(dtype))[shift:][:n]
 
     columns = policy.PolicyColumns(row(), row(), anchor=row())
     axes = policy.PolicyAxes("clip")
@@ -196,16 +224,24 @@ def launch_scale_rows(dtype: torch.dtype, v: int) -> None:
         policy_logits.scale_rows(x, torch.ones(()), out=out)
 
 
-def launch_sparse_lists(v: int, full: bool, *, n: int = 2, temperature: float = 0.7, tail_mass: float = 1e-4) -> None:
+def launch_sparse_lists(
+    v: int,
+    full: bool,
+    dtype: torch.dtype = torch.float32,
+    *,
+    n: int = 2,
+    temperature: float = 0.7,
+    tail_mass: float = 1e-4,
+) -> None:
     """Launch the listing of entries, plain or with softcap, entropy and a temperature per row."""
-    logits, labels = torch.empty(n, v), torch.zeros(n, dtype=torch.int64)
-    outputs = (torch.empty(n), torch.empty(n), torch.empty(n), torch.empty(n))
-    upstream = (torch.ones(n), torch.ones(n), torch.ones(n)) if full else (torch.ones(n), None, None)
+    logits, labels = torch.empty(n, v, dtype=dtype), torch.zeros(n, dtype=torch.int64)
+    row = torch.ones(n, dtype=dtype)
+    outputs, upstream = (row, row, row, row), ((row, row, row) if full else (row, None, None))
     rule = {"places": 256 if full else 128, "candidates": 1024 if full else 512, "min_entries": 16}
     sparse_rows.list_entries(
         logits,
         labels,
-        torch.empty(n) if full else 1.0 / temperature,
+        row if full else 1.0 / temperature,
         outputs,
         upstream,
         tail_mass=tail_mass,
@@ -218,14 +254,15 @@ def launch_sparse_lists(v: int, full: bool, *, n: int = 2, temperature: float = 
 def launch_sparse_products(dtype: torch.dtype, *, n: int = 2, d: int = 4096, places: int = 128) -> None:
     """Launch the products of lists with the head and with the states."""
     counts = torch.zeros(n, dtype=torch.int32)
-    lists = (counts, torch.zeros(n, places, dtype=torch.int32), torch.empty(n, places))
+    values, total = torch.empty(n, places, dtype=wide(dtype)), torch.empty(8, d, dtype=wide(dtype))
+    lists = (counts, torch.zeros(n, places, dtype=torch.int32), values)
     sparse_rows.times_matrix(*lists, torch.empty(8, d, dtype=dtype))
-    sparse_rows.accumulate(*lists, torch.empty(n, d, dtype=dtype), torch.empty(8, d), torch.empty(8))
-    sparse_rows.accumulate(*lists, torch.empty(n, d, dtype=dtype), torch.empty(8, d), None)
+    sparse_rows.accumulate(*lists, torch.empty(n, d, dtype=dtype), total, total[:, 0].contiguous())
+    sparse_rows.accumulate(*lists, torch.empty(n, d, dtype=dtype), total, None)
 
 
 POLICY_CASES = {
-    "policy/clip": lambda _: launch_policy(policy.PolicyAxes("clip", kl="k3"), dual_clip=3.0),
+    "policy/clip": lambda dtype: launch_policy(policy.PolicyAxes("clip", kl="k3"), dtype=dtype, dual_clip=3.0),
     "policy/clip of a sequence": lambda _: launch_policy(policy.PolicyAxes("clip"), coupled=True),
     "policy/square of a sequence": lambda _: launch_policy(policy.PolicyAxes("square"), coupled=True),
     "policy/sapo": lambda _: launch_policy(policy.PolicyAxes("sapo", "", "k3", "ratio_weighted", "own")),
@@ -238,7 +275,7 @@ SEGMENT_CASES = {
     "segments/scan/fp64": lambda _: launch_reverse_scan(torch.float64),
 }
 SPARSE_LISTS = {
-    "sparse_rows/list, full/V=151936": lambda _: launch_sparse_lists(151936, True),
+    "sparse_rows/list, full/V=151936": lambda dtype: launch_sparse_lists(151936, True, dtype),
     "sparse_rows/list, plain/V=151936": lambda _: launch_sparse_lists(151936, False),
 }
 # A new kernel is one entry: a name, and a call of its host function for a dtype.
@@ -248,6 +285,7 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "token_logprobs/full/V=151936": lambda dtype: launch_token_logprobs(dtype, 151936, True),
     "token_logprobs/plain/V=151936": lambda dtype: launch_token_logprobs(dtype, 151936, False),
     "token_logprobs/no residual/V=8192": launch_without_residual,
+    "strided rows/V=151936": lambda dtype: launch_strided(dtype, 151936),
     "policy_logits/full/V=8192": lambda dtype: launch_policy_logits(dtype, 8192, True),
     "policy_logits/full/V=151936": lambda dtype: launch_policy_logits(dtype, 151936, True),
     "policy_logits/plain/V=151936": lambda dtype: launch_policy_logits(dtype, 151936, False),
@@ -263,6 +301,18 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
 }
 # Log-probs are float32 whatever the logits are, a chunk's logits whatever the head is; segment cases name their dtype.
 FLOAT32_CASES = {*POLICY_CASES, *SEGMENT_CASES, *SPARSE_LISTS}
+# How rows lie does not depend on their dtype.
+BFLOAT16_CASES = {"strided rows/V=151936"}
+FLOAT64_CASES = {
+    "token_logprobs/full/V=1024",
+    "token_logprobs/full/V=151936",
+    "policy_logits/full/V=151936",
+    "row_statistics/full/V=151936",
+    "advantages/mean/group",
+    "sparse_rows/products",
+    "sparse_rows/list, full/V=151936",
+    "policy/clip",
+}
 
 
 def lengths_and_scalars() -> dict[str, int]:
@@ -336,12 +386,15 @@ def cuda_resources(cubin: bytes) -> dict[str, int]:
 
 
 def hip_resources(assembly: str) -> dict[str, int]:
-    """Return vector registers, spills (registers and scratch bytes) and shared bytes of an AMD kernel."""
+    """Return vector registers, spills (registers and scratch bytes) and shared bytes of an AMD kernel.
+
+    Scalar registers are spilled into lanes of vector registers, and reach the memory as scratch bytes only.
+    """
 
     def value(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", assembly).group(1))
 
-    spills = value("vgpr_spill_count") + value("sgpr_spill_count") + value("private_segment_fixed_size")
+    spills = value("vgpr_spill_count") + value("private_segment_fixed_size")
     return {"registers": value("vgpr_count"), "spills": spills, "shared": value("group_segment_fixed_size")}
 
 
@@ -372,10 +425,12 @@ def compile_case(case: str, dtype: str, target: str) -> dict[str, dict[str, Any]
         if target.startswith("cuda"):
             resources: dict[str, Any] = cuda_resources(compiled.asm["cubin"])
             # Between the two may stand how long the cache should keep what is loaded.
-            resources["vector_loads"] = bool(re.search(r"ld\.global(\.L[12]::\w+)*\.v4", compiled.asm["ptx"]))
+            resources["vector_loads"] = bool(re.search(r"ld\.global(\.L[12]::\w+)*\.(v4|v2\.b64)", compiled.asm["ptx"]))
         else:
             resources = hip_resources(compiled.asm["amdgcn"])
             resources["vector_loads"] = "load_dwordx4" in compiled.asm["amdgcn"]
+        # On CUDA it is asked for at the launch, and the binary does not know of it.
+        resources["shared"] = max(resources["shared"], compiled.metadata.shared)
         resources["warps"] = compiled.metadata.num_warps
         resources["address_faults"] = address_faults(compiled.asm["ttir"])
         resources["sums"] = layouts_of_sums(compiled.asm["ttgir"])
@@ -386,7 +441,9 @@ def compile_case(case: str, dtype: str, target: str) -> dict[str, dict[str, Any]
 def report() -> dict[str, Any]:
     """Compile everything and count compilations."""
     jobs = [(case, dtype, target) for case in CASES for dtype in DTYPES for target in TARGETS]
-    jobs = [job for job in jobs if job[0] not in FLOAT32_CASES or job[1] == "fp32"]
+    jobs = [job for job in jobs if job[1] != "fp64" or job[0] in FLOAT64_CASES]
+    jobs = [job for job in jobs if job[1] == "bf16" or job[0] not in BFLOAT16_CASES]
+    jobs = [job for job in jobs if job[0] not in FLOAT32_CASES or job[1] in ("fp32", "fp64")]
     with ProcessPoolExecutor(2) as pool:
         results = list(pool.map(compile_case, *zip(*jobs, strict=True), chunksize=8))
     resources = {name: value for result in results for name, value in sorted(result.items())}

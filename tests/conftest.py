@@ -1,13 +1,15 @@
 """Lanes, seeds and the interpreter switch shared by all tests."""
 
 import os
+import re
 
 import pytest
 import torch
 
 
 def _is_gpu_lane(config: pytest.Config) -> bool:
-    return torch.cuda.is_available() and config.getoption("markexpr") == "gpu"
+    asked = re.search(r"(not\s+)?\bgpu\b", config.getoption("markexpr") or "")
+    return torch.cuda.is_available() and asked is not None and asked[1] is None
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -327,6 +327,7 @@ def test_tiles_of_every_kernel_are_timed_and_the_best_is_named(monkeypatch: pyte
         assert "failed" in entry["seconds"]["3x1"]  # no power of two
         assert tiles.best(entry) == ("32x1", entry["seconds"]["32x1"]["median"])
     assert len(tiles.table(found)) == len(found) + 1
+    assert tiles.sweep(CPU, (70,), ((32, 1),), row_bytes=300, repeats=1, limit_s=-1.0) == []
     assert tiles.best({"seconds": {"copy": {"median": 1.0}, "32x1": {"failed": "no room"}}}) is None
 
 

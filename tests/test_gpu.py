@@ -26,6 +26,8 @@ B, T, D, V = 4, 64, 256, 4096
 WIDTH, VOCABULARY = 4096, 151_936
 ROOT = Path(__file__).resolve().parent.parent
 HALVES = [torch.bfloat16, torch.float16]
+MEMORY = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+needs_memory = pytest.mark.skipif(MEMORY < 70e9, reason="needs a device of 80 GB")
 
 
 @pytest.fixture
@@ -178,6 +180,7 @@ def test_compiled_graphs_are_as_accurate(mode: str) -> None:
             assert_as_accurate(name, got, right, usual)
 
 
+@needs_memory
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_row_from_hidden_states_has_the_same_bits_wherever_it_stands(dtype: torch.dtype) -> None:
     """At the width and the vocabulary of a real model, where the device's library may split a product in many ways."""
@@ -195,6 +198,7 @@ def test_a_row_from_hidden_states_has_the_same_bits_wherever_it_stands(dtype: to
         assert torch.equal(part, whole[1000:1007])
 
 
+@needs_memory
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_log_probs_of_a_half_precision_head_at_a_real_size(dtype: torch.dtype) -> None:
     """Log-probs and gradients against float64, for a few rows through the whole head; memory as documented."""
@@ -218,6 +222,9 @@ def test_log_probs_of_a_half_precision_head_at_a_real_size(dtype: torch.dtype) -
     assert extra <= 1.05 * (chunk * (4 + 2) + head * 4 + 16384 * d * 4), f"{extra / 1e9:.2f} GB"
     exact = evaluate(reference.linear_token_logprobs, torch.float64)
     eager = evaluate(reference.linear_token_logprobs, torch.float32)
+    # Log-probs are held to PyTorch's own product of this precision: tensor cores round long sums their own way.
+    logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    eager = (logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1), *eager[1:])
     for name, got, right, usual in zip(("logprobs", "dhidden", "dweight"), found, exact, eager, strict=True):
         assert_as_accurate(name, got, right, usual)
 

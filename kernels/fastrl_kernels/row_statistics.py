@@ -32,7 +32,7 @@ from fastrl_kernels.rowmath import LOG2E, entry, exponent, log1p_unit, lowest, r
 TILES: TileTable = {
     2: ((8192, Tile(1024, 4)), (2**31, Tile(2048, 8))),
     4: ((8192, Tile(1024, 4)), (2**31, Tile(2048, 8))),
-    8: ((1024, Tile(512, 4)), (2**31, Tile(1024, 4))),
+    8: ((2**31, Tile(512, 4)),),
 }
 
 _RUNTIME = ["stride_labels", "stride_inv_temperature", "V", "ignore_index"]
