@@ -1,14 +1,15 @@
 """Time and memory of what an adapter replaces, the host's own code and fastrl taking turns in one process.
 
     python scripts/host_cost.py [--rounds 5] [--threads 2] [--tokens 256] [HOST ...]
-    python scripts/host_cost.py --checkout HOST=FOLDER [--sequences 64] [--length 4096] [HOST ...]
+    python scripts/host_cost.py --checkout HOST=FOLDER [--sequences 64] [--length 4096] [--cpu-time] [HOST ...]
 
 Forward and backward of the host's own loss or log-probs, and of the same with fastrl, float32. Liger, verl and OpenRLHF
 are measured where they are installed, on a head of SmolLM2-135M's size (49,152 tokens, hidden size 576). slime,
 NeMo-RL, SkyRL and prime-rl are measured from a clone (see host_losses.py), compiled where they compile: the arithmetic
 on one log-prob per token, and slime's log-probs of logits. "With the proof" is a first call, which runs the host's loss
-too. The best of the rounds counts: what else runs on the machine disturbs all. Memory is the peak of what PyTorch
-allocates beyond the inputs, results and gradients included. TRL's trainers have a script of their own,
+too. The best of the rounds counts: what else runs on the machine disturbs all; `--cpu-time` counts the process's own
+time instead of the clock's, which other processes hardly change where `--threads 1` is given. Memory is the peak of
+what PyTorch allocates beyond the inputs, results and gradients included. TRL's trainers have a script of their own,
 trl_step_time.py.
 """
 
@@ -271,7 +272,7 @@ HOSTS: dict[str, dict[str, Callable[[Sizes], Ways]]] = {
 }
 
 
-def measured(ways: Ways, rounds: int) -> dict[str, tuple[float, int]]:
+def measured(ways: Ways, rounds: int, clock: Callable[[], float]) -> dict[str, tuple[float, int]]:
     """Return (seconds of the best round, peak bytes) of every way; the ways take turns, after one call each."""
     for action in ways.values():
         action()
@@ -279,9 +280,9 @@ def measured(ways: Ways, rounds: int) -> dict[str, tuple[float, int]]:
     best = dict.fromkeys(ways, float("inf"))
     for _ in range(rounds):
         for name, action in ways.items():
-            start = time.perf_counter()
+            start = clock()
             action()
-            best[name] = min(best[name], time.perf_counter() - start)
+            best[name] = min(best[name], clock() - start)
     return {name: (best[name], peaks[name]) for name in ways}
 
 
@@ -309,6 +310,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="tokens with a vocabulary, a multiple of 4")
     parser.add_argument("--sequences", type=int, default=64, help="sequences with one log-prob per token")
     parser.add_argument("--length", type=int, default=4096, help="tokens of each of them")
+    parser.add_argument("--cpu-time", action="store_true", help="count the time of the process, not of the clock")
     given = parser.parse_intermixed_args()
     if unknown := sorted(set(given.hosts) - set(HOSTS)):
         parser.error(f"hosts must be among {', '.join(HOSTS)}, got {', '.join(unknown)}")
@@ -334,7 +336,7 @@ def main() -> None:
                 except ImportError as error:
                     print(f"| {host}: {what} | not measured: {error} | | | |")
                     continue
-                found = measured(ways, given.rounds)
+                found = measured(ways, given.rounds, time.process_time if given.cpu_time else time.perf_counter)
                 own = next(iter(found.values()))[0]
                 for name, (seconds, peak) in found.items():
                     cost = f"{1e3 * seconds:,.1f} | {own / seconds:.2f} | {peak / 1e6:.1f} MB"

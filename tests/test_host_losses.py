@@ -5,7 +5,7 @@ import importlib.util
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,15 +82,20 @@ def test_a_folder_without_the_files_is_refused(tiny: Path) -> None:
     assert commit_of(tiny) == "of an unknown commit"
 
 
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def script_named(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(sys, "path", list(sys.path))
-    spec = importlib.util.spec_from_file_location("host_losses", ROOT / "scripts" / "host_losses.py")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return script_named("host_losses", monkeypatch)
 
 
 def prime_rl(folder: Path, scale: float) -> Path:
@@ -153,6 +158,36 @@ def test_the_script_refuses_another_folder(
     with pytest.raises(SystemExit, match="2"):
         script.main()
     assert "is not a clone of slime: it has no slime/utils/ppo_utils.py, " in capsys.readouterr().err
+
+
+def test_the_cost_of_a_host_is_measured_from_its_clone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = script_named("host_cost", monkeypatch)
+    for wrong, message in [
+        ("verl=folder", "--checkout must be HOST=FOLDER with HOST among slime, nemo_rl, skyrl, prime_rl, got 'verl="),
+        ("slime", "must be HOST=FOLDER"),
+        (f"prime_rl={tmp_path}", "is not a clone of prime-rl"),
+    ]:
+        monkeypatch.setattr(sys, "argv", ["host_cost.py", "--checkout", wrong])
+        with pytest.raises(SystemExit, match="2"):
+            module.main()
+        assert message in capsys.readouterr().err
+
+    def ways(sizes: Any) -> dict[str, Any]:
+        loss = importlib.import_module("prime_rl.trainer.rl.loss").ce_loss_fn
+        columns = prime_rl_losses.sequence(tokens=sizes.length)
+        return {"prime-rl": lambda: loss(SimpleNamespace(**columns))}
+
+    monkeypatch.setitem(module.HOSTS, "prime_rl", {"cross-entropy": ways})
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    clone = prime_rl(tmp_path, 1.0)
+    monkeypatch.setattr(sys, "argv", ["host_cost.py", "--checkout", f"prime_rl={clone}", "prime_rl", "--cpu-time"])
+    module.main()
+    assert "| prime_rl: cross-entropy | prime-rl | " in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["host_cost.py", "prime_rl"])
+    module.main()
+    assert "| prime_rl: cross-entropy | not measured: No module named 'prime_rl" in capsys.readouterr().out
 
 
 def comparison(ours: Any, **fields: Any) -> losses.Comparison:
