@@ -225,7 +225,10 @@ def _import_function(specification: str) -> RewardFunction:
     try:
         function = functools.reduce(getattr, attribute.split("."), importlib.import_module(module_name))
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward {specification!r} cannot be imported: {error}") from error
+        raise ValueError(
+            f"reward {specification!r} cannot be imported: {error}; modules are looked for on PYTHONPATH, and by the "
+            "command in the current directory"
+        ) from error
     if not callable(function):
         raise ValueError(f"reward {specification!r} must be a function, got {type(function).__name__}")
     return function
