@@ -110,6 +110,13 @@ def exp_linear(x: Tensor) -> Tensor:
     return torch.where(x > EXP_LIMIT, math.exp(EXP_LIMIT) * (x - (EXP_LIMIT - 1.0)), x.clamp(max=EXP_LIMIT).exp())
 
 
+def _remainder_series(x: Tensor) -> Tensor:
+    series = torch.ones_like(x)
+    for i in range(SERIES_ORDER, 2, -1):
+        series = series * x * (1.0 / i) + 1.0
+    return 0.5 * x * x * series
+
+
 class _ExpRemainder(torch.autograd.Function):
     """The series of `exp_remainder` with its derivative e^x - 1: autograd would keep each of its partial sums."""
 
@@ -117,10 +124,7 @@ class _ExpRemainder(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        series = torch.ones_like(x)
-        for i in range(SERIES_ORDER, 2, -1):
-            series.mul_(x).mul_(1.0 / i).add_(1.0)
-        return 0.5 * x * x * series
+        return _remainder_series(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -140,7 +144,8 @@ class _ExpRemainder(torch.autograd.Function):
 
 def exp_remainder(x: Tensor) -> Tensor:
     """Return e^x - 1 - x for |x| <= `SERIES_REACH` as x^2/2 (1 + x/3 (1 + x/4 (...))), to a few roundings of itself."""
-    return _ExpRemainder.apply(x)
+    # A graph of torch.compile fuses the sums, and does not take a Function with a forward mode.
+    return _remainder_series(x) if torch.compiler.is_compiling() else _ExpRemainder.apply(x)
 
 
 def one_sided(x: Tensor, low: float | None, high: float | None) -> Tensor:
