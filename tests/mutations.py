@@ -79,6 +79,7 @@ REFERENCE = [
         "0.0, weight)\n    return -capped",
     ),
     Mutation("k3 linear term flipped", "exp_linear(-x) - 1.0, inside) + x", "exp_linear(-x) - 1.0, inside) - x"),
+    Mutation("k3 series with another derivative", "return grad * torch.expm1(x)", "return grad * x"),
     Mutation("k3 series without its half", "return 0.5 * x * x * series", "return x * x * series"),
     Mutation(
         "k3 series of the other sign",
