@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from types import TracebackType
 
 import torch
@@ -24,6 +25,7 @@ class MemoryWatch:
     def __enter__(self) -> MemoryWatch:
         """Start watching."""
         buffers.release()
+        gc.collect()  # what is freed inside for others would be taken off the peak
         self._profile.__enter__()
         return self
 

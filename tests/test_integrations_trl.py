@@ -161,9 +161,8 @@ def test_autocast_projects_in_its_dtype() -> None:
     low = SimpleNamespace(**{k: v.bfloat16() if v.is_floating_point() else v for k, v in vars(h).items()})
     with fast.patched(), torch.autocast("cpu", dtype=torch.bfloat16):
         found = utils._ChunkedLogProbFunction.apply(h.hidden, h.weight, h.bias, h.labels, 1.0, 16, None, 1.0, ALL)
-        alone = utils._ChunkedLogProbFunction.apply(
-            low.hidden, low.weight, low.bias, low.labels, 1.0, 16, None, 1.0, ALL
-        )
+        # A float32 bias is added to the float32 logits as it is.
+        alone = utils._ChunkedLogProbFunction.apply(low.hidden, low.weight, h.bias, low.labels, 1.0, 16, None, 1.0, ALL)
     assert torch.equal(found[0], alone[0])
     found[0].sum().backward()
     assert h.weight.grad.dtype == h.hidden.grad.dtype == torch.float32

@@ -625,7 +625,7 @@ def test_from_vocabulary(path: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("dpo", {}, "unknown preference loss 'dpo' .DPO is 'sigmoid'.; known: sigmoid"),
+        ("dpo", {}, "unknown preference loss 'dpo'; known: sigmoid, .*; DPO is 'sigmoid'"),
         ("Sigmoid", {}, "unknown preference loss"),
         ("sigmoid", {"bta": 0.1}, "unknown option 'bta'; known: "),
         ("sigmoid", {"beta": 0.0}, "beta must be"),

@@ -53,7 +53,7 @@ def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
         load_reward_model(policy, tiny_tokenizer())
     with pytest.raises(ValueError, match="num_labels=1, got 3"):
         load_reward_model(save_classifier(tmp_path / "three", labels=3), tiny_tokenizer())
-    with pytest.raises(ValueError, match="must be a saved sequence classifier"):
+    with pytest.raises(ValueError, match="reward_model must be a folder with a saved model"):
         load_reward_model(tmp_path / "nothing", tiny_tokenizer())
     folder = save_classifier(tmp_path / "other")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())

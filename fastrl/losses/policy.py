@@ -744,6 +744,7 @@ def loss_value(
 
     `inputs` are those of the call, without `entropy`.
     """
+    _check_names(inputs)
     checks.float_tensor("logprobs", logprobs)
     layout = Layout.of(logprobs.shape, logprobs.device, cu_seqlens)
     batch = spec._batch(layout, _wide(logprobs.dtype), **_named_inputs(inputs))
@@ -761,12 +762,16 @@ def _named_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: inputs.get(name) for name in _INPUTS}
 
 
-def _check_inputs(inputs: dict[str, Any]) -> None:
-    if "entropy" in inputs:
-        raise TypeError("entropy= is computed here from the logits; pass it only to the loss on log-probs")
+def _check_names(inputs: dict[str, Any]) -> None:
     known = (*_INPUTS, "cu_seqlens")
     if unknown := sorted(set(inputs) - set(known)):
         raise TypeError(f"unexpected argument {', '.join(unknown)}; known: {', '.join(known)}")
+
+
+def _check_inputs(inputs: dict[str, Any]) -> None:
+    if "entropy" in inputs:
+        raise TypeError("entropy= is computed here from the logits; pass it only to the loss on log-probs")
+    _check_names(inputs)
     if inputs.get("mask") is None:
         raise TypeError("mask= is needed: 1 for tokens that count")
 
