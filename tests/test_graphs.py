@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from oracle import assert_as_accurate
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -104,19 +105,22 @@ def test_a_loss_of_logprobs_with_a_kl_is_one_graph(estimator: str) -> None:
     torch._dynamo.reset()
     loss = PolicyLoss.preset("grpo", kl=estimator)
     torch.manual_seed(0)
-    reference = -torch.rand(2, 6, dtype=torch.float64)
-    inputs = {"advantages": torch.tensor([1.0, -1.0]), "mask": torch.ones(2, 6), "ref_logprobs": reference}
+    other = -torch.rand(2, 6)
+    given = other + 0.1 * torch.randn(2, 6)
 
     def step(logprobs: Tensor) -> Tensor:
-        return loss(logprobs, old_logprobs=reference, **inputs).loss
+        columns = {name: other.to(logprobs.dtype) for name in ("old_logprobs", "ref_logprobs")}
+        return loss(logprobs, advantages=torch.tensor([1.0, -1.0]), mask=torch.ones(2, 6), **columns).loss
 
-    given = (reference + 0.1 * torch.randn(2, 6, dtype=torch.float64)).requires_grad_()
-    found = {}
-    for name, function in (("plain", step), ("compiled", torch.compile(step, fullgraph=True, backend="aot_eager"))):
-        value = function(given)
-        found[name] = value.detach(), *torch.autograd.grad(value, given)
-    # The compiled series is differentiated term by term, the plain one by its derivative.
-    torch.testing.assert_close(found["compiled"], found["plain"], rtol=1e-12, atol=1e-14)
+    def found(function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        leaf = given.to(dtype).requires_grad_()
+        value = function(leaf)
+        return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+    compiled = found(torch.compile(step, fullgraph=True, backend="aot_eager"), torch.float32)
+    plain, exact = found(step, torch.float32), found(step, torch.float64)
+    for name, *values in zip(("loss", "gradient"), compiled, exact, plain, strict=True):
+        assert_as_accurate(name, *values)
 
 
 # The compiler reads `.grad` of every tensor that crosses a graph break, non-leaves included.

@@ -200,6 +200,16 @@ def test_refusals() -> None:
     assert bool(value_loss(values, None, returns, mask, clip=None).loss.isfinite())
 
 
+@pytest.mark.parametrize("zero", [0, torch.tensor(0)])
+def test_a_count_of_zero_goes_with_a_batch_without_live_tokens(zero: int | Tensor) -> None:
+    values, old, returns, mask = batch()
+    result = value_loss(values, old, returns, torch.zeros_like(mask), n_tokens=zero, n_sequences=zero)
+    assert float(result.loss) == 0.0
+    for name in ("n_tokens", "n_sequences"):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            value_loss(values, old, returns, mask, **{name: zero})
+
+
 def test_an_old_value_that_is_not_a_number_stays_visible() -> None:
     values, old, returns, _ = batch()
     old = old.clone()
