@@ -20,7 +20,7 @@ from torch import Tensor
 import fastrl
 from bench.cases import HIDDEN_OPERATIONS, LOGITS_OPERATIONS, OPERATIONS, TAIL_OPERATIONS, Inputs
 from bench.samples import Missing as Missing
-from fastrl import csrc_cuda
+from fastrl.backends import cuda
 
 EPSILON = 0.2
 TAIL_MASS = 1e-4
@@ -338,7 +338,7 @@ def fastrl_contender(name: str = "fastrl", tail_mass: float = 0.0, **options: An
     def prepare(inputs: Inputs) -> Runner:
         case, labels, mask = inputs.case, inputs.labels, inputs.mask
         if options.get("backend") == "cuda":
-            available, reason = csrc_cuda.cuda_available(labels.device, build=True)
+            available, reason = cuda.cuda_available(labels.device, build=True)
             if not available:
                 raise Missing(reason)
         softcap = case.model.softcap

@@ -52,7 +52,7 @@ class Clock:
 
 def gpu_test_files() -> list[str]:
     """Return the test files of the gpu lane: collecting the others would need what they import."""
-    files = sorted((records.ROOT / "tests").glob("test_*.py"))
+    files = sorted((records.ROOT / "tests").rglob("test_*.py"))
     lane = re.compile(r"pytest\.mark\.gpu|^pytestmark = LANE|^@on_device", re.MULTILINE)
     return [str(file.relative_to(records.ROOT)) for file in files if lane.search(file.read_text())]
 

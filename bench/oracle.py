@@ -15,14 +15,14 @@ from torch import Tensor
 from bench.baselines import EPSILON, Outputs
 from bench.cases import Inputs
 
-TESTS = Path(__file__).resolve().parent.parent / "tests"
+TESTS = Path(__file__).resolve().parent.parent / "tests" / "support"
 # Rows of float64 logits held at a time.
 EXACT_ROWS = 128
 
 
 @cache
 def shared(name: str) -> ModuleType:
-    """Return a module of tests/ by its file: the judge and the memory watch are those of the test suite."""
+    """Return a module of tests/support/ by its file: the judge and the memory watch are those of the test suite."""
     spec = importlib.util.spec_from_file_location(f"fastrl_tests_{name}", TESTS / f"{name}.py")
     if spec is None or spec.loader is None:
         raise ImportError(f"bench runs from a checkout: expected {TESTS / f'{name}.py'}")
@@ -102,7 +102,7 @@ def _compared(outputs: Outputs, inputs: Inputs) -> Mapping[str, Tensor | None]:
 
 @dataclass(frozen=True)
 class Judge:
-    """Holds contenders to the budget of tests/oracle.py.
+    """Holds contenders to the budget of tests/support/oracle.py.
 
     The budget is twice the error of the eager code at the precision of the case, plus a few roundings.
     """

@@ -72,8 +72,9 @@ def _save(path: Path, kept: dict[str, Tensor]) -> None:
 
 
 def _sample(model: Any, tokenizer: Any, temperature: float, tokens: int) -> dict[str, Tensor]:
+    from fastrl.train.data.encoding import encode_prompts
     from fastrl.train.model import stop_token_ids
-    from fastrl.train.rollout import completion_hidden, encode_prompts, generate
+    from fastrl.train.rollouts.generate import completion_hidden, generate
 
     prompts = encode_prompts(tokenizer, PROMPTS)
     generator = torch.Generator().manual_seed(0)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastrl.ops.linear_token_logprobs import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS, GPU_HEAD_ROWS
+from fastrl.ops.gradients import GPU_HEAD_ROWS
+from fastrl.ops.head import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS
 
 FASTRL, TAIL, EAGER, TRL = "fastrl", "fastrl, tail_mass=1e-4", "PyTorch eager", "TRL chunked log-prob"
 # Beyond tiles and gradients: the live rows of a chunk, one number per token, what autograd keeps.

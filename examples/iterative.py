@@ -22,10 +22,10 @@ right fell from 12 % to 0 %.
 import argparse
 from typing import Any
 
-from fastrl.train.config import GRPOConfig
+from fastrl.train.config.grpo import GRPOConfig
+from fastrl.train.config.reward_model import RewardModelConfig
 from fastrl.train.iterative import iterate
 from fastrl.train.pairs import PairsConfig
-from fastrl.train.reward_model import RewardModelConfig
 
 SUMS: dict[str, Any] = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
 JUDGE = "judges:bare_number"

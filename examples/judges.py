@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from fastrl.train.tasks import Problem
+from fastrl.train.rewards.tasks import Problem
 
 _BARE_NUMBER = re.compile(r"-?[0-9]+\.?")
 

@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 
-from fastrl.train.tasks import Problem, load_task
+from fastrl.train.rewards.tasks import Problem, load_task
 
 _TERMS = re.compile(r"[+-]?\d+")
 

@@ -33,13 +33,13 @@ OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 # The loops: the class of the settings, and the function that trains.
 ALGORITHMS = {
     "grpo": ("fastrl.train.config:GRPOConfig", "fastrl.train.grpo:run_grpo"),
-    "ppo": ("fastrl.train.ppo_config:PPOConfig", "fastrl.train.ppo:run_ppo"),
+    "ppo": ("fastrl.train.config.ppo:PPOConfig", "fastrl.train.ppo:run_ppo"),
     "sft": ("fastrl.train.sft:SFTConfig", "fastrl.train.sft:run_sft"),
     "rft": ("fastrl.train.rft:RFTConfig", "fastrl.train.rft:run_rft"),
     "online-rft": ("fastrl.train.rft:OnlineRFTConfig", "fastrl.train.rft:run_rft"),
     "reward-model": ("fastrl.train.reward_model:RewardModelConfig", "fastrl.train.reward_model:run_reward_model"),
-    "dpo": ("fastrl.train.dpo_config:DPOConfig", "fastrl.train.dpo:run_dpo"),
-    "online-dpo": ("fastrl.train.dpo_config:OnlineDPOConfig", "fastrl.train.online_dpo:run_online_dpo"),
+    "dpo": ("fastrl.train.config.dpo:DPOConfig", "fastrl.train.dpo:run_dpo"),
+    "online-dpo": ("fastrl.train.config.dpo:OnlineDPOConfig", "fastrl.train.online_dpo:run_online_dpo"),
 }
 # What makes data for them: the class of the settings, and the function that writes a file and returns its path.
 MAKERS = {
@@ -187,8 +187,8 @@ def _bench(arguments: list[str]) -> int:
 
 
 def _report(run_dir: str, record_dir: str | None) -> int:
-    from fastrl.train.record import write_record
-    from fastrl.train.report import write_report
+    from fastrl.train.run.record import write_record
+    from fastrl.train.run.report import write_report
 
     if record_dir is not None:
         write_record(run_dir, record_dir)
@@ -207,7 +207,7 @@ def _make(command: str, arguments: list[str]) -> int:
 
 
 def _train(algorithm: str, arguments: list[str]) -> int:
-    from fastrl.train.report import write_report
+    from fastrl.train.run.report import write_report
 
     config_class, train = ALGORITHMS[algorithm]
     result = _configured(config_class, train, arguments, f"fastrl train {algorithm}")
@@ -220,7 +220,7 @@ def _configured(config_class: str, function: str, arguments: list[str], program:
     missing = [name for name in TRAIN_NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f'training needs {", ".join(missing)}: pip install "fastrl[train]"')
-    from fastrl.train.config_file import parse_config
+    from fastrl.train.config.parse import parse_config
 
     try:
         config = parse_config(_named(config_class), arguments, program)

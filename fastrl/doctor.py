@@ -142,7 +142,7 @@ def _devices() -> dict[str, Any]:
 
 
 def _compilers() -> dict[str, Any]:
-    from fastrl import csrc_loader
+    from fastrl.backends import cpu
 
     found = {"C++": _tool_version([os.environ.get("CXX") or "c++", "--version"], first=True)}
     for folder in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
@@ -152,7 +152,7 @@ def _compilers() -> dict[str, Any]:
     else:
         found["nvcc"] = _tool_version(["nvcc", "--version"], first=False)
     ninja = "ninja"
-    if shutil.which(ninja) is None and (folder := csrc_loader.ninja_folder()) is not None:
+    if shutil.which(ninja) is None and (folder := cpu.ninja_folder()) is not None:
         ninja = os.path.join(folder, ninja)
     found["ninja"] = _tool_version([ninja, "--version"], first=True)
     return found
@@ -183,24 +183,24 @@ def _triton() -> dict[str, Any]:
 def _backends() -> dict[str, Any]:
     import torch
 
-    from fastrl import csrc_cuda, csrc_loader
+    from fastrl.backends import cpu, cuda
     from fastrl.ops import explain
 
     types = ["cpu"]
     types += ["cuda"] if torch.cuda.is_available() else []
     types += ["xpu"] if torch.xpu.is_available() else []
     backends: dict[str, Any] = {kind: _probe(lambda kind=kind: explain(kind)) for kind in types}
-    missing = csrc_cuda.missing()
+    missing = cuda.missing()
     backends["cuda kernels"] = (
         f"cannot be built: {missing}"
         if missing
         else (
-            f"built by {csrc_cuda.nvcc()} for backend='cuda', which is taken by name only, on compute capability "
-            f"{'.'.join(map(str, csrc_cuda.CAPABILITY))}"
+            f"built by {cuda.nvcc()} for backend='cuda', which is taken by name only, on compute capability "
+            f"{'.'.join(map(str, cuda.CAPABILITY))}"
         )
     )
     try:
-        backends["cache of compiled kernels"] = str(csrc_loader.cache_folder())
+        backends["cache of compiled kernels"] = str(cpu.cache_folder())
     except RuntimeError as error:
         backends["cache of compiled kernels"] = f"none: {error}"
     return backends

@@ -301,7 +301,7 @@ def clones(given: list[str]) -> dict[str, Path]:
 
 def main() -> None:
     """Print a table."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("hosts", nargs="*", help=f"among {', '.join(HOSTS)}; default: all")
     parser.add_argument("--checkout", action="append", default=[], metavar="HOST=FOLDER", help="a clone of a host")

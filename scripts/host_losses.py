@@ -3,9 +3,9 @@
     python scripts/host_losses.py HOST CHECKOUT
 
 HOST is slime, nemo_rl, skyrl or prime_rl; CHECKOUT is a clone of it. The project's own files of the loss are run from
-there; Ray, Megatron and whatever else is heavy have stand-ins, which raise when a loss calls them (tests/hosts). Over
-the settings that the adapter's page names the loss, the gradient and every metric are compared, in float32 and in
-float64. A difference beyond rounding, judged as in the tests, makes the exit status 1.
+there; Ray, Megatron and whatever else is heavy have stand-ins, which raise when a loss calls them
+(tests/integrations/hosts). Over the settings that the adapter's page names the loss, the gradient and every metric are
+compared, in float32 and in float64. A difference beyond rounding, judged as in the tests, makes the exit status 1.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ SHOWN = 20
 
 def main() -> int:
     """Return 0 when every loss, gradient and metric is the host's."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
+    sys.path[:0] = [
+        str(ROOT),
+        str(ROOT / "kernels"),
+        str(ROOT / "tests" / "support"),
+        str(ROOT / "tests" / "integrations"),
+    ]
     checkouts, losses = (importlib.import_module(f"hosts.{name}") for name in ("checkouts", "losses"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("host", choices=list(checkouts.CHECKOUTS))

@@ -22,7 +22,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
-PLUGINS = ROOT / "tests" / "hosts"
+PLUGINS = ROOT / "tests" / "integrations" / "hosts"
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from fastrl import PolicyLoss
-from fastrl.losses import catalogue, preference_presets
-from fastrl.losses.policy_presets import PRESETS, TRAINER_KL, TRAINERS, Fields, Preset, shown
-from fastrl.losses.unified import gradient_coefficients
+from fastrl.losses import catalogue
+from fastrl.losses.gradient_coefficients import gradient_coefficients
+from fastrl.losses.policy.presets import PRESETS, TRAINER_KL, TRAINERS
+from fastrl.losses.preference import presets as preference_presets
+from fastrl.losses.preset import Fields, Preset, shown
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGES = (DOCS / "losses.md", DOCS.parent / "README.md")

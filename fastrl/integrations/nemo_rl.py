@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl.integrations._host import Host, Switch
-from fastrl.integrations._proof import FirstUse, on_cpu, prove_loss, sampled_sequences
+from fastrl.integrations.common.host import Host, Switch
+from fastrl.integrations.common.proof import FirstUse, on_cpu, prove_loss, sampled_sequences
 from fastrl.losses.kl import kl_estimate
-from fastrl.losses.policy import PolicyLoss, RolloutCorrection, loss_value
+from fastrl.losses.policy.correction import RolloutCorrection
+from fastrl.losses.policy.loss import PolicyLoss, loss_value
 
 HOST = Host("NeMo-RL", "nemo-rl", "7ea279abf", "fastrl.integrations.nemo_rl")
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl.integrations._host import Host, Switch
-from fastrl.integrations._proof import (
+from fastrl.integrations.common.host import Host, Switch
+from fastrl.integrations.common.proof import (
     FirstUse,
     on_cpu,
     prove,
@@ -30,7 +30,8 @@ from fastrl.integrations._proof import (
     sampled_tokens,
     uncompiled,
 )
-from fastrl.losses.policy import PolicyLoss, RolloutCorrection
+from fastrl.losses.policy.correction import RolloutCorrection
+from fastrl.losses.policy.loss import PolicyLoss
 from fastrl.ops.token_logprobs import token_logprobs
 
 HOST = Host("OpenRLHF", "openrlhf", "0.11.2", "fastrl.integrations.openrlhf")

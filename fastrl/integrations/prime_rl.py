@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from fastrl import checks
-from fastrl.integrations._host import Host
-from fastrl.integrations._proof import FirstUse, on_cpu, prove_loss
+from fastrl.integrations.common.host import Host
+from fastrl.integrations.common.proof import FirstUse, on_cpu, prove_loss
 from fastrl.losses.kl import kl_estimate
-from fastrl.losses.policy import PolicyLoss, loss_value
+from fastrl.losses.policy.loss import PolicyLoss, loss_value
 
 HOST = Host("prime-rl", "prime-rl", "559b44772", "fastrl.integrations.prime_rl")
 

@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl.integrations._host import Host
-from fastrl.integrations._proof import FirstUse, on_cpu, prove_loss, sampled_sequences
-from fastrl.losses.policy import PolicyLoss, RolloutCorrection, loss_value
-from fastrl.losses.selection import covariance_keep_mask
+from fastrl.integrations.common.host import Host
+from fastrl.integrations.common.proof import FirstUse, on_cpu, prove_loss, sampled_sequences
+from fastrl.losses.masks import covariance_keep_mask
+from fastrl.losses.policy.correction import RolloutCorrection
+from fastrl.losses.policy.loss import PolicyLoss, loss_value
 
 HOST = Host("SkyRL", "skyrl", "a9564572e", "fastrl.integrations.skyrl")
 

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl.integrations._host import Host, Switch
-from fastrl.integrations._proof import FirstUse, prove, prove_loss, sampled_tokens, uncompiled
+from fastrl.integrations.common.host import Host, Switch
+from fastrl.integrations.common.proof import FirstUse, prove, prove_loss, sampled_tokens, uncompiled
 from fastrl.losses.kl import kl_estimate
-from fastrl.losses.policy import PolicyLoss, loss_value
+from fastrl.losses.policy.loss import PolicyLoss, loss_value
 from fastrl.ops.token_logprobs import token_logprobs
 
 HOST = Host("slime", "slime", "624b824a8", "fastrl.integrations.slime")

@@ -8,24 +8,30 @@ Legend: N tokens, D hidden (S student's, T teacher's), V vocabulary, C rows of a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastrl import checks
-from fastrl.losses.divergence import Rows, divergence_rows
+from fastrl.backends import choice, memory
 from fastrl.losses.output import LossOutput
-from fastrl.losses.preference_rows import divisor, result_dtype
-from fastrl.ops import buffers, dispatch
-from fastrl.ops.linear_token_logprobs import Chunks, Gradients, Head, check_head, make_head
-from fastrl.ops.scaling import graph_is_kept, handed_out
-from fastrl.ops.token_logprobs import once_differentiable
+from fastrl.losses.scalars import divisor, result_dtype
+from fastrl.ops.chunks import Chunks
+from fastrl.ops.fused import graph_is_kept, handed_out
+from fastrl.ops.gradients import Gradients
+from fastrl.ops.head import Head, check_head, make_head
+from fastrl.ops.rows import once_differentiable
 
 IGNORE_INDEX = -100
+
+
 # Several tiles of C x V live at once (logits, log-probs and probabilities of both models): fewer rows than elsewhere.
 CPU_CHUNK_TOKENS = 256
+
+
 GPU_CHUNK_TOKENS = 512
 
 
@@ -224,7 +230,7 @@ class _LinearDistillation(torch.autograd.Function):
         dtype = result_dtype(hidden)
         total = torch.zeros((), dtype=torch.float64 if hidden.device.type != "mps" else dtype, device=hidden.device)
         entropy = torch.empty(student.live.numel(), dtype=dtype, device=hidden.device)
-        with dispatch.own_precision(hidden.device):
+        with choice.own_precision(hidden.device):
             for (rows, states, logits), (_, _, teacher_logits) in zip(student, teacher, strict=True):
                 z, slope = _capped(logits, heads[0], 1.0 / how.temperature, any(needs))
                 z_teacher, _ = _capped(teacher_logits, heads[1], 1.0 / how.temperature, False)
@@ -244,7 +250,7 @@ class _LinearDistillation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         once_differentiable()
-        keep, backend = graph_is_kept(), dispatch.choose("auto", grad_total.device).backend
+        keep, backend = graph_is_kept(), choice.choose("auto", grad_total.device).backend
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         handed = [handed_out(gradient, dtype, grad_total, backend, keep=keep) for gradient, dtype in pairs]
         return (*handed, None, None, None, None, None, None)
@@ -271,7 +277,7 @@ class _LogitDistillation(torch.autograd.Function):
         if how.gradient and ctx.needs_input_grad[0]:
             # A loss scale is yet to multiply what float16 could not hold.
             kept = dtype if logits.dtype == torch.float16 else logits.dtype
-            gradient = buffers.zeros(logits.shape, kept, logits.device)
+            gradient = memory.zeros(logits.shape, kept, logits.device)
         total = torch.zeros((), dtype=torch.float64 if logits.device.type != "mps" else dtype, device=logits.device)
         entropy = torch.zeros(labels.shape, dtype=dtype, device=logits.device)
         for rows in live.split(chunk_tokens) if len(live) else ():
@@ -291,7 +297,7 @@ class _LogitDistillation(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         once_differentiable()
         (gradient,) = ctx.saved_tensors
-        backend = dispatch.choose("auto", grad_total.device).backend
+        backend = choice.choose("auto", grad_total.device).backend
         return handed_out(gradient, ctx.dtype, grad_total, backend, keep=graph_is_kept()), None, None, None, None
 
 
@@ -336,3 +342,85 @@ def _output(
         "student_entropy": (entropy.sum(dtype=wide), count.to(wide)),
     }
     return LossOutput(loss if poison is None else loss + poison, metrics, None, entropy)
+
+
+class Rows(NamedTuple):
+    """What a chunk of rows gives."""
+
+    divergence: Tensor  # (C,)
+    entropy: Tensor  # (C,) of the student
+    gradient: Tensor | None  # (C, V) of the divergence with respect to the student's logits
+
+
+def _weighted(p: Tensor, x: Tensor) -> Tensor:
+    """Return p x, 0 where p is 0 whatever x is; NaN stays."""
+    return (p * x).masked_fill_(p == 0, 0.0)
+
+
+def _normalise(logits: Tensor) -> Tensor:
+    """Turn logits into log-probs; the largest is taken out first, so that a common offset costs no precision."""
+    shifted = logits.sub_(logits.amax(-1, keepdim=True))
+    return shifted.sub_(shifted.exp().sum(-1, keepdim=True).log_())
+
+
+def _scaled_divergence(
+    student: Tensor,  # (C, K) log-probs
+    teacher: Tensor,  # (C, K) log-probs
+    p_s: Tensor,  # (C, K) exp(student)
+    beta: float,
+    gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return (divergence (C,), its gradient with respect to the student's logits (C, K))."""
+    p_t = teacher.exp()
+    if beta == 0.0:
+        value = _weighted(p_t, teacher - student).sum(-1) + (p_s.sum(-1) - p_t.sum(-1))
+        return value, p_s - p_t if gradient else None
+    if beta == 1.0:
+        terms = _weighted(p_s, student - teacher)
+        total = terms.sum(-1)
+        value = total + (p_t.sum(-1) - p_s.sum(-1))
+        return value, terms - p_s * total[:, None] if gradient else None
+    mixed = torch.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))
+    terms = _weighted(p_s, student - mixed)
+    total = terms.sum(-1)
+    value = beta * _weighted(p_t, teacher - mixed).sum(-1) + (1.0 - beta) * total
+    return value, (1.0 - beta) * (terms - p_s * total[:, None]) if gradient else None
+
+
+def _buckets(log_probs: Tensor, index: Tensor) -> Tensor:
+    """Return the log-masses (C, K+1) of the entries at `index` (C, K) and of all the others together."""
+    others = log_probs.scatter(-1, index, -math.inf)
+    # A row without others has mass 0 there; amax keeps the sum of exponentials finite for it too.
+    largest = others.amax(-1, keepdim=True)
+    largest = torch.where(largest == -math.inf, 0.0, largest)
+    tail = largest + (others - largest).exp().sum(-1, keepdim=True).log()
+    return torch.cat([log_probs.gather(-1, index), tail], dim=-1)
+
+
+def divergence_rows(
+    student: Tensor,  # (C, V) logits
+    teacher: Tensor,  # (C, V) logits
+    beta: float,
+    top_k: int | None,
+    gradient: bool,
+) -> Rows:
+    """Return the divergence of every row, the student's entropy and the gradient.
+
+    Both logits are overwritten. With `top_k` the teacher's K likeliest entries are compared one by one and all others
+    as one bucket: a lower bound of the divergence, equal to it for K = V.
+    """
+    log_s, log_t = _normalise(student), _normalise(teacher)
+    p_s = log_s.exp()
+    entropy = -_weighted(p_s, log_s).sum(-1)
+    if top_k is None or top_k >= student.shape[-1]:
+        value, full = _scaled_divergence(log_s, log_t, p_s, beta, gradient)
+        return Rows(value, entropy, full)
+    index = log_t.topk(top_k, dim=-1).indices  # (C, K)
+    coarse_s, coarse_t = _buckets(log_s, index), _buckets(log_t, index)
+    value, coarse = _scaled_divergence(coarse_s, coarse_t, coarse_s.exp(), beta, gradient)
+    if coarse is None:
+        return Rows(value, entropy, None)
+    # The bucket's gradient falls on its entries in proportion to their share of its mass.
+    tail_mass = coarse_s[:, -1:].exp()
+    share = torch.where(tail_mass == 0, 0.0, coarse[:, -1:] / tail_mass)
+    return Rows(value, entropy, (p_s * share).scatter(-1, index, coarse[:, :-1]))

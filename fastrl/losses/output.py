@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from fastrl.ops.sparse_rows import Tally
 
 
 class LossOutput(NamedTuple):
@@ -30,3 +33,14 @@ def shown(spec: Any) -> str:
     fields = [(field, getattr(spec, field.name)) for field in dataclasses.fields(spec)]
     given = [f"{field.name}={value!r}" for field, value in fields if value != field.default]
     return f"{type(spec).__name__}({', '.join(given)})"
+
+
+def with_tally(output: LossOutput, tally: Tally) -> LossOutput:
+    """Return the output with what the tally counts among the metrics."""
+    return output._replace(metrics={**output.metrics, **tally.metrics()})
+
+
+def with_path(output: LossOutput, units: float | Tensor) -> LossOutput:
+    """Return the output with the GEMM units that its path takes among the metrics."""
+    one = torch.ones((), device=output.loss.device)
+    return output._replace(metrics={**output.metrics, "path/gemm_units": (one * units, one)})

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastrl import checks, reference
 from fastrl.losses.layout import Layout
 from fastrl.losses.output import LossOutput
-from fastrl.losses.policy import PolicyLoss
+from fastrl.losses.policy.loss import PolicyLoss
 from fastrl.ops.segments import segment_sum
 
 

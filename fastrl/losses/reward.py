@@ -12,7 +12,7 @@ from torch import Tensor
 from fastrl import checks, reference
 from fastrl.losses.layout import Layout
 from fastrl.losses.output import LossOutput
-from fastrl.losses.preference_rows import divisor, result_dtype, wide
+from fastrl.losses.scalars import divisor, result_dtype, wide
 from fastrl.losses.value import AGGREGATES
 from fastrl.ops.segments import segment_sum
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastrl import reference
-from fastrl.ops import dispatch
-from fastrl.ops.token_logprobs import once_differentiable
+from fastrl.backends import choice
+from fastrl.ops.rows import once_differentiable
 
 CONSTANTS = (
     "advantages",
@@ -68,7 +68,7 @@ def fused_policy_terms(
         `TokenTerms`. `contribution` carries the gradient with respect to `logprobs`, `entropy` and
         `columns.sequence_log_ratio`; from the kernel, once (`create_graph=True` is refused).
     """
-    if not dispatch.kernel_runs(backend, logprobs.device):
+    if not choice.kernel_runs(backend, logprobs.device):
         return reference.token_terms(spec, logprobs, entropy, columns)
     if columns.entropy_weights is None:
         entropy = None

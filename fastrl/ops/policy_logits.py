@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from fastrl import reference
-from fastrl.ops import buffers, dispatch
+from fastrl.backends import choice, memory
+from fastrl.ops.fused import graph_is_kept, parts, scaled
 from fastrl.ops.policy import (
     CONSTANTS,
     NUMBERS,
@@ -32,8 +33,7 @@ from fastrl.ops.policy import (
     numbers_of,
     term_outputs,
 )
-from fastrl.ops.scaling import graph_is_kept, parts, scaled
-from fastrl.ops.token_logprobs import Rows, backward_rows, forward_rows, once_differentiable, row_blocks
+from fastrl.ops.rows import Rows, backward_rows, forward_rows, once_differentiable, row_blocks
 
 # Surrogates whose derivative does not depend on the log-prob, and those in which it depends on the ratio alone.
 LINEAR = ("reinforce", "nll")
@@ -126,7 +126,7 @@ class _PolicyLogits(torch.autograd.Function):
             torch.autograd.graph.increment_version(logits)
             gradient = logits.detach()
         else:
-            gradient = buffers.empty(logits.shape, logits.dtype, logits.device)
+            gradient = memory.empty(logits.shape, logits.dtype, logits.device)
             logprobs, entropy, terms = loss_and_gradient(plan.spec, logits, plan.rows, plan.columns, gradient)
         ctx.save_for_backward(gradient)
         ctx.backend = plan.rows.backend
@@ -162,7 +162,7 @@ def loss_and_gradient(
         for x, labels, inverse in blocks
     ]
     logprobs, entropy = (_joined([each[i] for each in found]) for i in range(2))
-    terms, g, h = _terms_and_coefficients(spec, logprobs, entropy, columns, dispatch.beside(rows.backend))
+    terms, g, h = _terms_and_coefficients(spec, logprobs, entropy, columns, choice.beside(rows.backend))
     for ((x, labels, inverse), part), outputs in zip(parts(blocks), found, strict=True):
         backward_rows(
             rows.backend,
@@ -208,7 +208,7 @@ def _in_a_cluster(
     spec: Any, logits: Tensor, rows: Rows, columns: reference.TokenColumns, gradients: Tensor | None
 ) -> tuple[Tensor, Tensor, reference.TokenTerms]:
     """Return what `loss_and_gradient` returns, through the CUDA kernel that reads and writes the logits once."""
-    from fastrl import csrc_cuda
+    from fastrl.backends import cuda
 
     # Any finite log-prob gives the gradient: it does not depend on it.
     anything = torch.zeros_like(columns.advantages)
@@ -216,7 +216,7 @@ def _in_a_cluster(
     found = []
     for block, part in parts(row_blocks(logits.detach(), rows.labels, rows.inverse_rows)):
         x, labels, inverse = block
-        results, _ = csrc_cuda.token_logprobs_fwd_bwd(
+        results, _ = cuda.token_logprobs_fwd_bwd(
             x,
             labels,
             rows.inverse if inverse is None else inverse,

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from fastrl import checks
-from fastrl.ops import dispatch
-from fastrl.ops.linear_token_logprobs import Chunks, check_head, inverse_temperature, make_head
-from fastrl.ops.token_logprobs import head_scalars, row_blocks
+from fastrl.backends import choice
+from fastrl.ops.chunks import Chunks
+from fastrl.ops.head import check_head, inverse_temperature, make_head
+from fastrl.ops.rows import head_scalars, row_blocks
 
 # Rows of a tile of the PyTorch rows: one shape for every reduction, so that a row's bits do not depend on its batch.
 TILE_ROWS = 32
@@ -76,7 +77,7 @@ def row_statistics(
     labels = checks.labels("labels", labels, logits.shape[:-1], logits.device, logits.shape[-1], ignore_index)
     scale, cap = head_scalars(logit_scale, softcap)
     heat = checks.temperature(temperature, labels.shape, logits.device)
-    chosen = dispatch.choose_row_statistics(backend, logits.device).backend
+    chosen = choice.choose_row_statistics(backend, logits.device).backend
     wide = _wide(logits.dtype)
     inverse_rows = heat.to(wide).reciprocal() if isinstance(heat, Tensor) else None
     inverse = 1.0 if isinstance(heat, Tensor) else 1.0 / heat
@@ -122,10 +123,10 @@ def linear_row_statistics(
         chunk_tokens=chunk_tokens,
         tail_mass=0.0,
         tp_group=None,
-        backend=dispatch.choose_row_statistics(backend, hidden.device).backend,
+        backend=choice.choose_row_statistics(backend, hidden.device).backend,
     )
     inverse = inverse_temperature(temperature, labels, hidden)
-    with torch.no_grad(), dispatch.own_precision(hidden.device):
+    with torch.no_grad(), choice.own_precision(hidden.device):
         chunks = Chunks.of(hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1), inverse, head)
         results = _linear_rows(chunks)
     sources = [x for x in (hidden, weight, bias) if x is not None and x.requires_grad]
@@ -249,7 +250,7 @@ def _row_statistics(
     ignore_index: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with dispatch.own_precision(logits.device):
+    with choice.own_precision(logits.device):
         parts = [
             _forward_rows(
                 backend,

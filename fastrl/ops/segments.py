@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrl import reference
-from fastrl.ops import dispatch
+from fastrl.backends import choice
 
 
 def segment_sum(
@@ -35,14 +35,14 @@ def segment_sum(
     Returns:
         (S,) in the dtype of `x`, differentiable (any number of times): the gradient of an element is that of its sum.
     """
-    if not dispatch.kernel_runs(backend, x.device):
+    if not choice.kernel_runs(backend, x.device):
         return reference.segment_sum(x, lengths)
     return _segment_sum(x, F.pad(lengths.cumsum(0), (1, 0)))
 
 
 def sums_beside(backend: str) -> reference.SegmentSum:
     """Return `segment_sum` as it runs beside vocabulary rows of a chosen backend."""
-    return partial(segment_sum, backend=dispatch.beside(backend))
+    return partial(segment_sum, backend=choice.beside(backend))
 
 
 def reverse_scan(
@@ -66,7 +66,7 @@ def reverse_scan(
         backend: as for `segment_sum`.
     """
     b, c = b.detach(), c.detach()
-    if not dispatch.kernel_runs(backend, b.device):
+    if not choice.kernel_runs(backend, b.device):
         return reference.reverse_scan(b, c, reach)
     from fastrl_kernels import segments
 

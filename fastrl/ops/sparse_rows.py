@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fastrl import checks
-from fastrl.ops.token_logprobs import backward_rows
+from fastrl.ops.rows import backward_rows
 
 # Device type -> (largest tail_mass, places of a row, entries down to which the smallest are dropped) in rising order;
 # the last band takes every larger one. An entry costs a row of D numbers read for dX, and two read and one written for
@@ -160,13 +160,13 @@ class _Kernels(NamedTuple):
 
 def _kernels(backend: str) -> _Kernels:
     if backend == "cpu":
-        from fastrl import csrc_loader
+        from fastrl.backends import cpu
 
-        return _Kernels(csrc_loader.sparse_rows, csrc_loader.sparse_times_matrix, csrc_loader.sparse_accumulate)
+        return _Kernels(cpu.sparse_rows, cpu.sparse_times_matrix, cpu.sparse_accumulate)
     if backend in ("triton", "cuda"):  # there are no lists in CUDA: those of Triton come with PyTorch for the device
         from fastrl_kernels import sparse_rows as module
     else:
-        from fastrl.ops import sparse_rows_torch as module
+        from fastrl.backends import torch_rows as module
     return _Kernels(module.list_entries, module.times_matrix, module.accumulate)
 
 

@@ -5,23 +5,14 @@ Legend: N tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastrl import checks
-from fastrl.ops import buffers, dispatch
-
-
-class TokenLogprobs(NamedTuple):
-    """Results of the vocabulary operation, each of the shape of the labels, 0 where ignored, all differentiable."""
-
-    logprobs: Tensor
-    entropy: Tensor
-    logsumexp: Tensor
+from fastrl.backends import choice, memory
+from fastrl.ops.rows import TokenLogprobs, backward_rows, checked_rows, forward_rows, once_differentiable, row_blocks
 
 
 def token_logprobs(
@@ -81,7 +72,7 @@ def token_logprobs(
         backend=backend,
     )
     if allowed is not None or logits_rounding is not None:
-        from fastrl.ops.sampling_rows import restricted_token_logprobs
+        from fastrl.ops.sampling import restricted_token_logprobs
 
         heat = checks.temperature(temperature, rows.labels.shape, logits.device)
         how = (rows.logit_scale, rows.softcap, rows.ignore_index, rows.backend)
@@ -99,85 +90,6 @@ def token_logprobs(
     return TokenLogprobs(*outputs[:3])
 
 
-@dataclass(frozen=True)
-class Rows:
-    """How rows of logits become log-probs: everything of the vocabulary operation but the logits, validated."""
-
-    labels: Tensor  # (...)
-    inverse: float
-    """1/T, where `inverse_rows` is None."""
-    inverse_rows: Tensor | None  # (...)
-    logit_scale: float
-    softcap: float
-    """0.0 for none."""
-    ignore_index: int
-    backend: str
-
-    def scalars(self) -> dict[str, Any]:
-        """Return the keyword arguments of the row kernels."""
-        return {"logit_scale": self.logit_scale, "softcap": self.softcap, "ignore_index": self.ignore_index}
-
-
-def checked_rows(
-    logits: Tensor,  # (..., V)
-    labels: Tensor,  # (...)
-    *,
-    temperature: float | Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    backend: str,
-) -> Rows:
-    """Return the arguments of `token_logprobs` as `Rows`, or raise what it raises."""
-    checks.vocabulary_tensor("logits", logits)
-    if logits.dim() < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"logits must be (..., V) with V >= 1, got {tuple(logits.shape)}")
-    labels = checks.labels("labels", labels, logits.shape[:-1], logits.device, logits.shape[-1], ignore_index)
-    scale, cap = head_scalars(logit_scale, softcap)
-    heat = checks.temperature(temperature, labels.shape, logits.device)
-    chosen = dispatch.choose(backend, logits.device).backend
-    inverse, inverse_rows = _inverse(heat, logits.dtype)
-    return Rows(labels, inverse, inverse_rows, scale, cap, ignore_index, chosen)
-
-
-def head_scalars(logit_scale: Any, softcap: Any) -> tuple[float, float]:
-    """Return (logit_scale, softcap) as floats, 0.0 standing for no softcap, or raise."""
-    scale = checks.plain_float("logit_scale", logit_scale)
-    if scale == 0.0:
-        raise ValueError("logit_scale must not be 0")
-    return scale, 0.0 if softcap is None else checks.plain_float("softcap", softcap, low=0.0, open_low=True)
-
-
-def _inverse(temperature: float | Tensor, dtype: torch.dtype) -> tuple[float, Tensor | None]:
-    """Return 1/T as a float, or as a tensor beside the float 1, of float64 where the logits or T are."""
-    if not isinstance(temperature, Tensor):
-        return 1.0 / temperature, None
-    wide = torch.float64 if torch.float64 in (dtype, temperature.dtype) else torch.float32
-    return 1.0, temperature.to(wide).reciprocal()
-
-
-def row_blocks(
-    logits: Tensor,  # (..., V)
-    *others: Tensor | None,  # (...)
-) -> Iterator[tuple[Any, ...]]:
-    """Yield views (N, V) of the logits with the matching (N,) rows of the others, without copying the logits.
-
-    One block where the leading dimensions can be viewed as one; else one block per index of the first dimension, as for
-    `logits[:, :-1]`.
-    """
-    vocabulary = logits.shape[-1]
-    flat = tuple(None if x is None else x.reshape(-1) for x in others)
-    try:
-        yield (logits.view(-1, vocabulary), *flat)
-        return
-    except RuntimeError:
-        pass
-    per_index = logits[0].numel() // vocabulary
-    for i in range(logits.shape[0]):
-        part = tuple(None if x is None else x[i * per_index : (i + 1) * per_index] for x in flat)
-        yield from row_blocks(logits[i], *part)
-
-
 @torch.library.custom_op("fastrl::token_logprobs", mutates_args=())
 def _token_logprobs(
     logits: Tensor,
@@ -189,7 +101,7 @@ def _token_logprobs(
     ignore_index: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with dispatch.own_precision(logits.device):
+    with choice.own_precision(logits.device):
         parts = [
             forward_rows(
                 backend,
@@ -207,35 +119,6 @@ def _token_logprobs(
     return logprobs, entropy, logsumexp, outputs[3]
 
 
-def forward_rows(
-    backend: str, logits: Tensor, labels: Tensor, inverse: float | Tensor, **scalars: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (logprobs, entropy, logsumexp, residual) of rows, (N,) each; residual (0,) if the backend has none."""
-    kernels = dispatch.row_kernels(backend)
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    if not dispatch.keeps_residual(backend):
-        outputs = kernels.token_logprobs_fwd(logits, labels, inverse, **scalars)
-        return (*outputs, torch.empty(0, dtype=dtype, device=logits.device))
-    residual = torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
-    return (*kernels.token_logprobs_fwd(logits, labels, inverse, residual=residual, **scalars), residual)
-
-
-def backward_rows(
-    backend: str,
-    logits: Tensor,
-    labels: Tensor,
-    inverse: float | Tensor,
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
-    **scalars: Any,
-) -> Tensor:
-    """Return the gradient of rows from what `forward_rows` returned; `out=` among the scalars takes it."""
-    kernels = dispatch.row_kernels(backend)
-    if dispatch.keeps_residual(backend):
-        scalars["residual"] = outputs[3]
-    return kernels.token_logprobs_bwd(logits, labels, inverse, *outputs[:3], *grads, **scalars)
-
-
 @_token_logprobs.register_fake
 def _(
     logits: Tensor,
@@ -249,7 +132,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     outputs = tuple(torch.empty(labels.shape, dtype=dtype, device=logits.device) for _ in range(3))
-    residual = torch.empty(labels.numel() if dispatch.keeps_residual(backend) else 0, dtype=dtype, device=logits.device)
+    residual = torch.empty(labels.numel() if choice.keeps_residual(backend) else 0, dtype=dtype, device=logits.device)
     return outputs[0], outputs[1], outputs[2], residual
 
 
@@ -271,13 +154,13 @@ def _token_logprobs_backward(
     ignore_index: int,
     backend: str,
 ) -> Tensor:
-    gradient = buffers.empty(logits.shape, logits.dtype, logits.device)
-    kept = residual if dispatch.keeps_residual(backend) else None
+    gradient = memory.empty(logits.shape, logits.dtype, logits.device)
+    kept = residual if choice.keeps_residual(backend) else None
     given = (labels, inverse_rows, logprobs, entropy, logsumexp, kept, grad_logprobs, grad_entropy, grad_logsumexp)
     # The output is viewed like the input: both split along the first dimension, or neither does.
     written = 0
     out_rows = gradient.view(-1, logits.shape[-1])
-    with dispatch.own_precision(logits.device):
+    with choice.own_precision(logits.device):
         for rows, row_labels, row_inverse, *rest in row_blocks(logits, *given):
             backward_rows(
                 backend,
@@ -314,15 +197,6 @@ def _(
     backend: str,
 ) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-
-
-def once_differentiable() -> None:
-    """Raise inside a backward pass that is itself recorded."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            "fastrl operations are differentiable once: create_graph=True is not supported; "
-            "use fastrl.reference for second derivatives"
-        )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -36,18 +36,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastrl import checks
-from fastrl.ops import dispatch
-from fastrl.ops.linear_token_logprobs import (
-    Chunks,
-    Gradients,
-    Head,
-    _times_weight,
-    _wide,
-    as_added,
-    inverse_temperature,
-    make_head,
-)
-from fastrl.ops.token_logprobs import TokenLogprobs, backward_rows, forward_rows, once_differentiable
+from fastrl.backends import choice
+from fastrl.ops.chunks import Chunks
+from fastrl.ops.gradients import Gradients, _times_weight
+from fastrl.ops.head import Head, _wide, as_added, inverse_temperature, make_head
+from fastrl.ops.rows import TokenLogprobs, backward_rows, forward_rows, once_differentiable
 
 # Label of the rows that the row kernels are to leave out; labels within a part are never negative.
 LEFT_OUT = -1
@@ -523,7 +516,7 @@ def _scan(chunks: Chunks, target: Tensor, inverse: Tensor, plan: _Plan) -> tuple
     label = torch.full((n,), LEFT_OUT, device=device)
     slope = torch.zeros(n, dtype=torch.float64, device=device)
     first, second, third = (torch.zeros(n, dtype=dtype, device=device) for _ in range(3))
-    residual = torch.zeros(n if dispatch.keeps_residual(plan.head.backend) else 0, dtype=dtype, device=device)
+    residual = torch.zeros(n if choice.keeps_residual(plan.head.backend) else 0, dtype=dtype, device=device)
     kept = PartRows(label, slope, first, second, third, residual)
     units = torch.zeros((n if plan.unit else 0, chunks.hidden.shape[1]), dtype=dtype, device=device)
     if chunks.weight.shape[0] == 0:

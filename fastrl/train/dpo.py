@@ -27,8 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl.losses.preference import PreferenceLoss
-from fastrl.train.comparisons import (
+from fastrl.losses.preference.loss import PreferenceLoss
+from fastrl.train.config.dpo import DPOConfig
+from fastrl.train.data.encoding import Encoder
+from fastrl.train.model import Head, add_lora, head_of, load_model, stop_token_ids
+from fastrl.train.preferences.comparisons import (
     Comparison,
     backward_rollout,
     by_length,
@@ -36,19 +39,19 @@ from fastrl.train.comparisons import (
     records_of,
     rollout_of,
 )
-from fastrl.train.dpo_config import DPOConfig, preference_loss
-from fastrl.train.epochs import held_out_problems, log_measurements, train_on_examples
-from fastrl.train.examples import Encoder
-from fastrl.train.measure import Measure, Measurement
-from fastrl.train.model import Head, add_lora, head_of, load_model, stop_token_ids
-from fastrl.train.preferences import Preferences, preferences, select, with_reference
-from fastrl.train.rollout import token_logprobs_of, verify_logprobs
-from fastrl.train.run import MetricSums, Run, RunResult
-from fastrl.train.tasks import load_task
+from fastrl.train.preferences.dataset import Preferences, preferences, select, with_reference
+from fastrl.train.rewards.tasks import load_task
+from fastrl.train.rollouts.generate import token_logprobs_of, verify_logprobs
+from fastrl.train.run.measure import Measure, Measurement
+from fastrl.train.run.run import MetricSums, Run, RunResult
+from fastrl.train.update.epochs import held_out_problems, log_measurements, train_on_examples
 
 logger = logging.getLogger(__name__)
 
+
 REWARD_ACCURACY = Measure("reward accuracy", share=True)
+
+
 REWARD_MARGIN = Measure("reward margin")
 
 
@@ -235,3 +238,29 @@ def _margin_of_labels(rewards: Tensor, labels: Tensor, step: int) -> list[Measur
     margin = float(sides[0].mean() - sides[1].mean())
     error = float(sum(side.var(correction=0) / len(side) for side in sides)) ** 0.5
     return [Measurement(step, margin, error, len(rewards), REWARD_MARGIN)]
+
+
+def preference_loss(name: str, beta: float | None, options: Mapping[str, Any], *, whole_step: bool) -> PreferenceLoss:
+    """Return the preset `name` with the options.
+
+    Args:
+        name: one of `PreferenceLoss.presets()`.
+        beta: None keeps the preset's.
+        options: further fields, and `style`.
+        whole_step: all examples of an optimiser step are in one forward pass.
+
+    Raises:
+        ValueError: an unknown preset or field, `beta` given twice, or a loss whose examples depend on each other where
+            they are in several passes.
+    """
+    fields = dict(options)
+    if beta is not None:
+        if "beta" in fields:
+            raise ValueError(f"beta is given twice: {beta!r} and {fields['beta']!r} in loss_options")
+        fields["beta"] = beta
+    loss = PreferenceLoss.preset(name, **fields)
+    if (loss.couples_pairs or loss.shift == "paired_mean") and not whole_step:
+        raise ValueError(
+            f"the loss {name!r} compares the examples of a step with each other; expected micro_batch_size=None"
+        )
+    return loss

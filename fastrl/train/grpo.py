@@ -25,32 +25,31 @@ from typing import Any
 
 import torch
 
-from fastrl.losses.advantage import group_advantages, reward_metrics
-from fastrl.losses.policy import PolicyLoss
-from fastrl.train.batches import (
+from fastrl.losses.advantages.group import group_advantages, reward_metrics
+from fastrl.losses.policy.loss import PolicyLoss
+from fastrl.train.config.grpo import GRPOConfig
+from fastrl.train.data.packing import use_flash_attention
+from fastrl.train.model import add_lora, head_of, load_model
+from fastrl.train.rewards.model import load_reward_model
+from fastrl.train.rewards.reward_set import build_rewards, check_rewards
+from fastrl.train.rewards.tasks import load_task
+from fastrl.train.rollouts.dynamic_sampling import sample_batch
+from fastrl.train.rollouts.evaluate import CORRECT
+from fastrl.train.rollouts.prompts import Prompts
+from fastrl.train.rollouts.sampler import Sampler, batch_metrics
+from fastrl.train.rollouts.step_rewards import process_advantages
+from fastrl.train.run.run import MetricSums, Run, RunResult
+from fastrl.train.update.batches import (
     Batch,
-    Sampler,
     backward,
-    batch_metrics,
     logprobs_in_micro_batches,
     minibatches,
     named_loss,
     verify_rollout,
     zero_advantages,
 )
-from fastrl.train.config import GRPOConfig
-from fastrl.train.covariance import CovarianceSelection
-from fastrl.train.dynamic_sampling import sample_batch
-from fastrl.train.evaluate import CORRECT
-from fastrl.train.model import add_lora, head_of, load_model
-from fastrl.train.packing import use_flash_attention
-from fastrl.train.process import process_advantages
-from fastrl.train.prompts import Prompts
-from fastrl.train.reference_policy import ReferencePolicy
-from fastrl.train.rewards import build_rewards, check_rewards
-from fastrl.train.run import MetricSums, Run, RunResult
-from fastrl.train.scoring import load_reward_model
-from fastrl.train.tasks import load_task
+from fastrl.train.update.clip_cov import CovarianceSelection
+from fastrl.train.update.reference import ReferencePolicy
 
 
 def run_grpo(config: GRPOConfig) -> RunResult:

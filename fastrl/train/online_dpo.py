@@ -22,20 +22,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl.losses.preference import PreferenceLoss
-from fastrl.train.batches import Sampler, batch_metrics, forward_of, logprobs_in_micro_batches, verify_rollout
-from fastrl.train.comparisons import backward_rollout
-from fastrl.train.dpo_config import OnlineDPOConfig, preference_loss
-from fastrl.train.evaluate import CORRECT
+from fastrl.losses.preference.loss import PreferenceLoss
+from fastrl.train.config.dpo import OnlineDPOConfig
+from fastrl.train.data.packing import use_flash_attention
+from fastrl.train.dpo import preference_loss
 from fastrl.train.model import Head, add_lora, head_of, load_model
-from fastrl.train.packing import use_flash_attention
 from fastrl.train.pairs import best_and_worst
-from fastrl.train.reference_policy import ReferencePolicy
-from fastrl.train.rewards import build_rewards, check_rewards
-from fastrl.train.rollout import Rollout
-from fastrl.train.run import MetricSums, Run, RunResult
-from fastrl.train.scoring import load_reward_model
-from fastrl.train.tasks import load_task
+from fastrl.train.preferences.comparisons import backward_rollout
+from fastrl.train.rewards.model import load_reward_model
+from fastrl.train.rewards.reward_set import build_rewards, check_rewards
+from fastrl.train.rewards.tasks import load_task
+from fastrl.train.rollouts.evaluate import CORRECT
+from fastrl.train.rollouts.generate import Rollout
+from fastrl.train.rollouts.sampler import Sampler, batch_metrics
+from fastrl.train.run.run import MetricSums, Run, RunResult
+from fastrl.train.update.batches import forward_of, logprobs_in_micro_batches, verify_rollout
+from fastrl.train.update.reference import ReferencePolicy
 
 
 def run_online_dpo(config: OnlineDPOConfig) -> RunResult:

@@ -9,7 +9,7 @@
                                        step on the batch once the policy has moved by more than target_kl
 
 `update` replaces the last part: "gradient" takes one step of the plain policy gradient, "trust_region" one along the
-same gradient, as long as a bound on the KL allows (`fastrl.train.trust_region`), and then fits the critic.
+same gradient, as long as a bound on the KL allows (`fastrl.train.update.trust_region`), and then fits the critic.
 
 Truncated completions have no stop token. As they are, the reward of the cut text is paid and the episode ends there;
 `truncated_reward` pays another one; `bootstrap_truncated` pays the critic's value of the state after the cut, as for an
@@ -29,17 +29,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.losses.advantage import reward_metrics
+from fastrl.losses.advantages.group import reward_metrics
+from fastrl.losses.advantages.returns import gae
 from fastrl.losses.kl import AdaptiveKLController, kl_estimate, kl_penalty_rewards
-from fastrl.losses.policy import PolicyLoss
-from fastrl.losses.returns import gae
+from fastrl.losses.policy.loss import PolicyLoss
 from fastrl.losses.value import explained_variance, value_loss
-from fastrl.train.batches import (
+from fastrl.train.config.ppo import PPOConfig
+from fastrl.train.data.packing import use_flash_attention
+from fastrl.train.model import Head, add_lora, head_of, load_model
+from fastrl.train.rewards.model import load_reward_model
+from fastrl.train.rewards.reward_set import build_rewards, check_rewards
+from fastrl.train.rewards.tasks import load_task
+from fastrl.train.rollouts.evaluate import CORRECT
+from fastrl.train.rollouts.generate import Rollout, hidden_logprobs
+from fastrl.train.rollouts.sampler import Sampler, batch_metrics
+from fastrl.train.run.run import MetricSums, Run, RunResult
+from fastrl.train.update.batches import (
     Batch,
     Counts,
     Rows,
-    Sampler,
-    batch_metrics,
     forward_of,
     logprobs_in_micro_batches,
     micro_batches,
@@ -50,18 +58,9 @@ from fastrl.train.batches import (
     sampled_kl,
     verify_rollout,
 )
-from fastrl.train.critic import Critic
-from fastrl.train.evaluate import CORRECT
-from fastrl.train.model import Head, add_lora, head_of, load_model
-from fastrl.train.packing import use_flash_attention
-from fastrl.train.ppo_config import PPOConfig
-from fastrl.train.reference_policy import ReferencePolicy
-from fastrl.train.rewards import build_rewards, check_rewards
-from fastrl.train.rollout import Rollout, hidden_logprobs
-from fastrl.train.run import MetricSums, Run, RunResult
-from fastrl.train.scoring import load_reward_model
-from fastrl.train.tasks import load_task
-from fastrl.train.trust_region import StepLength, trust_region_step
+from fastrl.train.update.critic import Critic
+from fastrl.train.update.reference import ReferencePolicy
+from fastrl.train.update.trust_region import StepLength, trust_region_step
 
 
 class Learner(NamedTuple):

@@ -23,46 +23,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastrl.losses.reward import reward_model_loss
-from fastrl.train.comparisons import ComparisonDataConfig, records_of
-from fastrl.train.config import check_positive
-from fastrl.train.epochs import log_measurements, train_on_examples
-from fastrl.train.examples import Encoder, PreferenceExample, preference_examples
-from fastrl.train.measure import Measure, Measurement
+from fastrl.train.config.reward_model import RewardModelConfig
+from fastrl.train.data.encoding import Encoder, PreferenceExample, preference_examples
 from fastrl.train.model import DTYPES, SMOLLM2, smollm2_path
-from fastrl.train.run import MetricSums, Run, RunResult
-from fastrl.train.scoring import sequence_scores
+from fastrl.train.preferences.comparisons import records_of
+from fastrl.train.rewards.model import sequence_scores
+from fastrl.train.run.measure import Measure, Measurement
+from fastrl.train.run.run import MetricSums, Run, RunResult
+from fastrl.train.update.epochs import log_measurements, train_on_examples
 
 PAIR_ACCURACY = Measure("pair accuracy", share=True)
+
+
 SCORE_MARGIN = Measure("score margin")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardModelConfig(ComparisonDataConfig):
-    """Settings of `run_reward_model`."""
-
-    centering_coef: float = 0.0
-    """Weight of the square of the two scores' sum, which keeps scores around zero."""
-    head_learning_rate_factor: float = 1.0
-    """The head's learning rate over that of the backbone."""
-    learning_rate: float = 1e-5
-    """Peak learning rate of AdamW."""
-
-    run_dir: str = "runs/reward-model"
-    """Folder of the run: metrics, evaluations, checkpoints and the final model."""
-
-    def __post_init__(self) -> None:
-        """Raise `ValueError` for values that cannot be."""
-        super().__post_init__()
-        check_positive("head_learning_rate_factor", self.head_learning_rate_factor)
-        if not self.centering_coef >= 0.0:
-            raise ValueError(f"centering_coef must be at least 0, got {self.centering_coef}")
 
 
 def run_reward_model(config: RewardModelConfig) -> RunResult:

@@ -13,18 +13,12 @@ import torch
 from torch import Tensor
 
 from fastrl.checks import MASKED_LABEL
-from fastrl.integrations._proof import FirstUse, prove, sampled_tokens
+from fastrl.integrations.common.proof import FirstUse, prove, sampled_tokens
 from fastrl.integrations.trl import _seams
 from fastrl.integrations.trl._prediction import Prediction, attach, pending
-from fastrl.ops.linear_token_logprobs import (
-    Chunks,
-    Gradients,
-    Head,
-    check_head,
-    chunk_logits,
-    inverse_temperature,
-    make_head,
-)
+from fastrl.ops.chunks import Chunks, chunk_logits
+from fastrl.ops.gradients import Gradients
+from fastrl.ops.head import Head, check_head, inverse_temperature, make_head
 from fastrl.ops.row_statistics import row_statistics
 
 ALL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")

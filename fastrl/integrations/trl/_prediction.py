@@ -20,9 +20,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastrl.integrations._proof import AdapterMismatchError
-from fastrl.losses.policy import PolicyLoss
-from fastrl.ops.linear_token_logprobs import Coefficients, check_head, fused_gradient, inverse_temperature
+from fastrl.integrations.common.proof import AdapterMismatchError
+from fastrl.losses.policy.loss import PolicyLoss
+from fastrl.ops.fused import Coefficients, fused_gradient
+from fastrl.ops.head import check_head, inverse_temperature
 
 # Roundings, of the largest coefficient of the batch, that two ways to compute the coefficients may differ by. The terms
 # that one sums can be far larger than it is: those of discopop, divided by its temperature, took 190.

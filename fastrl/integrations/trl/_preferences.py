@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastrl.integrations.trl._prediction import Fused, fused_pass, gradient_path
-from fastrl.losses.preference import PreferenceLoss
+from fastrl.losses.preference.loss import PreferenceLoss
 
 
 def _check_count(targets: Tensor, lengths: Tensor) -> None:

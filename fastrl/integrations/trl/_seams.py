@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
-from fastrl.integrations._host import Host
+from fastrl.integrations.common.host import Host
 
 TESTED = "1.16.0"
 """The TRL that the adapter was tested with; another one is judged by its signatures and by the proof on first use."""

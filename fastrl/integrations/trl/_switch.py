@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from fastrl.integrations._host import Switch
+from fastrl.integrations.common.host import Switch
 from fastrl.integrations.trl import _seams
 from fastrl.integrations.trl._logprobs import FusedLogProbFunction
 

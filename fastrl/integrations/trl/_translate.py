@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastrl.losses.policy import PolicyLoss, RolloutCorrection
-from fastrl.losses.preference import PreferenceLoss
+from fastrl.losses.policy.correction import RolloutCorrection
+from fastrl.losses.policy.loss import PolicyLoss
+from fastrl.losses.preference.loss import PreferenceLoss
 
 if TYPE_CHECKING:
     from trl import DPOConfig, GRPOConfig, KTOConfig, RLOOConfig, SFTConfig

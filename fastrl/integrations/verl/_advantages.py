@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from fastrl.integrations.verl._losses import _option
-from fastrl.losses.advantage import group_advantages
-from fastrl.losses.estimators import (
+from fastrl.losses.advantages.estimators import (
     gpg_advantages,
     maxrl_advantages,
     opo_advantages,
@@ -24,6 +23,7 @@ from fastrl.losses.estimators import (
     reinforce_plus_plus_baseline_advantages,
     remax_advantages,
 )
+from fastrl.losses.advantages.group import group_advantages
 
 Estimator = Callable[..., tuple[Tensor, Tensor]]
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl.integrations._host import Switch
-from fastrl.integrations._proof import TOKENS, FirstUse, prove, sampled_tokens
+from fastrl.integrations.common.host import Switch
+from fastrl.integrations.common.proof import TOKENS, FirstUse, prove, sampled_tokens
 from fastrl.integrations.verl._registry import HOST
 from fastrl.ops.linear_token_logprobs import linear_token_logprobs
 from fastrl.ops.row_statistics import linear_row_statistics

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl.integrations._proof import FirstUse, on_cpu, prove_loss, sampled_sequences
+from fastrl.integrations.common.proof import FirstUse, on_cpu, prove_loss, sampled_sequences
+from fastrl.losses.masks import covariance_keep_mask
 from fastrl.losses.output import LossOutput
-from fastrl.losses.policy import PolicyLoss
-from fastrl.losses.selection import covariance_keep_mask
+from fastrl.losses.policy.loss import PolicyLoss
 
 AGGREGATES: Mapping[str, str] = {
     "token-mean": "token_mean",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fastrl.integrations._host import Host
+from fastrl.integrations.common.host import Host
 from fastrl.integrations.verl._advantages import ESTIMATORS
 from fastrl.integrations.verl._losses import LOSSES, policy_loss, proofs
-from fastrl.losses.policy import PolicyLoss
+from fastrl.losses.policy.loss import PolicyLoss
 
 HOST = Host("verl", "verl", "0.9.1", "fastrl.integrations.verl")
 

@@ -1,0 +1,6 @@
+"""Data from files.
+
+records.py    JSON lines
+encoding.py   prompts and examples as token ids
+packing.py    examples without padding
+"""

@@ -1,0 +1,262 @@
+"""Reward functions in a process of their own, which is killed when a call takes too long.
+
+A signal in the training process is no way to stop a reward: signals reach the main thread only, a long call into C
+never returns to the interpreter to notice one, and some reward libraries arm the process's single alarm themselves.
+So the functions live in a child that is started once. It imports what they need and then forks the process that does
+the scoring; when a call hangs or crashes, that process is killed and a fork replaces it within milliseconds.
+
+    this process --- socket pair ---> supervisor (imports, forks, waits) ---> scorer (answers over the same socket)
+
+POSIX only. The supervisor ends the scorer and itself when the process that started it is gone, however it went.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import pickle
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+# Importing torch and a reward library takes a second or two on a quiet machine.
+STARTUP_TIMEOUT_S = 120.0
+# How often the supervisor looks whether the scorer, and the process it serves, are still there.
+SUPERVISE_S = 0.02
+MAX_REASON = 300
+
+VALUE, FAILED, INTERRUPTED, READY, BROKEN = b"V", b"F", b"I", b"R", b"B"
+
+
+class Score(NamedTuple):
+    """What one call of a reward function gave."""
+
+    value: float
+    """The reward; NaN where the call failed."""
+    failure: str | None
+    """Why the call failed, None where it did not."""
+
+
+Scorer = Callable[[Any, str], Any]
+
+
+def call_reward(function: Scorer, item: Any, completion: str) -> Score:
+    """Return the score that `function` gives; anything it raises, except `KeyboardInterrupt`, is a failed score."""
+    try:
+        return _as_score(function(item, completion))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a library's time-out, or SystemExit, must not end the worker
+        return Score(math.nan, f"raised {type(error).__name__}: {error}"[:MAX_REASON])
+
+
+def _as_score(value: Any) -> Score:
+    if value is None:
+        return Score(math.nan, "returned None")
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
+        return Score(math.nan, f"returned {type(value).__name__}, expected a number")
+    number = float(value)
+    if not math.isfinite(number):
+        return Score(math.nan, f"returned {number}, expected a finite number")
+    return Score(number, None)
+
+
+class RewardWorker:
+    """The calling side: evaluates reward functions in the worker, each call within `timeout_s` seconds."""
+
+    def __init__(self, functions: Sequence[Scorer], timeout_s: float) -> None:
+        """Start the worker; it imports in the background, and the first call waits for it.
+
+        Raises:
+            TypeError: a function cannot be sent to another process.
+            RuntimeError: this platform has no `fork`.
+        """
+        if not hasattr(os, "fork"):
+            raise RuntimeError(
+                "rewards with a time limit need a POSIX system; pass timeout_s=None to call them directly"
+            )
+        self.timeout_s = timeout_s
+        self._payload = pickle.dumps([_portable(function) for function in functions])
+        self._lock = threading.Lock()
+        self._start()
+
+    def evaluate(self, items: Sequence[Any], completions: Sequence[str], functions: int) -> list[Score]:
+        """Return the score of every (function, completion), functions outermost; `items[i]` goes with each."""
+        with self._lock:
+            if self._process.poll() is not None:
+                self._close()
+                self._start()
+            try:
+                return self._evaluate(items, completions, functions * len(completions))
+            except BaseException:
+                # The worker may be anywhere in the batch: the next call starts a new one.
+                self._close()
+                raise
+
+    def close(self) -> None:
+        """End the worker."""
+        with self._lock:
+            self._close()
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        code = (
+            f"import sys; sys.path[:] = {sys.path!r}\n"
+            f"from fastrl.train.rewards.worker import supervise; supervise({theirs.fileno()}, {os.getpid()})"
+        )
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # what a reward prints must not end up in the caller's output
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C is for the caller, who ends the worker
+                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},  # no threads: it forks
+            )
+        self._connection = Connection(ours.detach())
+        self._scorer: int | None = None
+        self._finalizer = weakref.finalize(self, _end, self._process, self._connection, os.getpid())
+        self._connection.send_bytes(self._payload)
+
+    def _close(self) -> None:
+        _kill_group(self._scorer)
+        self._finalizer()
+
+    def _evaluate(self, items: Sequence[Any], completions: Sequence[str], calls: int) -> list[Score]:
+        if self._scorer is None:
+            self._await_scorer(STARTUP_TIMEOUT_S)
+        scores: list[Score] = []
+        while len(scores) < calls:
+            self._connection.send_bytes(pickle.dumps((len(scores), items, completions)))
+            failure = self._collect(scores, calls)
+            if failure is not None:
+                scores.append(Score(math.nan, failure))
+        return scores
+
+    def _collect(self, scores: list[Score], calls: int) -> str | None:
+        """Append the scores that arrive; return why the scorer is a new one now, or None when all are in."""
+        while len(scores) < calls:
+            if not self._connection.poll(self.timeout_s):
+                _kill_group(self._scorer)
+                self._await_scorer(STARTUP_TIMEOUT_S)
+                return f"took more than {self.timeout_s:g} s"
+            kind, body = self._receive()
+            if kind == READY:
+                self._scorer = int(body)
+                return "ended the process that it ran in"
+            if kind == INTERRUPTED:
+                raise KeyboardInterrupt
+            scores.append(
+                Score(struct.unpack("<d", body)[0], None) if kind == VALUE else Score(math.nan, body.decode())
+            )
+        return None
+
+    def _await_scorer(self, timeout_s: float) -> None:
+        """Wait for the next scorer; what the one before still sent is dropped."""
+        self._scorer = None
+        deadline = time.monotonic() + timeout_s
+        while self._connection.poll(max(0.0, deadline - time.monotonic())):
+            kind, body = self._receive()
+            if kind == READY:
+                self._scorer = int(body)
+                return
+            if kind == BROKEN:
+                raise RuntimeError(f"the reward worker could not load the reward functions: {body.decode()}")
+        raise RuntimeError(f"the reward worker did not start within {timeout_s:g} s")
+
+    def _receive(self) -> tuple[bytes, bytes]:
+        try:
+            message = self._connection.recv_bytes()
+        except (EOFError, ConnectionResetError) as error:
+            raise RuntimeError(f"the reward worker ended by itself (exit status {self._process.wait()})") from error
+        return message[:1], message[1:]
+
+
+def _portable(function: Scorer) -> Scorer:
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    hint = (
+        "expected one that another process can import: define it at the top level of a module, "
+        "or pass timeout_s=None to call it in this process without a time limit"
+    )
+    if getattr(function, "__module__", None) == "__main__":
+        raise TypeError(f"reward function {name} is defined in __main__; {hint}")
+    try:
+        pickle.dumps(function)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise TypeError(f"reward function {name} cannot be sent to the reward worker ({error}); {hint}") from error
+    return function
+
+
+def _kill_group(leader: int | None) -> None:
+    """Kill a process and what it started, if it is there."""
+    if leader is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(leader, signal.SIGKILL)
+
+
+def _end(process: subprocess.Popen[bytes], connection: Connection, owner: int) -> None:
+    if os.getpid() != owner:  # a fork of the caller: the worker is not its own to end
+        return
+    connection.close()  # the scorer reads the end of the stream and goes; a hanging one goes with its supervisor
+    _kill_group(process.pid)
+    process.wait()
+
+
+def supervise(descriptor: int, caller: int) -> None:
+    """Load the functions, then keep one scorer alive until the caller closes the connection or is gone."""
+    connection = Connection(descriptor)
+    try:
+        functions = pickle.loads(connection.recv_bytes())
+    except Exception as error:
+        connection.send_bytes(BROKEN + _encoded(f"{type(error).__name__}: {error}"[:MAX_REASON]))
+        return
+    while True:
+        scorer = os.fork()
+        if scorer == 0:
+            os.setpgid(0, 0)  # a kill takes along what a reward function started
+            _answer(connection, functions, os.getppid())
+            os._exit(0)
+        while os.waitpid(scorer, os.WNOHANG)[0] == 0:
+            if os.getppid() != caller:
+                _kill_group(scorer)
+                return
+            time.sleep(SUPERVISE_S)
+
+
+def _answer(connection: Connection, functions: Sequence[Scorer], supervisor: int) -> None:
+    """Serve requests until the connection closes; then take the supervisor along."""
+    try:
+        connection.send_bytes(READY + str(os.getpid()).encode())
+        while True:
+            first, items, completions = pickle.loads(connection.recv_bytes())
+            for message in _messages(functions, first, items, completions):
+                connection.send_bytes(message)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        if os.getppid() == supervisor:
+            os.kill(supervisor, signal.SIGKILL)
+
+
+def _messages(
+    functions: Sequence[Scorer], first: int, items: Sequence[Any], completions: Sequence[str]
+) -> Iterator[bytes]:
+    for call in range(first, len(functions) * len(completions)):
+        which, row = divmod(call, len(completions))
+        try:
+            score = call_reward(functions[which], items[row], completions[row])
+        except KeyboardInterrupt:
+            yield INTERRUPTED
+            return
+        yield VALUE + struct.pack("<d", score.value) if score.failure is None else FAILED + _encoded(score.failure)
+
+
+def _encoded(reason: str) -> bytes:
+    return reason.encode(errors="replace")

@@ -1,0 +1,399 @@
+"""What every loop shares: the folder of a run, its device, optimiser, checkpoints, evaluations, metrics and clock.
+
+    run = Run(config)                          # folder, accelerator, seeds
+    model, tokenizer = load_model(..., device=run.device)
+    run.optimize(named_parameters)             # AdamW; restores the newest checkpoint where the run is resumed
+    with run:                                  # progress bar, trackers, autocast
+        for step in run.steps():
+            ...
+            run.backward(loss)
+            run.clip_and_step()
+            ...
+            run.finish_step(step, metrics)     # metrics.jsonl, and a checkpoint where one is due
+
+A loop keeps its own state of further kinds (a KL coefficient, averaged weights) with `run.register`, before
+`run.optimize`. Everything that is random comes from `run.generator` or the seeded global generators, so a resumed run
+continues to the bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import random
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fastrl
+from fastrl.doctor import processor
+from fastrl.train.config.run import RunConfig
+from fastrl.train.run.checkpoint import (
+    Checkpoint,
+    disk_errors,
+    latest_checkpoint,
+    load_checkpoint,
+    optimizer_from_tensors,
+    optimizer_to_tensors,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+    write_json,
+)
+from fastrl.train.run.tracking import RunTracker
+
+logger = logging.getLogger(__name__)
+
+RUN_FILES = ("metrics.jsonl", "evaluations.json", "samples.json", "checkpoints", "model")
+PACKAGES = ("fastrl", "torch", "triton", "transformers", "accelerate", "peft", "safetensors", "reasoning-gym", "numpy")
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves behind."""
+
+    run_dir: Path
+    steps: int
+    evaluations: list[dict[str, Any]]
+    """Records of `evaluations.json`, in the order in which they were made."""
+    metrics: dict[str, float]
+    """Metrics of the last step."""
+
+
+class Stateful(Protocol):
+    """Something whose state is saved with the run: a flat mapping from names to tensors and JSON values."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return the state."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Any:
+        """Take a state over."""
+        ...
+
+
+class MetricSums:
+    """Sums and counts of metrics, added over micro-batches and divided once."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def add(self, metrics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Add (sum, count) by name; the tensors stay where they are."""
+        for name, (total, count) in metrics.items():
+            before = self._sums.get(name)
+            self._sums[name] = (total, count) if before is None else (before[0] + total, before[1] + count)
+
+    def means(self) -> dict[str, float]:
+        """Return the quotients, NaN where nothing was counted; waits for the device."""
+        return {
+            name: float(total) / float(count) if float(count) else math.nan
+            for name, (total, count) in self._sums.items()
+        }
+
+
+class Clock:
+    """Wall time of the parts of a step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._laps: dict[str, float] = {}
+        self._start = self._last = self._now()
+
+    def lap(self, name: str) -> None:
+        """Book the time since the last lap under `name`."""
+        now = self._now()
+        self._laps[name] = self._laps.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def times(self) -> dict[str, float]:
+        """Return seconds per part and of the whole step."""
+        return {
+            **{f"time/{name}": seconds for name, seconds in self._laps.items()},
+            "time/step": self._last - self._start,
+        }
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+class RunLog:
+    """`evaluations.json` and `samples.json` of a run; on resuming, what came after the checkpoint is dropped."""
+
+    def __init__(self, run_dir: Path, start_step: int) -> None:
+        self._dir = run_dir
+        self.evaluations = self._read("evaluations.json", start_step)
+        self._samples = self._read("samples.json", start_step)
+
+    def _read(self, name: str, start_step: int) -> list[dict[str, Any]]:
+        path = self._dir / name
+        if start_step == 0 or not path.is_file():
+            return []
+        return [record for record in json.loads(path.read_text()) if record["step"] <= start_step]
+
+    def add(self, evaluation: Mapping[str, Any], samples: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Append an evaluation (step, split, mode, accuracy, standard_error, n) and its samples, and write both."""
+        self.evaluations.append(dict(evaluation))
+        self._samples += [dict(sample) for sample in samples]
+        write_json(self._dir / "evaluations.json", self.evaluations)
+        write_json(self._dir / "samples.json", self._samples)
+
+
+class Run(Generic[Config]):
+    """One training run; see the top of the module for the order of its calls."""
+
+    def __init__(self, config: Config) -> None:
+        """Open the folder of the run and seed everything.
+
+        Raises:
+            ValueError: an earlier run is in the folder, or this is one process of several.
+            OSError: the folder cannot be made.
+        """
+        self.config = config
+        self.dir = open_run_dir(config)
+        self.accelerator = _accelerator(config)
+        self.device: torch.device = self.accelerator.device
+        seed_everything(config.seed)
+        self.generator = torch.Generator(device=self.device).manual_seed(config.seed)
+        self.start_step = 0
+        self.metrics: dict[str, float] = {}
+        self._kept: dict[str, Stateful] = {}
+        self._stack = contextlib.ExitStack()
+
+    def register(self, name: str, kept: Stateful) -> None:
+        """Save and restore the state of `kept` with every checkpoint; call it before `optimize`."""
+        if name in self._kept or name in ("weights", "optimizer", "random"):
+            raise ValueError(f"the state {name!r} is registered already")
+        self._kept[name] = kept
+
+    def optimize(
+        self, parameters: Mapping[str, torch.nn.Parameter], *, factors: Mapping[str, float] | None = None
+    ) -> None:
+        """Make the optimiser of the named parameters, and continue from the newest checkpoint where the run resumes.
+
+        `factors` multiply the learning rate of the parameters whose name begins with the key and a dot.
+
+        What `overwrite` removes is removed here: settings, model and data have been read, and were right.
+
+        Raises:
+            ValueError: the checkpoint belongs to other settings, or is beyond the last step.
+        """
+        config = self.config
+        if config.overwrite:
+            _remove_earlier_run(self.dir)
+        self.parameters = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        groups: dict[float, list[Tensor]] = {}
+        for name, parameter in self.parameters.items():
+            factor = (factors or {}).get(name.split(".", 1)[0], 1.0)
+            groups.setdefault(factor, []).append(parameter)
+        self._factors = list(groups)
+        self.optimizer = self.accelerator.prepare(
+            torch.optim.AdamW(
+                [{"params": group} for group in groups.values()],
+                lr=config.learning_rate,
+                betas=(config.adam_beta1, config.adam_beta2),
+                weight_decay=config.weight_decay,
+            )
+        )
+        if config.resume and (newest := latest_checkpoint(self.checkpoints)) is not None:
+            self.start_step = self._restore(newest)
+            if self.start_step >= config.steps:
+                self._check_finished()
+        self.log = RunLog(self.dir, self.start_step)
+        write_json(self.dir / "config.json", config.as_dict())
+        write_json(self.dir / "environment.json", environment(self.device))
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.dir / "checkpoints"
+
+    def __enter__(self) -> Run[Config]:
+        """Open the progress bar and the trackers, and enter autocast where the run has mixed precision."""
+        config = self.config
+        tracker = RunTracker(self.dir, config.steps, tensorboard=config.tensorboard, trackio=config.trackio)
+        self.tracker = self._stack.enter_context(tracker)
+        self._stack.enter_context(self.accelerator.autocast())
+        if config.resume:
+            tracker.resume(self.start_step)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """Close what `__enter__` opened."""
+        self._stack.close()
+
+    def steps(self) -> Iterator[int]:
+        """Yield the steps that are left, counted from 0, each with its learning rate set and a new `clock`."""
+        for step in range(self.start_step, self.config.steps):
+            self.clock = Clock(self.device)
+            self.learning_rate = self.config.learning_rate_at(step)
+            for group, factor in zip(self.optimizer.param_groups, self._factors, strict=True):
+                group["lr"] = self.learning_rate * factor
+            yield step
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss` to that of the parameters."""
+        self.accelerator.backward(loss)
+
+    def clip_and_step(self, parts: Mapping[str, Sequence[Tensor]] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+        """Clip the gradient, take an optimiser step and zero the gradient; return its norm and `skipped_updates`.
+
+        `parts` are parameters that are clipped apart from each other, by the name that their norm gets among the
+        metrics; without them all are clipped together, `grad_norm`. A gradient that is not finite would leave nothing
+        of the model: the step is left out, and counted.
+        """
+        self.accelerator.unscale_gradients()
+        norms = {
+            name: torch.nn.utils.clip_grad_norm_(list(part), self.config.max_grad_norm)
+            for name, part in (parts or {"grad_norm": list(self.parameters.values())}).items()
+        }
+        finite = all(bool(torch.isfinite(norm)) for norm in norms.values())
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        one = torch.ones((), device=self.device)
+        return {**{name: (norm, one) for name, norm in norms.items()}, "skipped_updates": (one * (not finite), one)}
+
+    def evaluation_due(self, done: int) -> bool:
+        """Return whether an evaluation belongs after `done` steps: as configured, and after the last one."""
+        every = self.config.eval_every
+        return done == self.config.steps or bool(every and done % every == 0)
+
+    def finish_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of step `step`, counted from 0, and write a checkpoint where one is due."""
+        done, config = step + 1, self.config
+        self.metrics = dict(metrics)
+        self.tracker.log(done, self.metrics)
+        if config.checkpoint_every and (done % config.checkpoint_every == 0 or done == config.steps):
+            self._save(done)
+
+    def save_model(self, model: Any, tokenizer: Any) -> None:
+        """Write the model (or its adapters) and the tokenizer to `model/`, where the configuration wants it."""
+        if self.config.save_model:
+            with disk_errors(self.dir / "model"):
+                model.save_pretrained(self.dir / "model")
+                tokenizer.save_pretrained(self.dir / "model")
+
+    def result(self) -> RunResult:
+        """Return what the run leaves behind."""
+        return RunResult(self.dir, self.config.steps, self.log.evaluations, self.metrics)
+
+    def _save(self, step: int) -> None:
+        optimizer_tensors, groups = optimizer_to_tensors(self.optimizer)
+        random_tensors, random_values = random_state(self.generator)
+        tensors = {"weights": self.parameters, "optimizer": optimizer_tensors, "random": random_tensors}
+        values: dict[str, Any] = {
+            "config": self.config.as_dict(),
+            "optimizer_groups": groups,
+            "random": random_values,
+            "kept": {},
+        }
+        for name, kept in self._kept.items():
+            state = kept.state_dict()
+            tensors[name] = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+            values["kept"][name] = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+        save_checkpoint(self.checkpoints, step, tensors, values, keep=self.config.keep_checkpoints)
+
+    def _restore(self, path: Path) -> int:
+        """Load the checkpoint in `path` into the parameters, the optimiser and the generators; return its step."""
+        saved = load_checkpoint(path)
+        self.config.check_resumable(saved.state["config"])
+        _same_names(path, "parameters", saved.tensors["weights"], self.parameters)
+        _same_names(path, "state", saved.state["kept"], self._kept)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(saved.tensors["weights"][name])
+        optimizer_from_tensors(self.optimizer, saved.tensors["optimizer"], saved.state["optimizer_groups"])
+        for name, kept in self._kept.items():
+            kept.load_state_dict({**saved.tensors.get(name, {}), **saved.state["kept"][name]})
+        self._restore_random(saved)
+        return int(saved.state["step"])
+
+    def _check_finished(self) -> None:
+        """Say that no step is left, or raise where the checkpoint has more of them than this run."""
+        if self.start_step > self.config.steps:
+            raise ValueError(
+                f"steps={self.config.steps} are fewer than the {self.start_step} of the checkpoint in {str(self.dir)!r}"
+            )
+        logger.warning("run_dir %r holds all %d steps: nothing is left to train", str(self.dir), self.start_step)
+
+    def _restore_random(self, saved: Checkpoint) -> None:
+        set_random_state(self.generator, saved.tensors["random"], saved.state["random"])
+
+
+def _same_names(path: Path, what: str, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    if different := sorted(saved.keys() ^ here.keys()):
+        raise ValueError(f"the checkpoint {path} holds other {what} than this run: {different[:4]}")
+
+
+def open_run_dir(config: RunConfig) -> Path:
+    """Return the folder of the run, made where there is none; raise where an earlier run is in it that must stay."""
+    run_dir = Path(config.run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"run_dir must be a folder that can be written to, got {str(run_dir)!r}: {error}") from error
+    if _earlier_run(run_dir) and not (config.resume or config.overwrite):
+        raise ValueError(
+            f"run_dir {str(run_dir)!r} holds an earlier run; resume it (--resume), overwrite it (--overwrite), "
+            "or choose another"
+        )
+    return run_dir
+
+
+def _earlier_run(run_dir: Path) -> list[Path]:
+    return [run_dir / name for name in RUN_FILES if (run_dir / name).exists()]
+
+
+def _remove_earlier_run(run_dir: Path) -> None:
+    for path in _earlier_run(run_dir):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _accelerator(config: RunConfig) -> Any:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"this loop runs in one process, got WORLD_SIZE={os.environ['WORLD_SIZE']}")
+    from accelerate import Accelerator
+
+    return Accelerator(mixed_precision=config.mixed_precision, cpu=config.device == "cpu")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return versions and the machine, as JSON values."""
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "packages": versions,
+        "backends": fastrl.explain(device),
+    }

@@ -1,0 +1,110 @@
+"""What the tests of the loops share: the metrics of a run, resuming to the bit, and golden loss curves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastrl.train.run import run as run_module
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, float]]:
+    """Return the records of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    timed = ("time/", "tokens_per_second")
+    return [{name: value for name, value in line.items() if not name.startswith(timed)} for line in lines]
+
+
+def interrupt(train: Callable[[], Any], after: int) -> None:
+    """Run `train` until the metrics of step `after` are written, and kill it there."""
+
+    class Killed(BaseException):
+        pass
+
+    original = run_module.RunTracker.log
+
+    def dying(self: Any, step: int, metrics: dict[str, float]) -> None:
+        original(self, step, metrics)
+        if step == after:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module.RunTracker, "log", dying)
+        with pytest.raises(Killed):
+            train()
+
+
+def assert_resumes_to_the_bit(train: Callable[..., Any], folder: Path, *, steps: int, die_after: int) -> None:
+    """Assert that a run killed after the metrics of a step, then resumed, ends as one that went straight through.
+
+    Args:
+        train: called with `run_dir` and, to go on, with `resume=True`; writes checkpoints before `die_after` and at
+            the last step.
+        folder: where both runs go.
+        steps: the last step, whose checkpoints are compared.
+        die_after: the step after whose metrics the run is killed, before its checkpoint.
+    """
+    straight, broken = folder / "straight", folder / "broken"
+    train(run_dir=str(straight))
+    interrupt(lambda: train(run_dir=str(broken)), die_after)
+    train(run_dir=str(broken), resume=True)
+
+    assert metrics_of(straight) == metrics_of(broken)
+    assert (straight / "evaluations.json").read_text() == (broken / "evaluations.json").read_text()
+    last = f"step_{steps:08d}"
+    names = [path.name for path in (straight / "checkpoints" / last).glob("*.safetensors")]
+    assert {"weights.safetensors", "optimizer.safetensors", "random.safetensors"} <= set(names)
+    for name in names:
+        a, b = (load_file(run_dir / "checkpoints" / last / name) for run_dir in (straight, broken))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a), name
+
+
+def assert_golden_curve(name: str, run_dir: Path) -> None:
+    """Assert that the losses of a run are those stored in data/NAME.json, within the tolerance stored with them.
+
+    The tolerance is 20 times the largest change of a loss when every weight is moved by one unit in the last place
+    before the run (see `ulp_noise`): what another CPU's order of summation may do.
+    """
+    stored = json.loads((DATA / f"{name}.json").read_text())
+    losses = [line["loss"] for line in metrics_of(run_dir)]
+    assert losses == pytest.approx(stored["loss"], rel=0, abs=stored["tolerance"])
+
+
+def golden_curve(train: Callable[[Path, Path], Any], model: Path, folder: Path, *, noises: int = 3) -> dict[str, Any]:
+    """Return the content of a golden file: the losses of `train(model, run_dir)` and their tolerance.
+
+    It is for writing a new file, on purpose and by hand, when a loop is meant to compute something else.
+    """
+    from transformers import AutoModelForCausalLM
+
+    train(model, folder / "exact")
+    losses = torch.tensor([line["loss"] for line in metrics_of(folder / "exact")], dtype=torch.float64)
+    largest = 0.0
+    for seed in range(noises):
+        shutil.copytree(model, folder / f"model{seed}")
+        noisy = AutoModelForCausalLM.from_pretrained(model)
+        ulp_noise(noisy, seed)
+        noisy.save_pretrained(folder / f"model{seed}")
+        train(folder / f"model{seed}", folder / f"noisy{seed}")
+        moved = torch.tensor([line["loss"] for line in metrics_of(folder / f"noisy{seed}")], dtype=torch.float64)
+        largest = max(largest, float((moved - losses).abs().max()))
+    return {"loss": losses.tolist(), "tolerance": 20.0 * largest}
+
+
+def ulp_noise(model: Any, seed: int) -> None:
+    """Move every weight up or down by one unit in the last place of its dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            up = torch.rand(parameter.shape, generator=generator) < 0.5
+            parameter.copy_(torch.nextafter(parameter, torch.where(up, torch.inf, -torch.inf)))

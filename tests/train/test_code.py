@@ -1,0 +1,134 @@
+"""The reward of programs: right and wrong ones, and ones that attack the machine or the judge."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("reasoning_gym")
+
+from fastrl.train.rewards.code import CodeTests, extract_program
+from fastrl.train.rewards.reward_set import build_rewards
+from fastrl.train.rewards.tasks import Problem, load_task
+
+pytestmark = pytest.mark.skipif(
+    not (sys.platform == "linux" and platform.machine() == "x86_64"), reason="the confinement is for Linux on x86_64"
+)
+
+DOUBLE = Problem(
+    "Print twice the number.", "", {"tests": [{"input": "2", "output": "4"}, {"input": "5", "output": "10"}]}
+)
+
+
+def block(program: str) -> str:
+    return f"Here:\n```python\n{program}\n```\n"
+
+
+@pytest.fixture(scope="module")
+def tests() -> CodeTests:
+    return CodeTests(timeout_s=3.0, memory_mb=128, output_kb=16)
+
+
+@pytest.mark.parametrize(
+    ("completion", "program"),
+    [
+        (block("a = 1"), "a = 1\n"),
+        ("```\na\n```", "a\n"),
+        (block("a") + block("b"), "b\n"),
+        ("<think>" + block("a") + "</think> none", None),
+        (block("a") + "<think></think>" + block("b"), "b\n"),
+        ("```python\nnever closed", None),
+        ("```js\na\n```", None),
+        ("print(4)", None),
+        ("", None),
+        ("```" * 30_000, None),
+    ],
+)
+def test_the_program_of_a_completion(completion: str, program: str | None) -> None:
+    assert extract_program(completion) == program
+
+
+@pytest.mark.parametrize(
+    ("program", "reward", "partial"),
+    [
+        ("print(2 * int(input()))", 1.0, 1.0),
+        ("import math, sys\nprint(math.prod([2, int(sys.stdin.read())]), ' ')\nprint()", 1.0, 1.0),
+        ("print(4)", 0.0, 0.5),
+        ("print(2 * int(input()))\nraise SystemExit(1)", 0.0, 0.0),
+        ("import os\nos._exit(0)", 0.0, 0.0),
+        ("syntax error", 0.0, 0.0),
+        ("print('\\ud800')", 0.0, 0.0),
+        ("", 0.0, 0.0),
+    ],
+)
+def test_tests_that_pass(tests: CodeTests, program: str, reward: float, partial: float) -> None:
+    assert tests(DOUBLE, block(program)) == reward
+    assert CodeTests(partial=True)(DOUBLE, block(program)) == partial
+
+
+# What each of these prints after its attack would pass, so a 0 says that the attack ended the program.
+ATTACKS = {
+    "fork": "import os\nif os.fork() == 0:\n    os._exit(0)",
+    "fork bomb": "import os\nwhile True:\n    os.fork()",
+    "thread": "import threading\nthreading.Thread(target=int).start()",
+    "program": "import subprocess\nsubprocess.run(['true'])",
+    "exec": "import os\nos.execv('/bin/echo', ['echo', str(2 * n)])",
+    "memory": "x = bytearray(10**9)",
+    "flood": "print('x' * 10**6)",
+    "socket": "import socket\nsocket.create_connection(('127.0.0.1', PORT), timeout=1)",
+    "socket pair": "import socket\nsocket.socketpair()",
+    "write": "open('FOLDER/new', 'w')",
+    "truncate": "open('FOLDER/there', 'w')",
+    "append": "open('FOLDER/there', 'a')",
+    "low-level write": "import os\nos.open('FOLDER/there', os.O_RDWR)",
+    "remove": "import os\nos.remove('FOLDER/there')",
+    "rename": "import os\nos.rename('FOLDER/there', 'FOLDER/new')",
+    "mode": "import os\nos.chmod('FOLDER/there', 0)",
+    "kill": "import os\nos.kill(os.getppid(), 9)",
+    "raise the limits": "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (99, 99))",
+    "deep recursion": "import sys\nsys.setrecursionlimit(10**9)\nf = lambda: f()\nf()",
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks_fail_and_leave_nothing(tests: CodeTests, tmp_path: Path, name: str) -> None:
+    (tmp_path / "there").write_text("kept")
+    mode = (tmp_path / "there").stat().st_mode
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        attack = ATTACKS[name].replace("FOLDER", str(tmp_path)).replace("PORT", str(server.getsockname()[1]))
+        assert tests(DOUBLE, block(f"n = int(input())\n{attack}\nprint(2 * n)")) == 0.0
+    assert [(path.name, path.read_text(), path.stat().st_mode) for path in tmp_path.iterdir()] == [
+        ("there", "kept", mode)
+    ]
+    with pytest.raises(ChildProcessError):  # every child was waited for
+        os.waitpid(-1, os.WNOHANG)
+
+
+@pytest.mark.parametrize("program", ["while True: pass", "import time\ntime.sleep(99)", "9**9**9"])
+def test_what_takes_too_long_ends(program: str) -> None:
+    quick = CodeTests(timeout_s=0.5)
+    start = time.monotonic()
+    assert quick(DOUBLE, block(program)) == 0.0
+    assert time.monotonic() - start < 10.0
+
+
+def test_through_the_worker_and_by_name() -> None:
+    # The filter is the child's alone: this process still starts threads and files.
+    with build_rewards({"code_tests(partial=True, timeout_s=2)": 1.0}, load_task("chain_sum")) as rewards:
+        batch = rewards([DOUBLE, DOUBLE, Problem("?", "")], [block("print(4)"), "no program", block("print(4)")])
+    assert batch.total[:2].tolist() == [0.5, 0.0]
+    assert batch.total[2].isnan()
+    assert batch.failures == 1
+    threading.Thread(target=lambda: None).start()
+
+
+def test_settings() -> None:
+    with pytest.raises(ValueError, match="timeout_s must be finite and greater than 0, got 0"):
+        CodeTests(timeout_s=0)
