@@ -125,7 +125,7 @@ def choose_row_statistics(backend: str, device: torch.device) -> Choice:
     return choose(backend, device)
 
 
-def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
+def graph_break(function: Callable[P, R]) -> Callable[P, R]:
     """Return the function with a graph break around it under `torch.compile`: none of it is traced.
 
     As `torch.compiler.disable`, which as a decorator would import the compiler, and Triton, with fastrl.
@@ -141,7 +141,7 @@ def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def own_precision(device: torch.device) -> torch.autocast:
+def autocast_disabled(device: torch.device) -> torch.autocast:
     """Return a context without autocast, in which every operation of fastrl computes.
 
     Autocast would round the operands of our matrix products to its dtype, gradients included. Here a tensor keeps the
@@ -163,7 +163,7 @@ def kernel_runs(backend: str, device: torch.device) -> bool:
     return choose(backend, device).backend == "triton"
 
 
-def beside(backend: str) -> str:
+def companion_backend(backend: str) -> str:
     """Return what `kernel_runs` takes for an operation beside rows of a chosen backend.
 
     PyTorch's rows may be asked for because Triton does not work on the device, so nothing beside them runs it.
@@ -171,7 +171,7 @@ def beside(backend: str) -> str:
     return "torch" if backend == "torch" else "auto"
 
 
-def keeps_residual(backend: str) -> bool:
+def needs_lse_residual(backend: str) -> bool:
     """Return whether the backend's backward wants what rounding took from the log-sum-exp, beside the outputs.
 
     PyTorch's rows sum the row again.

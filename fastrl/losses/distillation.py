@@ -20,9 +20,9 @@ from fastrl.backends import choice, memory
 from fastrl.losses.output import LossOutput
 from fastrl.losses.scalars import divisor, result_dtype
 from fastrl.ops.chunks import Chunks
-from fastrl.ops.fused import graph_is_kept, handed_out
+from fastrl.ops.fused import graph_is_kept, release_gradient
 from fastrl.ops.gradients import Gradients
-from fastrl.ops.head import Head, check_head, make_head
+from fastrl.ops.head import HeadOptions, check_head, make_head
 from fastrl.ops.rows import once_differentiable
 
 IGNORE_INDEX = -100
@@ -196,13 +196,13 @@ def sampled_distillation_advantages(
 # --- from hidden states -----------------------------------------------------------------------------------------------
 
 
-def _capped(logits: Tensor, head: Head, inverse: float, slope: bool) -> tuple[Tensor, Tensor | float]:
+def _capped(logits: Tensor, head: HeadOptions, inv_temperature: float, slope: bool) -> tuple[Tensor, Tensor | float]:
     """Return (z, dz/dlogits where asked for) of raw logits (C, V), which are overwritten."""
     if head.softcap == 0.0:
-        return logits.mul_(head.logit_scale).mul_(inverse), head.logit_scale * inverse
+        return logits.mul_(head.logit_scale).mul_(inv_temperature), head.logit_scale * inv_temperature
     bent = logits.mul_(head.logit_scale / head.softcap).tanh_()
-    slopes = bent.square().neg_().add_(1.0).mul_(head.logit_scale * inverse) if slope else 1.0
-    return bent.mul_(head.softcap).mul_(inverse), slopes
+    slopes = bent.square().neg_().add_(1.0).mul_(head.logit_scale * inv_temperature) if slope else 1.0
+    return bent.mul_(head.softcap).mul_(inv_temperature), slopes
 
 
 class _LinearDistillation(torch.autograd.Function):
@@ -218,19 +218,19 @@ class _LinearDistillation(torch.autograd.Function):
         teacher_weight: Tensor,  # (V, DT)
         teacher_bias: Tensor | None,  # (V,)
         labels: Tensor,  # (N,)
-        heads: list[Head],
+        heads: list[HeadOptions],
         how: Divergence,
     ) -> tuple[Tensor, Tensor]:
-        inverse = torch.empty(0, device=hidden.device)
-        student = Chunks.of(hidden, weight, bias, labels, inverse, heads[0])
-        teacher = Chunks(teacher_hidden, teacher_weight, teacher_bias, labels, inverse, heads[1], student.live)
+        inv_temperature = torch.empty(0, device=hidden.device)
+        student = Chunks.of(hidden, weight, bias, labels, inv_temperature, heads[0])
+        teacher = Chunks(teacher_hidden, teacher_weight, teacher_bias, labels, inv_temperature, heads[1], student.live)
         needs_hidden, needs_weight, needs_bias = (needed and how.gradient for needed in ctx.needs_input_grad[:3])
         needs = (needs_hidden, needs_weight, needs_bias)
         gradients = Gradients(student, needs, unscaled=True)
         dtype = result_dtype(hidden)
         total = torch.zeros((), dtype=torch.float64 if hidden.device.type != "mps" else dtype, device=hidden.device)
         entropy = torch.empty(student.live.numel(), dtype=dtype, device=hidden.device)
-        with choice.own_precision(hidden.device):
+        with choice.autocast_disabled(hidden.device):
             for (rows, states, logits), (_, _, teacher_logits) in zip(student, teacher, strict=True):
                 z, slope = _capped(logits, heads[0], 1.0 / how.temperature, any(needs))
                 z_teacher, _ = _capped(teacher_logits, heads[1], 1.0 / how.temperature, False)
@@ -252,7 +252,7 @@ class _LinearDistillation(torch.autograd.Function):
         once_differentiable()
         keep, backend = graph_is_kept(), choice.choose("auto", grad_total.device).backend
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        handed = [handed_out(gradient, dtype, grad_total, backend, keep=keep) for gradient, dtype in pairs]
+        handed = [release_gradient(gradient, dtype, grad_total, backend, keep=keep) for gradient, dtype in pairs]
         return (*handed, None, None, None, None, None, None)
 
 
@@ -298,7 +298,7 @@ class _LogitDistillation(torch.autograd.Function):
         once_differentiable()
         (gradient,) = ctx.saved_tensors
         backend = choice.choose("auto", grad_total.device).backend
-        return handed_out(gradient, ctx.dtype, grad_total, backend, keep=graph_is_kept()), None, None, None, None
+        return release_gradient(gradient, ctx.dtype, grad_total, backend, keep=graph_is_kept()), None, None, None, None
 
 
 # --- small helpers ----------------------------------------------------------------------------------------------------

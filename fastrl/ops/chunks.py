@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fastrl.backends import choice, memory
-from fastrl.ops.head import Head, _wide
-from fastrl.ops.live_rows import Kept
+from fastrl.ops.head import HeadOptions, _wide
+from fastrl.ops.live_rows import ActiveRows
 from fastrl.ops.rows import forward_rows
-from fastrl.ops.sampling import kernel_scalars, prepare, prepared_backward_rows
+from fastrl.ops.sampling import apply_sampling, kernel_scalars, prepared_backward_rows
 
 # Chunks whose logits are held at once where a loss couples the tokens of a sequence.
 BLOCK_CHUNKS = 4
@@ -52,8 +52,8 @@ class Chunks:
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
     labels: Tensor  # (N,)
-    inverse: Tensor  # (N,)
-    head: Head
+    inv_temperature: Tensor  # (N,)
+    head: HeadOptions
     live: Tensor  # (L,) indices of the rows to compute
     allowed: Tensor | None = None  # (N, ...) sets, as `check_allowed` returns them
     rounding: str = ""
@@ -67,8 +67,8 @@ class Chunks:
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        inverse: Tensor,
-        head: Head,
+        inv_temperature: Tensor,
+        head: HeadOptions,
         *,
         live: Tensor | None = None,  # (L,)
         allowed: Tensor | None = None,
@@ -84,14 +84,14 @@ class Chunks:
         rows, unless `ahead` is False: for callers that hold several chunks at once.
         """
         if live is not None:
-            return cls(hidden, weight, bias, labels, inverse, head, live, allowed, rounding)
+            return cls(hidden, weight, bias, labels, inv_temperature, head, live, allowed, rounding)
         wanted = labels != head.ignore_index
-        kept = Kept(wanted if keep is None else wanted & keep)
-        chunks = cls(hidden, weight, bias, labels, inverse, head, kept.order, allowed, rounding)
+        kept = ActiveRows(wanted if keep is None else wanted & keep)
+        chunks = cls(hidden, weight, bias, labels, inv_temperature, head, kept.order, allowed, rounding)
         if ahead and kept.is_pending and labels.numel() and weight.numel():
             # Rows of `order` that turn out not to be kept are formed too, and never looked at.
             buffer = chunks.buffer(1)
-            with choice.own_precision(hidden.device):
+            with choice.autocast_disabled(hidden.device):
                 states, _ = chunks.logits(slice(0, min(head.chunk_tokens, labels.numel())), buffer)
             chunks.ahead = states, buffer
         chunks.live = kept.indices()
@@ -125,7 +125,7 @@ class Chunks:
             chunk_logits(part, self.weight, self.bias, buffer[start : start + size])
         if self.rounding or self.allowed is not None:
             scalars = (self.head.logit_scale, self.head.softcap)
-            prepare(buffer[:count], self.allowed, self.live[rows], self.rounding, *scalars)
+            apply_sampling(buffer[:count], self.allowed, self.live[rows], self.rounding, *scalars)
         return states, buffer[:count]
 
     def _padded(self, states: Tensor) -> Tensor:
@@ -142,12 +142,14 @@ class Chunks:
         index = self.live[rows]
         if self.head.observe is not None:
             self.head.observe(index, logits)
-        return forward_rows(self.head.backend, logits, self.labels[index], self.inverse[index], **self.scalars())
+        return forward_rows(
+            self.head.backend, logits, self.labels[index], self.inv_temperature[index], **self.scalars()
+        )
 
     def outputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return room for what `forward_rows` returns of all live rows."""
         n, dtype, device = self.live.numel(), _wide(self.hidden.dtype), self.hidden.device
-        sizes = (n, n, n, n if choice.keeps_residual(self.head.backend) else 0)
+        sizes = (n, n, n, n if choice.needs_lse_residual(self.head.backend) else 0)
         first, second, third, fourth = (torch.empty(size, dtype=dtype, device=device) for size in sizes)
         return first, second, third, fourth
 
@@ -160,9 +162,11 @@ class Chunks:
     ) -> Tensor:
         """Turn the logits of one chunk into their gradient, in place."""
         index = self.live[rows]
-        labels, inverse, head = self.labels[index], self.inverse[index], self.head
+        labels, inv_temperature, head = self.labels[index], self.inv_temperature[index], self.head
         scalars = (head.logit_scale, head.softcap, head.ignore_index)
-        return prepared_backward_rows(head.backend, logits, labels, inverse, outputs, grads, self.allowed, *scalars)
+        return prepared_backward_rows(
+            head.backend, logits, labels, inv_temperature, outputs, grads, self.allowed, *scalars
+        )
 
     def scattered(self, values: Tensor) -> Tensor:
         """Return values of the live rows (L, ...) at their places among all rows (N, ...), 0 elsewhere."""

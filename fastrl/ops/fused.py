@@ -15,8 +15,8 @@ from fastrl.backends import choice, memory
 from fastrl.ops import sparse_rows
 from fastrl.ops.chunks import BLOCK_CHUNKS, Chunks, _keep, blocks
 from fastrl.ops.gradients import Gradients
-from fastrl.ops.head import Head
-from fastrl.ops.live_rows import Kept
+from fastrl.ops.head import HeadOptions
+from fastrl.ops.live_rows import ActiveRows
 from fastrl.ops.rows import row_blocks
 
 
@@ -34,7 +34,13 @@ class FusedFromHidden(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, inverse: Tensor, plan: Any
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        inv_temperature: Tensor,
+        plan: Any,
     ) -> tuple[Tensor, Tensor, Tensor, int]:
         """Return (loss, logprobs (N,), entropy (N,), rows whose logits were formed twice)."""
         found: list[tuple[Tensor, Tensor | None]] = []
@@ -48,7 +54,7 @@ class FusedFromHidden(torch.autograd.Function):
             weight,
             bias,
             labels,
-            inverse,
+            inv_temperature,
             plan.head,
             plan.needs,
             coefficients,
@@ -56,7 +62,7 @@ class FusedFromHidden(torch.autograd.Function):
             plan.live,
             plan.allowed,
             plan.rounding,
-            plan.tally,
+            plan.stats,
         )
         loss = plan.loss(logprobs, entropy)
         if any(plan.needs):
@@ -64,7 +70,7 @@ class FusedFromHidden(torch.autograd.Function):
             ctx.dtypes = tuple(None if x is None else x.dtype for x in (hidden, weight, bias))
             ctx.how = (plan.head, plan.needs, plan.units, plan.live, plan.rounding)
             g, h = (_joined([block[i] for block in found]) for i in range(2))
-            ctx.save_for_backward(hidden, weight, bias, labels, inverse, plan.allowed, g, h)
+            ctx.save_for_backward(hidden, weight, bias, labels, inv_temperature, plan.allowed, g, h)
         ctx.mark_non_differentiable(logprobs, entropy)
         return loss, logprobs, entropy, recomputed
 
@@ -77,7 +83,7 @@ class FusedFromHidden(torch.autograd.Function):
         if gradients is None:
             gradients = _formed_again(*ctx.saved_tensors, *ctx.how)
         backend = ctx.how[0].backend
-        handed = (handed_out(*given, grads[0], backend) for given in zip(gradients, ctx.dtypes, strict=True))
+        handed = (release_gradient(*given, grads[0], backend) for given in zip(gradients, ctx.dtypes, strict=True))
         return (*handed, None, None, None)
 
 
@@ -91,11 +97,11 @@ def _formed_again(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     labels: Tensor,  # (N,)
-    inverse: Tensor,  # (N,)
+    inv_temperature: Tensor,  # (N,)
     allowed: Tensor | None,
     g: Tensor | None,  # (L,)
     h: Tensor | None,  # (L,)
-    head: Head,
+    head: HeadOptions,
     needs: tuple[bool, bool, bool],
     units: Sequence[int] | None,
     live: Tensor | None,
@@ -107,7 +113,9 @@ def _formed_again(
         assert g is not None
         return g[block], None if h is None else h[block]
 
-    return fused_gradient(hidden, weight, bias, labels, inverse, head, needs, known, units, live, allowed, rounding)[2]
+    return fused_gradient(
+        hidden, weight, bias, labels, inv_temperature, head, needs, known, units, live, allowed, rounding
+    )[2]
 
 
 Coefficients = Callable[[Tensor, Tensor, slice, Tensor], tuple[Tensor, Tensor | None]]
@@ -118,27 +126,27 @@ def fused_gradient(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     labels: Tensor,  # (N,)
-    inverse: Tensor,  # (N,)
-    head: Head,
+    inv_temperature: Tensor,  # (N,)
+    head: HeadOptions,
     needs: tuple[bool, bool, bool],
     coefficients: Coefficients,
     units: Sequence[int] | None = None,
     live: Tensor | None = None,  # (L,)
     allowed: Tensor | None = None,
     rounding: str = "",
-    tally: sparse_rows.Tally | None = None,
+    stats: sparse_rows.SparseStats | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None], int]:
     """Return (logprobs (N,), entropy (N,), gradients, recomputed) of a loss, its gradient formed in the forward.
 
     Args:
-        hidden, weight, bias, labels, inverse, head: the vocabulary operation.
+        hidden, weight, bias, labels, inv_temperature, head: the vocabulary operation.
         needs: which of the gradients of hidden, weight and bias to compute.
         coefficients: maps (logprobs, entropy, block, indices), (M,) of the rows of a block, to (dL/dlogprobs,
             dL/dentropy or None). `block` are the rows' positions among the live rows, `indices` among all.
         units: live rows of each sequence, where the loss couples the tokens of a sequence; None: every token alone.
         live: the rows whose label is not ignored, in the order in which to take them; None: as they stand.
         allowed, rounding: as `check_allowed` and `check_rounding` return them.
-        tally: receives how many rows were sparse and dense, and the largest mass left out, where `tail_mass` > 0.
+        stats: receives how many rows were sparse and dense, and the largest mass left out, where `tail_mass` > 0.
 
     Returns:
         The gradients have the dtypes of their inputs, but for float16: theirs are float32, for the loss scale, which
@@ -146,12 +154,12 @@ def fused_gradient(
         logits were formed a second time, because their sequence is longer than `BLOCK_CHUNKS` chunks.
     """
     restricted = {"live": live, "allowed": allowed, "rounding": rounding}
-    chunks = Chunks.of(hidden, weight, bias, labels, inverse, head, **restricted, ahead=units is None)
+    chunks = Chunks.of(hidden, weight, bias, labels, inv_temperature, head, **restricted, ahead=units is None)
     gradients = Gradients(chunks, needs, unscaled=True)
-    if tally is not None and gradients.sparse is not None:
-        gradients.sparse.tally = tally
+    if stats is not None and gradients.sparse is not None:
+        gradients.sparse.stats = stats
     found = chunks.outputs()
-    with choice.own_precision(hidden.device):
+    with choice.autocast_disabled(hidden.device):
         recomputed = _form(chunks, gradients, found, coefficients, units)
         gradients.flush()
     # Only here, where the logits are gone: a head's gradient of half precision is made beside the one it was summed in.
@@ -189,7 +197,7 @@ def _form(
             within = slice(rows.start - block.start, rows.stop - block.start)
             grads = (g[within], None if h is None else h[within], None)
             # Before the row kernel: an asynchronous device runs it while the host learns how many rows contribute.
-            contributes = Kept(grads[0] != 0 if grads[1] is None else (grads[0] != 0) | (grads[1] != 0))
+            contributes = ActiveRows(grads[0] != 0 if grads[1] is None else (grads[0] != 0) | (grads[1] != 0))
             outputs = (found[0][rows], found[1][rows], found[2][rows], found[3][rows])
             gradients.take(rows, states, logits, outputs, grads, contributes)
     return recomputed
@@ -209,7 +217,7 @@ def graph_is_kept() -> bool:
     return True if query is None else bool(query())
 
 
-def scaled(gradient: Tensor, factor: Tensor, backend: str, *, keep: bool) -> Tensor:
+def scale_gradient(gradient: Tensor, factor: Tensor, backend: str, *, keep: bool) -> Tensor:
     """Return gradient * factor in the gradient's dtype; its own memory unless `keep`.
 
     Nothing is read where the factor is 1 and the memory may be used: on a CPU the host looks, under Triton the kernel
@@ -234,10 +242,10 @@ def scaled(gradient: Tensor, factor: Tensor, backend: str, *, keep: bool) -> Ten
     return out
 
 
-def handed_out(
+def release_gradient(
     gradient: Tensor | None, dtype: torch.dtype | None, factor: Tensor, backend: str, *, keep: bool = False
 ) -> Tensor | None:
-    """Return gradient * factor in `dtype`: as `scaled` where it has that dtype, else in new memory.
+    """Return gradient * factor in `dtype`: as `scale_gradient` where it has that dtype, else in new memory.
 
     Where the dtypes differ the gradient waited in float32 for the factor, and is rounded behind it: 1e-9 is nothing in
     float16, but not under a loss scale of 65536.
@@ -245,7 +253,7 @@ def handed_out(
     if gradient is None or dtype is None:
         return None
     if gradient.dtype == dtype:
-        return scaled(gradient, factor, backend, keep=keep)
+        return scale_gradient(gradient, factor, backend, keep=keep)
     rounded = torch.empty_like(gradient, dtype=dtype)
     for source, target in zip(gradient.split(ROUNDED_ROWS), rounded.split(ROUNDED_ROWS), strict=True):
         torch.mul(source, factor, out=target)

@@ -14,7 +14,7 @@ from fastrl.backends import memory
 from fastrl.ops import sparse_rows
 from fastrl.ops.chunks import Chunks
 from fastrl.ops.head import _wide
-from fastrl.ops.live_rows import Kept
+from fastrl.ops.live_rows import ActiveRows
 
 # Rows of a chunk that have a gradient are moved together in this many steps, each with a copy of its share.
 MOVE_STEPS = 32
@@ -128,17 +128,17 @@ class Gradients:
         logits: Tensor,  # (C, V), overwritten
         outputs: tuple[Tensor, Tensor, Tensor, Tensor],
         grads: tuple[Tensor | None, Tensor | None, Tensor | None],
-        contributes: Kept | None = None,
+        contributes: ActiveRows | None = None,
     ) -> None:
         """Add one chunk from its logits, what `forward_rows` returned of them, and the gradients of that."""
         if self.sparse is None:
             self.add(rows, states, self.chunks.backward_rows(rows, logits, outputs, grads), contributes)
             return
         index = self.chunks.live[rows]
-        problem = sparse_rows.Problem(self.chunks.labels[index], self.chunks.inverse[index], outputs, grads)
-        self.sparse.take(self, self._places(rows), states, logits, problem)
+        inputs = sparse_rows.RowInputs(self.chunks.labels[index], self.chunks.inv_temperature[index], outputs, grads)
+        self.sparse.take(self, self._places(rows), states, logits, inputs)
 
-    def add(self, rows: slice, states: Tensor, dlogits: Tensor, contributes: Kept | None = None) -> None:
+    def add(self, rows: slice, states: Tensor, dlogits: Tensor, contributes: ActiveRows | None = None) -> None:
         """Add one chunk, dlogits (C, V), which is overwritten; all but the rows of `contributes` have no gradient."""
         index = self._places(rows)
         if contributes is not None:

@@ -31,7 +31,7 @@ GPU_CHUNK_TOKENS = 2048
 
 
 @dataclass(frozen=True)
-class Head:
+class HeadOptions:
     """How logits become log-probs: everything of the vocabulary operation that is not a tensor."""
 
     logit_scale: float
@@ -89,8 +89,8 @@ def make_head(
     tail_mass: float,
     tp_group: Any,
     backend: str,
-) -> Head:
-    """Return the validated `Head`."""
+) -> HeadOptions:
+    """Return the validated `HeadOptions`."""
     tail_mass = sparse_rows.check_tail_mass(tail_mass)
     if tp_group is not None:
         raise ValueError("tp_group is not supported here: gather the head first, or take the log-probs with tp_group")
@@ -99,11 +99,11 @@ def make_head(
         chunk_tokens = CPU_CHUNK_TOKENS if hidden.device.type == "cpu" else GPU_CHUNK_TOKENS
     elif isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be an int >= 1 or None, got {chunk_tokens!r}")
-    return Head(scale, cap, ignore_index, chunk_tokens, choice.choose(backend, hidden.device).backend, tail_mass)
+    return HeadOptions(scale, cap, ignore_index, chunk_tokens, choice.choose(backend, hidden.device).backend, tail_mass)
 
 
 def check_restrictions(
-    allowed: Tensor | None, logits_rounding: str | None, labels: Tensor, vocabulary: int, head: Head
+    allowed: Tensor | None, logits_rounding: str | None, labels: Tensor, vocabulary: int, head: HeadOptions
 ) -> tuple[Tensor | None, str]:
     """Return `allowed` and `logits_rounding` as the kernels take them, or raise."""
     if head.tail_mass > 0.0 and not (allowed is None and logits_rounding is None):
@@ -116,11 +116,11 @@ def check_restrictions(
 
 def inverse_temperature(temperature: Any, labels: Tensor, hidden: Tensor) -> Tensor:
     """Return 1/T per token, (N,), in the dtype of the row kernels."""
-    heat = checks.temperature(temperature, labels.shape, hidden.device)
+    temperature = checks.temperature(temperature, labels.shape, hidden.device)
     dtype = _wide(hidden.dtype)
-    if isinstance(heat, Tensor):
-        return heat.to(dtype).reciprocal().reshape(-1)
-    return torch.full((labels.numel(),), 1.0 / heat, dtype=dtype, device=hidden.device)
+    if isinstance(temperature, Tensor):
+        return temperature.to(dtype).reciprocal().reshape(-1)
+    return torch.full((labels.numel(),), 1.0 / temperature, dtype=dtype, device=hidden.device)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -16,7 +16,7 @@ Paths, in GEMM units of 2 N V D flop:
     forward only                                             1
     training, any function of the outputs                    1 forward + 3 backward (the logits are formed again)
     training, frozen head, function of the log-probs         2: the unit gradients (W_y - p W)/T are kept, (N, D)
-    training, frozen head, function of the entropies too     3 with `keep_units=False`, else 4
+    training, frozen head, function of the entropies too     3 with `keep_token_grads=False`, else 4
     training, loss separable over tokens (`fused_gradient`)  3, or 2 with a frozen head
     training, loss that couples tokens of a sequence or pair the same where whole sequences fit `BLOCK_CHUNKS` chunks
     any of the training paths, `tail_mass` > 0               dX and dW (not the forward) of the dense rows only
@@ -35,7 +35,7 @@ from fastrl.backends import choice
 from fastrl.ops import sparse_rows
 from fastrl.ops.chunks import Chunks, _keep
 from fastrl.ops.gradients import Gradients
-from fastrl.ops.head import Head, _wide, check_head, check_restrictions, inverse_temperature, make_head
+from fastrl.ops.head import HeadOptions, _wide, check_head, check_restrictions, inverse_temperature, make_head
 from fastrl.ops.live_rows import kept_first
 from fastrl.ops.rows import TokenLogprobs, once_differentiable
 from fastrl.ops.sampling import check_labels_are_allowed
@@ -58,7 +58,8 @@ def linear_token_logprobs(
     tail_mass: float = 0.0,
     tp_group: Any = None,
     backend: str = "auto",
-    keep_units: bool = True,
+    keep_token_grads: bool | None = None,
+    keep_units: bool | None = None,
     allowed: Tensor | None = None,  # (..., V) bool, (..., ceil(V/32)) int32 or (..., K) int64
     logits_rounding: str | None = None,
 ) -> TokenLogprobs:
@@ -90,9 +91,10 @@ def linear_token_logprobs(
             rank's shard, of any size, or a DTensor sharded on dimension 0; `labels` are global ids, and every rank of
             the group makes the call, and its backward, with the same hidden states. See `fastrl.ops.vocab_parallel`.
         backend: of the row kernels: "auto", "torch", "cpu", "triton" or "cuda". The GEMMs are PyTorch's.
-        keep_units: with a frozen head, whether the forward keeps the gradients of the log-probs, (N, D). A function of
-            the log-probs then takes 2 GEMM units in all, but one of the entropies or logsumexps 4; False makes that 3,
-            for either, and keeps nothing.
+        keep_token_grads: with a frozen head, whether the forward keeps the gradient of every log-prob, (N, D). True by
+            default. A function of the log-probs then takes 2 GEMM units in all, a function of the entropies or
+            logsumexps 4. False keeps nothing, and either takes 3.
+        keep_units: the former name of `keep_token_grads`, an alias for this version. Give one of the two.
         allowed, logits_rounding: as `token_logprobs`; a chunk's logits are rounded and restricted where they are. Not
             with `tp_group`.
 
@@ -108,8 +110,7 @@ def linear_token_logprobs(
     Raises:
         ValueError, TypeError, RuntimeError: as `token_logprobs`, and for heads that hold no values or are sharded.
     """
-    if not isinstance(keep_units, bool):
-        raise TypeError(f"keep_units must be True or False, got {keep_units!r}")
+    keep = _keep_token_grads(keep_token_grads, keep_units)
     if tp_group is not None:
         if allowed is not None or logits_rounding is not None:
             raise ValueError("allowed and logits_rounding must keep their defaults with tp_group")
@@ -128,7 +129,7 @@ def linear_token_logprobs(
             chunk_tokens=chunk_tokens,
             tail_mass=tail_mass,
             backend=backend,
-            keep_units=keep_units,
+            keep_token_grads=keep,
         )
     hidden, weight, labels, bias = check_head(hidden, weight, labels, bias, ignore_index)
     head = make_head(
@@ -141,18 +142,18 @@ def linear_token_logprobs(
         tp_group=tp_group,
         backend=backend,
     )
-    inverse = inverse_temperature(temperature, labels, hidden)
+    inv_temperature = inverse_temperature(temperature, labels, hidden)
     sets, rounding = check_restrictions(allowed, logits_rounding, labels, weight.shape[0], head)
     training = torch.is_grad_enabled()
     trains_head = training and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    unit = keep_units and training and hidden.requires_grad and not trains_head
+    unit = keep and training and hidden.requires_grad and not trains_head
     flat = hidden.reshape(-1, hidden.shape[-1])
     outputs = _linear_token_logprobs(
         flat,
         weight,
         labels.reshape(-1),
         bias,
-        inverse,
+        inv_temperature,
         head.logit_scale,
         head.softcap,
         head.ignore_index,
@@ -168,13 +169,26 @@ def linear_token_logprobs(
     return TokenLogprobs(*(x.view(labels.shape) for x in outputs[:3]))
 
 
+def _keep_token_grads(keep_token_grads: bool | None, keep_units: bool | None) -> bool:
+    """Return the option from its name and its alias, or raise; True unless given."""
+    if keep_token_grads is not None and keep_units is not None:
+        raise TypeError("keep_units is an alias of keep_token_grads: expected one of them, got both")
+    name = "keep_token_grads" if keep_units is None else "keep_units"
+    value = keep_token_grads if keep_units is None else keep_units
+    if value is None:
+        return True
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
 @torch.library.custom_op("fastrl::linear_token_logprobs", mutates_args=(), tags=_WAITS)
 def _linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
-    inverse: Tensor,
+    inv_temperature: Tensor,
     logit_scale: float,
     softcap: float,
     ignore_index: int,
@@ -185,11 +199,11 @@ def _linear_token_logprobs(
     allowed: Tensor | None = None,
     rounding: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    head = Head(logit_scale, softcap, ignore_index, chunk_tokens, backend, tail_mass)
-    chunks = Chunks.of(hidden, weight, bias, labels, inverse, head, allowed=allowed, rounding=rounding)
+    head = HeadOptions(logit_scale, softcap, ignore_index, chunk_tokens, backend, tail_mass)
+    chunks = Chunks.of(hidden, weight, bias, labels, inv_temperature, head, allowed=allowed, rounding=rounding)
     found = chunks.outputs()
     gradients = Gradients(chunks, (unit, False, False), per_live_row=True)
-    with choice.own_precision(hidden.device):
+    with choice.autocast_disabled(hidden.device):
         for rows, states, logits in chunks:
             results = chunks.forward_rows(rows, logits)
             _keep(found, rows, results)
@@ -207,7 +221,7 @@ def _(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
-    inverse: Tensor,
+    inv_temperature: Tensor,
     logit_scale: float,
     softcap: float,
     ignore_index: int,
@@ -220,7 +234,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = _wide(hidden.dtype)
     logprobs, entropy, logsumexp = (torch.empty(labels.shape, dtype=dtype, device=hidden.device) for _ in range(3))
-    residual = logprobs.new_empty(labels.shape if choice.keeps_residual(backend) else 0)
+    residual = logprobs.new_empty(labels.shape if choice.needs_lse_residual(backend) else 0)
     n_live = torch.library.get_ctx().new_dynamic_size() if unit else 0
     return logprobs, entropy, logsumexp, residual, logprobs.new_empty((n_live, hidden.shape[1]))
 
@@ -231,7 +245,7 @@ def _linear_token_logprobs_backward(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
-    inverse: Tensor,
+    inv_temperature: Tensor,
     logprobs: Tensor,
     entropy: Tensor,
     logsumexp: Tensor,
@@ -249,14 +263,14 @@ def _linear_token_logprobs_backward(
     allowed: Tensor | None = None,
     rounding: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head = Head(logit_scale, softcap, ignore_index, chunk_tokens, backend, tail_mass)
+    head = HeadOptions(logit_scale, softcap, ignore_index, chunk_tokens, backend, tail_mass)
     upstream = [g for g in (grad_logprobs, grad_entropy, grad_logsumexp) if g is not None]
     nonzero = torch.stack([g != 0 for g in upstream]).any(0)
     restricted = {"allowed": allowed, "rounding": rounding}
-    chunks = Chunks.of(hidden, weight, bias, labels, inverse, head, **restricted, keep=nonzero)
+    chunks = Chunks.of(hidden, weight, bias, labels, inv_temperature, head, **restricted, keep=nonzero)
     gradients = Gradients(chunks, (needs[0], needs[1], needs[2]))
     outputs = (logprobs, entropy, logsumexp, residual if residual.numel() else logprobs)
-    with choice.own_precision(hidden.device):
+    with choice.autocast_disabled(hidden.device):
         _add_chunks(chunks, gradients, outputs, (grad_logprobs, grad_entropy, grad_logsumexp))
         gradients.flush()
     empty = hidden.new_empty(0)
@@ -288,7 +302,7 @@ def _(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
-    inverse: Tensor,
+    inv_temperature: Tensor,
     logprobs: Tensor,
     entropy: Tensor,
     logsumexp: Tensor,
@@ -314,10 +328,10 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, labels, bias, inverse, *scalars, ctx.unit, allowed, ctx.rounding = inputs
+    hidden, weight, labels, bias, inv_temperature, *scalars, ctx.unit, allowed, ctx.rounding = inputs
     ctx.scalars = scalars
-    ctx.tally = sparse_rows.counting()
-    ctx.save_for_backward(hidden, weight, labels, bias, inverse, allowed, *output)
+    ctx.stats = sparse_rows.current_sparse_stats()
+    ctx.save_for_backward(hidden, weight, labels, bias, inv_temperature, allowed, *output)
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
 
@@ -329,18 +343,18 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = [bool(ctx.needs_input_grad[i]) for i in (0, 1, 3)]
     if not any(needs) or all(g is None for g in grads):
         return (None, None, None, None, None, *none)
-    hidden, weight, labels, bias, inverse, allowed, *outputs, units = ctx.saved_tensors
+    hidden, weight, labels, bias, inv_temperature, allowed, *outputs, units = ctx.saved_tensors
     if ctx.unit and grad_entropy is None and grad_logsumexp is None and grad_logprobs is not None:
         live = kept_first(labels != ctx.scalars[2])[: units.shape[0]]
         scaled = grad_logprobs[live].to(units.dtype).unsqueeze(-1) * units
         return (torch.zeros_like(hidden).index_copy_(0, live, scaled.to(hidden.dtype)), None, None, None, None, *none)
-    with sparse_rows.counted(ctx.tally):
+    with sparse_rows.collect_sparse_stats(ctx.stats):
         dhidden, dweight, dbias = _linear_token_logprobs_backward(
             hidden,
             weight,
             labels,
             bias,
-            inverse,
+            inv_temperature,
             *outputs,
             grad_logprobs,
             grad_entropy,

@@ -28,7 +28,7 @@ def refuse_capture(device: torch.device) -> None:
         )
 
 
-class HostNumber:
+class PendingCount:
     """A number on its way from a CUDA or ROCm device to the host."""
 
     def __init__(self, number: Tensor) -> None:
@@ -44,13 +44,13 @@ class HostNumber:
         return int(self._host)
 
 
-class Kept:
+class ActiveRows:
     """The indices of the rows that a mask keeps, in rising order."""
 
     def __init__(self, keep: Tensor) -> None:  # (N,) bool
-        self._number: HostNumber | None = None
+        self._number: PendingCount | None = None
         if is_asynchronous(keep.device):
-            self._number = HostNumber(keep.sum())
+            self._number = PendingCount(keep.sum())
             self.order = kept_first(keep)
         else:
             self.order = keep.nonzero().squeeze(-1)

@@ -76,12 +76,14 @@ def row_statistics(
         raise ValueError(f"logits must be (..., V) with V >= 1, got {tuple(logits.shape)}")
     labels = checks.labels("labels", labels, logits.shape[:-1], logits.device, logits.shape[-1], ignore_index)
     scale, cap = head_scalars(logit_scale, softcap)
-    heat = checks.temperature(temperature, labels.shape, logits.device)
+    temperature = checks.temperature(temperature, labels.shape, logits.device)
     chosen = choice.choose_row_statistics(backend, logits.device).backend
     wide = _wide(logits.dtype)
-    inverse_rows = heat.to(wide).reciprocal() if isinstance(heat, Tensor) else None
-    inverse = 1.0 if isinstance(heat, Tensor) else 1.0 / heat
-    return RowStatistics(*_row_statistics(logits, labels, inverse_rows, inverse, scale, cap, ignore_index, chosen))
+    inv_temperature_rows = temperature.to(wide).reciprocal() if isinstance(temperature, Tensor) else None
+    inv_temperature = 1.0 if isinstance(temperature, Tensor) else 1.0 / temperature
+    return RowStatistics(
+        *_row_statistics(logits, labels, inv_temperature_rows, inv_temperature, scale, cap, ignore_index, chosen)
+    )
 
 
 def linear_row_statistics(
@@ -125,9 +127,11 @@ def linear_row_statistics(
         tp_group=None,
         backend=choice.choose_row_statistics(backend, hidden.device).backend,
     )
-    inverse = inverse_temperature(temperature, labels, hidden)
-    with torch.no_grad(), choice.own_precision(hidden.device):
-        chunks = Chunks.of(hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1), inverse, head)
+    inv_temperature = inverse_temperature(temperature, labels, hidden)
+    with torch.no_grad(), choice.autocast_disabled(hidden.device):
+        chunks = Chunks.of(
+            hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1), inv_temperature, head
+        )
         results = _linear_rows(chunks)
     sources = [x for x in (hidden, weight, bias) if x is not None and x.requires_grad]
     top1, log_sum_squared, argmax, mean = (x.view(labels.shape) for x in results)
@@ -143,7 +147,7 @@ def _linear_rows(chunks: Chunks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     for rows, _, logits in chunks:
         index = chunks.live[rows]
         values = _forward_rows(
-            chunks.head.backend, logits, chunks.labels[index], chunks.inverse[index], **chunks.scalars()
+            chunks.head.backend, logits, chunks.labels[index], chunks.inv_temperature[index], **chunks.scalars()
         )
         for result, value in zip(results, values, strict=True):
             result[index] = value
@@ -165,14 +169,14 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _forward_rows(
-    backend: str, logits: Tensor, labels: Tensor, inverse: float | Tensor, **scalars: Any
+    backend: str, logits: Tensor, labels: Tensor, inv_temperature: float | Tensor, **scalars: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the statistics of rows, (N,) each, from a chosen backend."""
     if backend == "triton":
         from fastrl_kernels.row_statistics import row_statistics_fwd
 
-        return row_statistics_fwd(logits, labels, inverse, **scalars)
-    return row_statistics_rows(logits, labels, inverse, **scalars)
+        return row_statistics_fwd(logits, labels, inv_temperature, **scalars)
+    return row_statistics_rows(logits, labels, inv_temperature, **scalars)
 
 
 def row_statistics_rows(
@@ -243,25 +247,25 @@ def _tile_statistics(
 def _row_statistics(
     logits: Tensor,
     labels: Tensor,
-    inverse_rows: Tensor | None,
-    inverse: float,
+    inv_temperature_rows: Tensor | None,
+    inv_temperature: float,
     logit_scale: float,
     softcap: float,
     ignore_index: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with choice.own_precision(logits.device):
+    with choice.autocast_disabled(logits.device):
         parts = [
             _forward_rows(
                 backend,
                 rows,
                 row_labels,
-                inverse if row_inverse is None else row_inverse,
+                inv_temperature if row_inv_temperature is None else row_inv_temperature,
                 logit_scale=logit_scale,
                 softcap=softcap,
                 ignore_index=ignore_index,
             )
-            for rows, row_labels, row_inverse in row_blocks(logits, labels, inverse_rows)
+            for rows, row_labels, row_inv_temperature in row_blocks(logits, labels, inv_temperature_rows)
         ]
     outputs = parts[0] if len(parts) == 1 else tuple(torch.cat(column) for column in zip(*parts, strict=True))
     first, second, third, fourth = (x.view(labels.shape) for x in outputs)
@@ -272,8 +276,8 @@ def _row_statistics(
 def _(
     logits: Tensor,
     labels: Tensor,
-    inverse_rows: Tensor | None,
-    inverse: float,
+    inv_temperature_rows: Tensor | None,
+    inv_temperature: float,
     logit_scale: float,
     softcap: float,
     ignore_index: int,

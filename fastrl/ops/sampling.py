@@ -67,7 +67,7 @@ def check_labels_are_allowed(logprobs: Tensor) -> None:
         raise ValueError(f"labels must be in their allowed sets; the log-prob is -inf at {where}")
 
 
-def banned(allowed: Tensor, vocabulary: int) -> Tensor:
+def disallowed(allowed: Tensor, vocabulary: int) -> Tensor:
     """Return the complement of sets (R, ...) as (R, V) bool; ids outside the vocabulary stand for nothing."""
     if allowed.dtype == torch.bool:
         return ~allowed
@@ -80,7 +80,7 @@ def banned(allowed: Tensor, vocabulary: int) -> Tensor:
     return result.scatter_(1, torch.where(outside, vocabulary, allowed), False)[:, :vocabulary]
 
 
-def prepare(
+def apply_sampling(
     tile: Tensor,  # (R, V), overwritten
     allowed: Tensor | None,  # (N, ...)
     index: Tensor,  # (R,) the rows among all N
@@ -99,7 +99,7 @@ def prepare(
             rows.mul_(logit_scale / softcap).tanh_().mul_(softcap)
         # What is yet to be multiplied by a negative scale is smallest at +inf.
         nothing = math.inf if softcap == 0.0 and logit_scale < 0.0 else -math.inf
-        rows.masked_fill_(banned(allowed[index[start : start + SET_ROWS]], tile.shape[1]), nothing)
+        rows.masked_fill_(disallowed(allowed[index[start : start + SET_ROWS]], tile.shape[1]), nothing)
 
 
 def kernel_scalars(allowed: Tensor | None, logit_scale: float, softcap: float, ignore_index: int) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def prepared_backward_rows(
     backend: str,
     tile: Tensor,  # (R, V) prepared, overwritten
     labels: Tensor,  # (R,)
-    inverse: float | Tensor,  # scalar or (R,)
+    inv_temperature: float | Tensor,  # scalar or (R,)
     outputs: tuple[Tensor, Tensor, Tensor, Tensor],
     grads: tuple[Tensor | None, Tensor | None, Tensor | None],
     allowed: Tensor | None,
@@ -129,7 +129,7 @@ def prepared_backward_rows(
     if allowed is not None and grads[0] is not None:
         grads = (torch.where(outputs[0].isneginf(), 0.0, grads[0]), *grads[1:])
     if allowed is None or softcap == 0.0:
-        return backward_rows(backend, tile, labels, inverse, outputs, grads, **scalars, out=tile)
+        return backward_rows(backend, tile, labels, inv_temperature, outputs, grads, **scalars, out=tile)
     for start in range(0, tile.shape[0], SET_ROWS):
         at = slice(start, start + SET_ROWS)
         rows = tile[at]
@@ -138,7 +138,7 @@ def prepared_backward_rows(
         residual = outputs[3][at] if outputs[3].numel() else outputs[3]
         of_rows = (outputs[0][at], outputs[1][at], outputs[2][at], residual)
         first, second, third = (None if g is None else g[at] for g in grads)
-        factor = inverse[at] if isinstance(inverse, Tensor) else inverse
+        factor = inv_temperature[at] if isinstance(inv_temperature, Tensor) else inv_temperature
         backward_rows(backend, rows, labels[at], factor, of_rows, (first, second, third), **scalars, out=rows)
         rows.mul_(slope)
     return tile
@@ -160,11 +160,11 @@ def restricted_token_logprobs(
     sets = check_allowed(allowed, labels, logits.shape[-1])
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if isinstance(temperature, Tensor):
-        inverse = temperature.to(dtype).reciprocal().reshape(-1)
+        inv_temperature = temperature.to(dtype).reciprocal().reshape(-1)
     else:
-        inverse = torch.full((labels.numel(),), 1.0 / temperature, dtype=dtype, device=logits.device)
+        inv_temperature = torch.full((labels.numel(),), 1.0 / temperature, dtype=dtype, device=logits.device)
     how = (rounding, logit_scale, softcap, ignore_index, backend)
-    outputs = prepared_token_logprobs(logits, labels.reshape(-1), inverse, sets, *how)[:3]
+    outputs = prepared_token_logprobs(logits, labels.reshape(-1), inv_temperature, sets, *how)[:3]
     if sets is not None:
         check_labels_are_allowed(outputs[0].view(labels.shape))
     return tuple(x.view(labels.shape) for x in outputs)
@@ -174,7 +174,7 @@ def restricted_token_logprobs(
 def prepared_token_logprobs(
     logits: Tensor,  # (..., V)
     labels: Tensor,  # (N,)
-    inverse: Tensor,  # (N,)
+    inv_temperature: Tensor,  # (N,)
     allowed: Tensor | None,  # (N, ...)
     rounding: str,
     logit_scale: float,
@@ -186,11 +186,11 @@ def prepared_token_logprobs(
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     parts = [torch.empty((4, 0), dtype=dtype, device=logits.device)]
     scalars = kernel_scalars(allowed, logit_scale, softcap, ignore_index)
-    keeps = choice.keeps_residual(backend)
-    with choice.own_precision(logits.device):
+    keeps = choice.needs_lse_residual(backend)
+    with choice.autocast_disabled(logits.device):
         for index, tile in _tiles(logits, dtype):
-            prepare(tile, allowed, index, rounding, logit_scale, softcap)
-            found = forward_rows(backend, tile, labels[index], inverse[index], **scalars)
+            apply_sampling(tile, allowed, index, rounding, logit_scale, softcap)
+            found = forward_rows(backend, tile, labels[index], inv_temperature[index], **scalars)
             parts.append(torch.stack(found if keeps else (*found[:3], found[0])))
     first, second, third, fourth = torch.cat(parts, 1).unbind(0)
     return first.clone(), second.clone(), third.clone(), fourth.clone() if keeps else fourth.new_empty(0)
@@ -211,7 +211,7 @@ def _tiles(logits: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]
 def _(
     logits: Tensor,
     labels: Tensor,
-    inverse: Tensor,
+    inv_temperature: Tensor,
     allowed: Tensor | None,
     rounding: str,
     logit_scale: float,
@@ -219,15 +219,15 @@ def _(
     ignore_index: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    first, second, third, fourth = (torch.empty_like(inverse) for _ in range(4))
-    return first, second, third, fourth if choice.keeps_residual(backend) else inverse.new_empty(0)
+    first, second, third, fourth = (torch.empty_like(inv_temperature) for _ in range(4))
+    return first, second, third, fourth if choice.needs_lse_residual(backend) else inv_temperature.new_empty(0)
 
 
 @torch.library.custom_op("fastrl::prepared_token_logprobs_backward", mutates_args=())
 def _prepared_backward(
     logits: Tensor,
     labels: Tensor,
-    inverse: Tensor,
+    inv_temperature: Tensor,
     allowed: Tensor | None,
     logprobs: Tensor,
     entropy: Tensor,
@@ -245,9 +245,9 @@ def _prepared_backward(
     gradient = memory.empty(logits.shape, logits.dtype, logits.device)
     numbers = (logit_scale, softcap, ignore_index)
     grads = (grad_logprobs, grad_entropy, grad_logsumexp)
-    with choice.own_precision(logits.device):
-        for index, tile in _tiles(logits, inverse.dtype):
-            prepare(tile, allowed, index, rounding, logit_scale, softcap)
+    with choice.autocast_disabled(logits.device):
+        for index, tile in _tiles(logits, inv_temperature.dtype):
+            apply_sampling(tile, allowed, index, rounding, logit_scale, softcap)
             of_rows = (
                 logprobs[index],
                 entropy[index],
@@ -256,7 +256,7 @@ def _prepared_backward(
             )
             first, second, third = (None if g is None else g[index] for g in grads)
             done = prepared_backward_rows(
-                backend, tile, labels[index], inverse[index], of_rows, (first, second, third), allowed, *numbers
+                backend, tile, labels[index], inv_temperature[index], of_rows, (first, second, third), allowed, *numbers
             )
             gradient.view(-1, logits.shape[-1])[index] = done.to(gradient.dtype)
     return gradient
@@ -266,7 +266,7 @@ def _prepared_backward(
 def _(
     logits: Tensor,
     labels: Tensor,
-    inverse: Tensor,
+    inv_temperature: Tensor,
     allowed: Tensor | None,
     logprobs: Tensor,
     entropy: Tensor,
@@ -285,8 +285,8 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, labels, inverse, allowed, *ctx.scalars = inputs
-    ctx.save_for_backward(logits, labels, inverse, allowed, *output)
+    logits, labels, inv_temperature, allowed, *ctx.scalars = inputs
+    ctx.save_for_backward(logits, labels, inv_temperature, allowed, *output)
     ctx.mark_non_differentiable(output[3])
     ctx.set_materialize_grads(False)
 
@@ -332,17 +332,17 @@ def top_k_top_p_allowed(
         raise ValueError(f"top_k must be an int >= 1 or None, got {top_k!r}")
     if top_p is not None:
         checks.plain_float("top_p", top_p, low=0.0, high=1.0, open_low=True)
-    heat = checks.temperature(temperature, logits.shape[:-1], logits.device)
+    temperature = checks.temperature(temperature, logits.shape[:-1], logits.device)
     flat = logits.detach().reshape(-1, logits.shape[-1])
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    if isinstance(heat, Tensor):
-        heats = heat.to(dtype).reshape(-1, 1)
+    if isinstance(temperature, Tensor):
+        temperatures = temperature.to(dtype).reshape(-1, 1)
     else:
-        heats = torch.full((flat.shape[0], 1), heat, dtype=dtype, device=logits.device)
+        temperatures = torch.full((flat.shape[0], 1), temperature, dtype=dtype, device=logits.device)
     kept = torch.empty(flat.shape, dtype=torch.bool, device=logits.device)
     for start in range(0, flat.shape[0], SET_ROWS):
         rows = slice(start, start + SET_ROWS)
-        kept[rows] = _kept(flat[rows].to(dtype) / heats[rows], top_k, top_p)
+        kept[rows] = _kept(flat[rows].to(dtype) / temperatures[rows], top_k, top_p)
     return kept.view(logits.shape)
 
 

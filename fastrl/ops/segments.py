@@ -40,9 +40,9 @@ def segment_sum(
     return _segment_sum(x, F.pad(lengths.cumsum(0), (1, 0)))
 
 
-def sums_beside(backend: str) -> reference.SegmentSum:
+def segment_sum_for(backend: str) -> reference.SegmentSum:
     """Return `segment_sum` as it runs beside vocabulary rows of a chosen backend."""
-    return partial(segment_sum, backend=choice.beside(backend))
+    return partial(segment_sum, backend=choice.companion_backend(backend))
 
 
 def reverse_scan(

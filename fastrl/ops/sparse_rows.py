@@ -72,23 +72,23 @@ class Lists(NamedTuple):
     left: Tensor  # (C,) float64, sum of |gradient| left out relative to the row's scale; 0 for dense rows
 
 
-class Problem(NamedTuple):
+class RowInputs(NamedTuple):
     """What the gradient of some rows is formed from beside their logits: the arguments of `backward_rows`."""
 
     labels: Tensor  # (C,)
-    inverse: Tensor  # (C,)
+    inv_temperature: Tensor  # (C,)
     outputs: tuple[Tensor, Tensor, Tensor, Tensor]  # (C,) each, the last (0,) where the backend keeps none
     grads: tuple[Tensor | None, Tensor | None, Tensor | None]  # (C,) each
 
-    def at(self, rows: Tensor) -> Problem:
-        """Return the problem of the rows at some indices."""
+    def at(self, rows: Tensor) -> RowInputs:
+        """Return the inputs of the rows at some indices."""
         logprobs, entropy, logsumexp, residual = (x[rows] if x.numel() else x for x in self.outputs)
         first, second, third = (None if grad is None else grad[rows] for grad in self.grads)
         outputs, grads = (logprobs, entropy, logsumexp, residual), (first, second, third)
-        return Problem(self.labels[rows], self.inverse[rows], outputs, grads)
+        return RowInputs(self.labels[rows], self.inv_temperature[rows], outputs, grads)
 
 
-class Tally:
+class SparseStats:
     """Counts over the rows that have a gradient, as tensors on the device that change as rows are counted."""
 
     def __init__(self, device: torch.device) -> None:
@@ -111,27 +111,27 @@ class Tally:
     def metrics(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return name -> (sum, count): the share of sparse rows, and the largest mass that one left out.
 
-        They are the tally's own tensors: what a backward counts later shows in them.
+        They are the stats's own tensors: what a backward counts later shows in them.
         """
         return {"sparse/rows": (self.sparse, self.rows), "sparse/left_max": (self.left, torch.ones_like(self.left))}
 
 
-_counting: ContextVar[Tally | None] = ContextVar("fastrl_tally", default=None)
+_current_stats: ContextVar[SparseStats | None] = ContextVar("fastrl_sparse_stats", default=None)
 
 
-def counting() -> Tally | None:
-    """Return the tally that counts rows here, or None."""
-    return _counting.get()
+def current_sparse_stats() -> SparseStats | None:
+    """Return the stats that counts rows here, or None."""
+    return _current_stats.get()
 
 
 @contextmanager
-def counted(tally: Tally | None) -> Iterator[None]:
+def collect_sparse_stats(stats: SparseStats | None) -> Iterator[None]:
     """Count the rows of every gradient that is formed inside, and of those that backwards of operations inside form."""
-    before = _counting.set(tally)
+    before = _current_stats.set(stats)
     try:
         yield
     finally:
-        _counting.reset(before)
+        _current_stats.reset(before)
 
 
 def check_tail_mass(tail_mass: Any) -> float:
@@ -173,7 +173,7 @@ def _kernels(backend: str) -> _Kernels:
 def find(
     backend: str,
     logits: Tensor,  # (C, V) float32 or float64
-    problem: Problem,
+    inputs: RowInputs,
     rule: Rule,
     **scalars: Any,
 ) -> Lists:
@@ -183,10 +183,10 @@ def find(
     """
     found = _kernels(backend).list_entries(
         logits,
-        problem.labels,
-        problem.inverse,
-        problem.outputs,
-        problem.grads,
+        inputs.labels,
+        inputs.inv_temperature,
+        inputs.outputs,
+        inputs.grads,
         tail_mass=rule.tail_mass,
         places=rule.places,
         threshold=rule.threshold,
@@ -238,20 +238,20 @@ class Collector:
         self.backend = backend
         self.weight = weight  # (V, D)
         self.scalars = scalars
-        self.tally = counting() or Tally(weight.device)
+        self.stats = current_sparse_stats() or SparseStats(weight.device)
         self._room = -(-room // HELD_ROWS_MULTIPLE) * HELD_ROWS_MULTIPLE
         self._count = 0
         self._buffer: Tensor | None = None
         self._held: list[tuple[Tensor, Tensor]] = []
 
-    def take(self, sums: Accumulators, places: Tensor, states: Tensor, logits: Tensor, problem: Problem) -> None:
+    def take(self, sums: Accumulators, places: Tensor, states: Tensor, logits: Tensor, inputs: RowInputs) -> None:
         """Add some chunks: their hidden states (C, D) and logits (C, V), which may be overwritten."""
-        lists = find(self.backend, logits, problem, self.rule, **self.scalars)
-        self.tally.add(lists)
+        lists = find(self.backend, logits, inputs, self.rule, **self.scalars)
+        self.stats.add(lists)
         # The one host synchronisation of a chunk on a GPU: the GEMMs of the dense rows have a size.
         dense = (lists.counts < 0).nonzero().squeeze(-1)
         if dense.numel() == places.numel():
-            sums.add_rows(places, states, self._gradient(logits, problem))
+            sums.add_rows(places, states, self._gradient(logits, inputs))
             return
         if sums.hidden is not None:
             sums.hidden[places] = times_matrix(self.backend, lists, self.weight).to(sums.hidden.dtype)
@@ -260,7 +260,7 @@ class Collector:
         for some in dense.split(self._room) if dense.numel() else ():
             if self._count + some.numel() > self._room:
                 self.flush(sums)
-            self._hold(places[some], states[some], logits, some, problem.at(some))
+            self._hold(places[some], states[some], logits, some, inputs.at(some))
 
     def flush(self, sums: Accumulators) -> None:
         """Add the dense rows that are held."""
@@ -275,16 +275,16 @@ class Collector:
         sums.add_rows(places, states, self._buffer[:whole])
         self._count, self._held = 0, []
 
-    def _hold(self, places: Tensor, states: Tensor, logits: Tensor, dense: Tensor, problem: Problem) -> None:
+    def _hold(self, places: Tensor, states: Tensor, logits: Tensor, dense: Tensor, inputs: RowInputs) -> None:
         if self._buffer is None:
             self._buffer = torch.empty((self._room, logits.shape[1]), dtype=logits.dtype, device=logits.device)
         rows = self._buffer[self._count : self._count + dense.numel()]
         torch.index_select(logits, 0, dense, out=rows)
-        self._gradient(rows, problem)
+        self._gradient(rows, inputs)
         self._held.append((places, states))
         self._count += dense.numel()
 
-    def _gradient(self, logits: Tensor, problem: Problem) -> Tensor:
+    def _gradient(self, logits: Tensor, inputs: RowInputs) -> Tensor:
         """Turn logits into their gradient, in place."""
-        labels, inverse, outputs, grads = problem
-        return backward_rows(self.backend, logits, labels, inverse, outputs, grads, **self.scalars, out=logits)
+        labels, inv_temperature, outputs, grads = inputs
+        return backward_rows(self.backend, logits, labels, inv_temperature, outputs, grads, **self.scalars, out=logits)

@@ -74,14 +74,16 @@ def token_logprobs(
     if allowed is not None or logits_rounding is not None:
         from fastrl.ops.sampling import restricted_token_logprobs
 
-        heat = checks.temperature(temperature, rows.labels.shape, logits.device)
+        temperature = checks.temperature(temperature, rows.labels.shape, logits.device)
         how = (rows.logit_scale, rows.softcap, rows.ignore_index, rows.backend)
-        return TokenLogprobs(*restricted_token_logprobs(logits, rows.labels, heat, allowed, logits_rounding, *how))
+        return TokenLogprobs(
+            *restricted_token_logprobs(logits, rows.labels, temperature, allowed, logits_rounding, *how)
+        )
     outputs = _token_logprobs(
         logits,
         rows.labels,
-        rows.inverse_rows,
-        rows.inverse,
+        rows.inv_temperature_rows,
+        rows.inv_temperature,
         rows.logit_scale,
         rows.softcap,
         rows.ignore_index,
@@ -94,25 +96,25 @@ def token_logprobs(
 def _token_logprobs(
     logits: Tensor,
     labels: Tensor,
-    inverse_rows: Tensor | None,
-    inverse: float,
+    inv_temperature_rows: Tensor | None,
+    inv_temperature: float,
     logit_scale: float,
     softcap: float,
     ignore_index: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with choice.own_precision(logits.device):
+    with choice.autocast_disabled(logits.device):
         parts = [
             forward_rows(
                 backend,
                 rows,
                 row_labels,
-                inverse if row_inverse is None else row_inverse,
+                inv_temperature if row_inv_temperature is None else row_inv_temperature,
                 logit_scale=logit_scale,
                 softcap=softcap,
                 ignore_index=ignore_index,
             )
-            for rows, row_labels, row_inverse in row_blocks(logits, labels, inverse_rows)
+            for rows, row_labels, row_inv_temperature in row_blocks(logits, labels, inv_temperature_rows)
         ]
     outputs = parts[0] if len(parts) == 1 else tuple(torch.cat(column) for column in zip(*parts, strict=True))
     logprobs, entropy, logsumexp = (x.view(labels.shape) for x in outputs[:3])
@@ -123,8 +125,8 @@ def _token_logprobs(
 def _(
     logits: Tensor,
     labels: Tensor,
-    inverse_rows: Tensor | None,
-    inverse: float,
+    inv_temperature_rows: Tensor | None,
+    inv_temperature: float,
     logit_scale: float,
     softcap: float,
     ignore_index: int,
@@ -132,7 +134,9 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     outputs = tuple(torch.empty(labels.shape, dtype=dtype, device=logits.device) for _ in range(3))
-    residual = torch.empty(labels.numel() if choice.keeps_residual(backend) else 0, dtype=dtype, device=logits.device)
+    residual = torch.empty(
+        labels.numel() if choice.needs_lse_residual(backend) else 0, dtype=dtype, device=logits.device
+    )
     return outputs[0], outputs[1], outputs[2], residual
 
 
@@ -140,7 +144,7 @@ def _(
 def _token_logprobs_backward(
     logits: Tensor,
     labels: Tensor,
-    inverse_rows: Tensor | None,
+    inv_temperature_rows: Tensor | None,
     logprobs: Tensor,
     entropy: Tensor,
     logsumexp: Tensor,
@@ -148,25 +152,35 @@ def _token_logprobs_backward(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     grad_logsumexp: Tensor | None,
-    inverse: float,
+    inv_temperature: float,
     logit_scale: float,
     softcap: float,
     ignore_index: int,
     backend: str,
 ) -> Tensor:
     gradient = memory.empty(logits.shape, logits.dtype, logits.device)
-    kept = residual if choice.keeps_residual(backend) else None
-    given = (labels, inverse_rows, logprobs, entropy, logsumexp, kept, grad_logprobs, grad_entropy, grad_logsumexp)
+    kept = residual if choice.needs_lse_residual(backend) else None
+    given = (
+        labels,
+        inv_temperature_rows,
+        logprobs,
+        entropy,
+        logsumexp,
+        kept,
+        grad_logprobs,
+        grad_entropy,
+        grad_logsumexp,
+    )
     # The output is viewed like the input: both split along the first dimension, or neither does.
     written = 0
     out_rows = gradient.view(-1, logits.shape[-1])
-    with choice.own_precision(logits.device):
-        for rows, row_labels, row_inverse, *rest in row_blocks(logits, *given):
+    with choice.autocast_disabled(logits.device):
+        for rows, row_labels, row_inv_temperature, *rest in row_blocks(logits, *given):
             backward_rows(
                 backend,
                 rows,
                 row_labels,
-                inverse if row_inverse is None else row_inverse,
+                inv_temperature if row_inv_temperature is None else row_inv_temperature,
                 (rest[0], rest[1], rest[2], rest[3]),
                 (rest[4], rest[5], rest[6]),
                 logit_scale=logit_scale,
@@ -182,7 +196,7 @@ def _token_logprobs_backward(
 def _(
     logits: Tensor,
     labels: Tensor,
-    inverse_rows: Tensor | None,
+    inv_temperature_rows: Tensor | None,
     logprobs: Tensor,
     entropy: Tensor,
     logsumexp: Tensor,
@@ -190,7 +204,7 @@ def _(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     grad_logsumexp: Tensor | None,
-    inverse: float,
+    inv_temperature: float,
     logit_scale: float,
     softcap: float,
     ignore_index: int,
@@ -200,8 +214,8 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, labels, inverse_rows, *ctx.scalars = inputs
-    ctx.save_for_backward(logits, labels, inverse_rows, *output)
+    logits, labels, inv_temperature_rows, *ctx.scalars = inputs
+    ctx.save_for_backward(logits, labels, inv_temperature_rows, *output)
     ctx.mark_non_differentiable(output[3])
     ctx.set_materialize_grads(False)
 
@@ -211,8 +225,8 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     none = (None,) * (2 + len(ctx.scalars))
     if not ctx.needs_input_grad[0] or all(g is None for g in grads):
         return (None, *none)
-    logits, labels, inverse_rows, *outputs = ctx.saved_tensors
-    gradient = _token_logprobs_backward(logits, labels, inverse_rows, *outputs, *grads[:3], *ctx.scalars)
+    logits, labels, inv_temperature_rows, *outputs = ctx.saved_tensors
+    gradient = _token_logprobs_backward(logits, labels, inv_temperature_rows, *outputs, *grads[:3], *ctx.scalars)
     return (gradient, *none)
 
 

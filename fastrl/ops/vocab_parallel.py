@@ -16,9 +16,15 @@ token; in the backward, where the hidden states need a gradient, an all-to-all a
 order. They carry what a ring all-reduce carries, and unlike its result that of a token depends neither on where the
 token stands in the batch nor on the algorithm that the communication library picks. The head's gradients stay local.
 
-GEMM units, each of 2 N V_r D flop: 1 forward; 1 + 3 training; over a frozen head 2 for functions of the log-probs, and
-3 for those of the entropies too with `keep_units=False`. Not 2: h' and l' need the shares of all parts, which no part
-knows while its logits are there, so that dX takes them again, or two products, of q_v and of q_v log q_v.
+GEMM units, each of 2 N V_r D flop:
+
+    forward only                                              1
+    training                                                  1 + 3
+    frozen head, function of the log-probs                    2
+    frozen head, any output, with `keep_token_grads=False`    3
+
+The last path cannot take 2: h' and l' need the shares of all parts, and no part knows them while its logits are there.
+dX would take the logits again, or two products, of q_v and of q_v log q_v.
 
 Legend: N tokens, L live tokens, D hidden, V vocabulary, V_r rows of the head on this rank, R ranks, C rows of a chunk.
 """
@@ -39,7 +45,7 @@ from fastrl import checks
 from fastrl.backends import choice
 from fastrl.ops.chunks import Chunks
 from fastrl.ops.gradients import Gradients, _times_weight
-from fastrl.ops.head import Head, _wide, as_added, inverse_temperature, make_head
+from fastrl.ops.head import HeadOptions, _wide, as_added, inverse_temperature, make_head
 from fastrl.ops.rows import TokenLogprobs, backward_rows, forward_rows, once_differentiable
 
 # Label of the rows that the row kernels are to leave out; labels within a part are never negative.
@@ -93,7 +99,7 @@ def linear_token_logprobs_parallel(
     chunk_tokens: int | None = None,
     tail_mass: float = 0.0,
     backend: str = "auto",
-    keep_units: bool = True,
+    keep_token_grads: bool = True,
 ) -> TokenLogprobs:
     """Return what `linear_token_logprobs` returns for the head whose rows the ranks of `group` hold in rank order.
 
@@ -109,14 +115,14 @@ def linear_token_logprobs_parallel(
         labels: (...) ids of the whole vocabulary, V = sum of V_r.
         group: the `torch.distributed` process group.
         bias: (V_r,) the entries of the bias that belong to `weight`, on every rank or on none.
-        temperature, logit_scale, softcap, ignore_index, chunk_tokens, backend, keep_units: as `linear_token_logprobs`.
+        temperature, logit_scale, softcap, ignore_index, chunk_tokens, backend: as `linear_token_logprobs`.
+        keep_token_grads: as `linear_token_logprobs`.
         tail_mass: 0.0, the exact gradient, is the only value offered.
 
     Returns:
         `TokenLogprobs` with the same bits on every rank, differentiable once with respect to `hidden`, `weight` and
-        `bias`. Extra memory: one chunk of logits, C V_r 4 bytes; the head's gradient, V_r D 4 bytes until it is cast;
-        in the backward two copies of dX, 2 N D 4 bytes; with `keep_units` and a frozen head N D 4 bytes kept by the
-        forward.
+        `bias`. Extra memory in bytes: one chunk of logits, C V_r 4. The head's gradient, V_r D 4 until it is cast. In
+        the backward two copies of dX, 2 N D 4. With `keep_token_grads` and a frozen head the forward keeps N D 4.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `linear_token_logprobs`; on every rank when one of them raises.
@@ -137,9 +143,9 @@ def linear_token_logprobs_parallel(
         raise ValueError("weight is empty on every rank of tp_group: the parts of the head must add up to V >= 1 rows")
     checks.labels("labels", labels, call.hidden.shape[:-1], call.hidden.device, vocabulary, ignore_index)
     part = Part(start, start + sizes[rank], vocabulary, rank, ranks, group)
-    plan = _Plan(call.head, part, keep_units and _keeps_units(call))
+    plan = _Plan(call.head, part, keep_token_grads and _keeps_units(call))
     flat = call.hidden.reshape(-1, call.hidden.shape[-1])
-    outputs = _VocabParallel.apply(flat, call.weight, call.bias, labels.reshape(-1), call.inverse, plan)
+    outputs = _VocabParallel.apply(flat, call.weight, call.bias, labels.reshape(-1), call.inv_temperature, plan)
     return TokenLogprobs(*(x.view(labels.shape) for x in outputs))
 
 
@@ -149,8 +155,8 @@ class _Call(NamedTuple):
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    inverse: Tensor  # (N,)
-    head: Head
+    inv_temperature: Tensor  # (N,)
+    head: HeadOptions
 
 
 def _place(group: Any) -> tuple[int, int]:
@@ -202,8 +208,8 @@ def _checked(
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     head = make_head(hidden, logit_scale, softcap, operator.index(ignore_index), tp_group=None, **options)
-    inverse = inverse_temperature(temperature, labels, hidden)
-    return _Call(hidden, weight, None if bias is None else as_added(bias, dtype), inverse, head)
+    inv_temperature = inverse_temperature(temperature, labels, hidden)
+    return _Call(hidden, weight, None if bias is None else as_added(bias, dtype), inv_temperature, head)
 
 
 def _local(name: str, value: Any, group: Any) -> Any:
@@ -268,7 +274,7 @@ def _shared_values(call: _Call, labels: Tensor) -> list[int]:
     trains = torch.is_grad_enabled() and call.hidden.requires_grad
     flat = labels.reshape(-1).long()
     position = torch.arange(1, 2 * flat.numel(), 2, device=flat.device) if flat.numel() else flat
-    temperature = call.inverse.double().view(torch.int64)
+    temperature = call.inv_temperature.double().view(torch.int64)
     sums = torch.stack(((flat * position).sum(), (temperature * position).sum())).tolist()
     return [
         flat.numel(),
@@ -305,7 +311,7 @@ def _keeps_units(call: _Call) -> bool:
 
 def merge_shards(
     statistics: Tensor,  # (R, N, 4)
-    inverse: Tensor | None = None,  # (N,)
+    inv_temperature: Tensor | None = None,  # (N,)
 ) -> Merged:
     """Return log-prob, entropy and logsumexp of rows from the statistics of the parts of their vocabulary.
 
@@ -319,10 +325,10 @@ def merge_shards(
 
     Args:
         statistics: of the R parts; computed with in float64.
-        inverse: 1/T per row; 1 unless given.
+        inv_temperature: 1/T per row; 1 unless given.
     """
     maximum, others, weighted, target = statistics.double().unbind(-1)
-    factor = torch.ones_like(maximum[0]) if inverse is None else inverse.double()
+    factor = torch.ones_like(maximum[0]) if inv_temperature is None else inv_temperature.double()
     top, label = maximum.amax(0), target.amax(0)
     # Not where all parts are -inf: there -inf - -inf makes the NaN that such a row is.
     absent = maximum.isneginf() & ~top.isneginf()
@@ -348,8 +354,8 @@ def merge_shards(
 def part_statistics(
     logits: Tensor,  # (C, V_r)
     target: Tensor,  # (C,) label minus the part's first row; outside [0, V_r) where another part holds it
-    inverse: Tensor,  # (C,)
-    head: Head,
+    inv_temperature: Tensor,  # (C,)
+    head: HeadOptions,
 ) -> tuple[Tensor, PartRows]:
     """Return the statistics (C, 4) of one part of some rows, and what its backward needs.
 
@@ -359,11 +365,11 @@ def part_statistics(
     extreme, label = logits.max(-1) if head.logit_scale > 0 else logits.min(-1)
     top, _ = _before_temperature(extreme, head)
     label = torch.where(top.isneginf(), LEFT_OUT, label)
-    outputs = forward_rows(head.backend, logits, label, inverse, **_scalars(head))
+    outputs = forward_rows(head.backend, logits, label, inv_temperature, **_scalars(head))
     held = (target >= 0) & (target < logits.shape[1])
     entry, slope = _before_temperature(logits.gather(-1, _index(target, held)).squeeze(-1), head)
     log_sum = -outputs[0].double()
-    e_label = ((entry - top) * inverse.double()).exp()
+    e_label = ((entry - top) * inv_temperature.double()).exp()
     # Where the label is the largest entry, S - 1 has the precision of the kernel's sum of the other entries.
     without = torch.where(entry == top, log_sum.expm1(), log_sum.exp() - e_label)
     others = torch.where(held, without, log_sum.exp())
@@ -378,7 +384,7 @@ def part_statistics(
     return torch.stack(statistics, -1), PartRows(label, torch.where(held, slope, 0.0), *outputs)
 
 
-def _before_temperature(x: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+def _before_temperature(x: Tensor, head: HeadOptions) -> tuple[Tensor, Tensor]:
     """Return (u, du/dx) of some logits in float64, u being what is divided by the temperature."""
     u = x.double() * head.logit_scale
     if head.softcap == 0.0:
@@ -391,7 +397,7 @@ def _index(target: Tensor, held: Tensor) -> Tensor:
     return torch.where(held, target, 0).long().unsqueeze(-1)
 
 
-def _scalars(head: Head) -> dict[str, Any]:
+def _scalars(head: HeadOptions) -> dict[str, Any]:
     return {"logit_scale": head.logit_scale, "softcap": head.softcap, "ignore_index": LEFT_OUT}
 
 
@@ -399,7 +405,7 @@ def _scalars(head: Head) -> dict[str, Any]:
 class _Plan:
     """What `_VocabParallel` needs beside its tensors."""
 
-    head: Head
+    head: HeadOptions
     part: Part
     unit: bool
 
@@ -408,7 +414,7 @@ class _Rows(NamedTuple):
     """Live rows as the part sees them, (L,) each."""
 
     target: Tensor  # label minus the part's first row
-    inverse: Tensor
+    inv_temperature: Tensor
     part: PartRows
     logprobs: Tensor
     entropy: Tensor
@@ -417,18 +423,18 @@ class _Rows(NamedTuple):
     @classmethod
     def of(cls, tensors: list[Tensor]) -> _Rows:
         """Return the rows from what `tensors` returned."""
-        target, inverse, logprobs, entropy, log_share, *part = tensors
-        return cls(target, inverse, PartRows(*part), logprobs, entropy, log_share)
+        target, inv_temperature, logprobs, entropy, log_share, *part = tensors
+        return cls(target, inv_temperature, PartRows(*part), logprobs, entropy, log_share)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return all tensors, in an order of its own."""
-        return self.target, self.inverse, self.logprobs, self.entropy, self.log_share, *self.part
+        return self.target, self.inv_temperature, self.logprobs, self.entropy, self.log_share, *self.part
 
     def at(self, index: Tensor | slice) -> _Rows:
         """Return some of the rows."""
         part = PartRows(*(x[index] if x.numel() else x for x in self.part))
         merged = (x[index] for x in (self.logprobs, self.entropy, self.log_share))
-        return _Rows(self.target[index], self.inverse[index], part, *merged)
+        return _Rows(self.target[index], self.inv_temperature[index], part, *merged)
 
     def upstream(self, g: Tensor | None, h: Tensor | None, ell: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
         """Return (h', l', dL/dx_y) of the module's formula from the gradients of the three outputs."""
@@ -442,15 +448,19 @@ class _Rows(NamedTuple):
             within = self.log_share + self.entropy - self.part.entropy.double()
             constant = constant - torch.where(share == 0, 0.0, h * within)
             entry = entry - torch.where(p == 0, 0.0, h * p * (self.logprobs + self.entropy))
-        return None if h is None else h * share, constant * share, entry * self.part.slope * self.inverse.double()
+        return (
+            None if h is None else h * share,
+            constant * share,
+            entry * self.part.slope * self.inv_temperature.double(),
+        )
 
-    def dlogits(self, logits: Tensor, head: Head, h: Tensor | None, ell: Tensor, entry: Tensor) -> Tensor:
+    def dlogits(self, logits: Tensor, head: HeadOptions, h: Tensor | None, ell: Tensor, entry: Tensor) -> Tensor:
         """Turn the logits (C, V_r) into their gradient, in place, from h', l' and the label's entry, (C,) each."""
         dtype = logits.dtype
         outputs = (self.part.logprobs, self.part.entropy, self.part.logsumexp, self.part.residual)
         grads = (None, None if h is None else h.to(dtype), ell.to(dtype))
         result = backward_rows(
-            head.backend, logits, self.part.label, self.inverse, outputs, grads, **_scalars(head), out=logits
+            head.backend, logits, self.part.label, self.inv_temperature, outputs, grads, **_scalars(head), out=logits
         )
         held = (self.target >= 0) & (self.target < logits.shape[1])
         index = _index(self.target, held)
@@ -463,22 +473,28 @@ class _VocabParallel(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, inverse: Tensor, plan: _Plan
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        inv_temperature: Tensor,
+        plan: _Plan,
     ) -> tuple[Tensor, Tensor, Tensor]:
         head, part = plan.head, plan.part
         with torch.autocast(hidden.device.type, enabled=False):
-            chunks = Chunks.of(hidden, weight, bias, labels, inverse, head)
-            target, row_inverse = labels[chunks.live].long() - part.start, inverse[chunks.live]
-            statistics, local, units = _scan(chunks, target, row_inverse, plan)
-        merged = merge_shards(_gathered(statistics, part.group, part.ranks), row_inverse)
+            chunks = Chunks.of(hidden, weight, bias, labels, inv_temperature, head)
+            target, row_inv_temperature = labels[chunks.live].long() - part.start, inv_temperature[chunks.live]
+            statistics, local, units = _scan(chunks, target, row_inv_temperature, plan)
+        merged = merge_shards(_gathered(statistics, part.group, part.ranks), row_inv_temperature)
         label = target + part.start
         # Reached only where values are not checked: an id that no rank holds.
         unheld = (label < 0) | (label >= part.vocabulary)
         merged = Merged(*(torch.where(unheld, math.nan, x) for x in merged))
-        rows = _Rows(target, row_inverse, local, merged.logprobs, merged.entropy, merged.log_share[part.rank])
+        rows = _Rows(target, row_inv_temperature, local, merged.logprobs, merged.entropy, merged.log_share[part.rank])
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, bias, labels, inverse, chunks.live, units, *rows.tensors())
+        ctx.save_for_backward(hidden, weight, bias, labels, inv_temperature, chunks.live, units, *rows.tensors())
         logprobs, entropy, logsumexp = (chunks.scattered(x.to(_wide(hidden.dtype))) for x in merged[:3])
         return logprobs, entropy, logsumexp
 
@@ -488,9 +504,9 @@ class _VocabParallel(torch.autograd.Function):
         needs = tuple(bool(x) for x in ctx.needs_input_grad[:3])
         if not any(needs) or all(g is None for g in grads):
             return (None,) * 6
-        hidden, weight, bias, labels, inverse, live, units, *saved = ctx.saved_tensors
+        hidden, weight, bias, labels, inv_temperature, live, units, *saved = ctx.saved_tensors
         plan, rows = ctx.plan, _Rows.of(saved)
-        chunks = Chunks(hidden, weight, bias, labels, inverse, plan.head, live)
+        chunks = Chunks(hidden, weight, bias, labels, inv_temperature, plan.head, live)
         g, h, ell = (None if x is None else x[live].double() for x in grads)
         with torch.autocast(hidden.device.type, enabled=False):
             partial = _room(chunks, plan.part.ranks) if needs[0] else None
@@ -505,7 +521,7 @@ class _VocabParallel(torch.autograd.Function):
         return dhidden, dweight, dbias, None, None, None
 
 
-def _scan(chunks: Chunks, target: Tensor, inverse: Tensor, plan: _Plan) -> tuple[Tensor, PartRows, Tensor]:
+def _scan(chunks: Chunks, target: Tensor, inv_temperature: Tensor, plan: _Plan) -> tuple[Tensor, PartRows, Tensor]:
     """Return the statistics (L, 4) of this part, what `part_statistics` keeps of them, and the unit gradients (L, D).
 
     A unit gradient is that of log q_y if the part holds y, else that of minus the part's logsumexp.
@@ -516,24 +532,26 @@ def _scan(chunks: Chunks, target: Tensor, inverse: Tensor, plan: _Plan) -> tuple
     label = torch.full((n,), LEFT_OUT, device=device)
     slope = torch.zeros(n, dtype=torch.float64, device=device)
     first, second, third = (torch.zeros(n, dtype=dtype, device=device) for _ in range(3))
-    residual = torch.zeros(n if choice.keeps_residual(plan.head.backend) else 0, dtype=dtype, device=device)
+    residual = torch.zeros(n if choice.needs_lse_residual(plan.head.backend) else 0, dtype=dtype, device=device)
     kept = PartRows(label, slope, first, second, third, residual)
     units = torch.zeros((n if plan.unit else 0, chunks.hidden.shape[1]), dtype=dtype, device=device)
     if chunks.weight.shape[0] == 0:
         return statistics, kept, units
     for at, _, logits in chunks:
-        found, values = part_statistics(logits, target[at], inverse[at], plan.head)
+        found, values = part_statistics(logits, target[at], inv_temperature[at], plan.head)
         statistics[at] = found
         for out, value in zip(kept, values, strict=True):
             if out.numel():
                 out[at] = value
         if plan.unit:
             # Within the part alone the label's entry is 1 - q_y = others / S, and P_r = 1.
-            e_label = torch.where(found[:, 3].isneginf(), 0.0, ((found[:, 3] - found[:, 0]) * inverse[at]).exp())
-            entry = found[:, 1] / (found[:, 1] + e_label) * values.slope * inverse[at]
+            e_label = torch.where(
+                found[:, 3].isneginf(), 0.0, ((found[:, 3] - found[:, 0]) * inv_temperature[at]).exp()
+            )
+            entry = found[:, 1] / (found[:, 1] + e_label) * values.slope * inv_temperature[at]
             entry = torch.where(values.label == LEFT_OUT, 0.0, entry)
             nothing = torch.zeros_like(entry)
-            rows = _Rows(target[at], inverse[at], values, nothing, nothing, nothing)
+            rows = _Rows(target[at], inv_temperature[at], values, nothing, nothing, nothing)
             units[at] = _times_weight(rows.dlogits(logits, plan.head, None, nothing - 1.0, entry), chunks.weight)
     return statistics, kept, units
 
@@ -549,7 +567,7 @@ def _scale_units(partial: Tensor, units: Tensor, weight: Tensor, rows: _Rows, g:
     if weight.shape[0] == 0:
         return
     held = (rows.target >= 0) & (rows.target < weight.shape[0])
-    missing = torch.where(held, -torch.expm1(rows.log_share) * g * rows.part.slope * rows.inverse.double(), 0.0)
+    missing = torch.where(held, -torch.expm1(rows.log_share) * g * rows.part.slope * rows.inv_temperature.double(), 0.0)
     partial[:n].addcmul_(
         missing.to(units.dtype).unsqueeze(-1), weight[_index(rows.target, held).squeeze(-1)].to(units.dtype)
     )

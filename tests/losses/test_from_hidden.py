@@ -191,17 +191,21 @@ def test_reported_units_are_the_products_that_ran(
     assert sum(rows) / 16 == units == output.metrics["path/gemm_units"][0].item()
 
 
-def test_keep_units_changes_the_path_and_not_the_gradient() -> None:
+def test_keep_token_grads_changes_the_path_and_not_the_gradient() -> None:
     hidden, weight, labels = torch.randn(20, 8), torch.randn(30, 8), torch.randint(0, 30, (20,))
     gradients = []
-    for keep_units in (True, False):
+    for option in ({"keep_token_grads": True}, {"keep_token_grads": False}, {"keep_units": False}, {}):
         leaf = hidden.clone().requires_grad_()
-        outputs = linear_token_logprobs(leaf, weight, labels, chunk_tokens=8, keep_units=keep_units)
+        outputs = linear_token_logprobs(leaf, weight, labels, chunk_tokens=8, **option)
         (outputs.logprobs.sum() + 0.5 * outputs.entropy.sum()).backward()
         gradients.append(leaf.grad)
-    assert torch.equal(*gradients)
-    with pytest.raises(TypeError, match="keep_units must be True or False"):
-        linear_token_logprobs(hidden, weight, labels, keep_units=None)  # type: ignore[arg-type]
+    assert all(torch.equal(gradients[0], other) for other in gradients[1:])
+    for name in ("keep_token_grads", "keep_units"):
+        for bad in (1, "yes"):
+            with pytest.raises(TypeError, match=f"{name} must be True or False"):
+                linear_token_logprobs(hidden, weight, labels, **{name: bad})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expected one of them, got both"):
+        linear_token_logprobs(hidden, weight, labels, keep_token_grads=True, keep_units=True)
 
 
 @pytest.mark.parametrize("rounding", [None, "bf16"])

@@ -44,7 +44,7 @@ class Recorder:
             return call
 
         monkeypatch.setattr(live_rows, "is_asynchronous", lambda device: True)
-        monkeypatch.setattr(live_rows, "HostNumber", Number)
+        monkeypatch.setattr(live_rows, "PendingCount", Number)
         for name in ("chunk_logits", "forward_rows", "prepared_backward_rows", "_times_weight", "_add_weight_gradient"):
             monkeypatch.setattr(module, name, noted(name))
 
@@ -136,4 +136,4 @@ def test_kept_rows_come_first_in_rising_order(keep: list[bool]) -> None:
     mask = torch.tensor(keep, dtype=torch.bool)
     order = live_rows.kept_first(mask)
     assert order.tolist() == sorted(range(len(keep)), key=lambda i: not keep[i])
-    assert torch.equal(order[: int(mask.sum())], live_rows.Kept(mask).indices())
+    assert torch.equal(order[: int(mask.sum())], live_rows.ActiveRows(mask).indices())

@@ -13,7 +13,7 @@ from vocabulary_cases import BACKENDS, upstream
 
 import fastrl
 from fastrl import TokenLogprobs, linear_token_logprobs, reference, token_logprobs, top_k_top_p_allowed
-from fastrl.ops.sampling import TILE_ROWS, banned
+from fastrl.ops.sampling import TILE_ROWS, disallowed
 
 NAMES = ("logprobs", "entropy", "logsumexp")
 OPTIONS = {
@@ -140,8 +140,8 @@ def test_forms_of_a_set_agree(vocabulary: int) -> None:
     mask = torch.rand(5, vocabulary, generator=torch.Generator().manual_seed(vocabulary)) < 0.5
     mask[0] = True
     for form in FORMS:
-        assert torch.equal(banned(in_form(mask, form), vocabulary), ~mask)
-    assert bool(banned(torch.tensor([[-1, vocabulary, 2**40]]), vocabulary).all())
+        assert torch.equal(disallowed(in_form(mask, form), vocabulary), ~mask)
+    assert bool(disallowed(torch.tensor([[-1, vocabulary, 2**40]]), vocabulary).all())
 
 
 @pytest.mark.parametrize(("rounding", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])

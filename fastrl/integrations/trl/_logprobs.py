@@ -18,7 +18,7 @@ from fastrl.integrations.trl import _seams
 from fastrl.integrations.trl._prediction import Prediction, attach, pending
 from fastrl.ops.chunks import Chunks, chunk_logits
 from fastrl.ops.gradients import Gradients
-from fastrl.ops.head import Head, check_head, inverse_temperature, make_head
+from fastrl.ops.head import HeadOptions, check_head, inverse_temperature, make_head
 from fastrl.ops.row_statistics import row_statistics
 
 ALL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -43,7 +43,7 @@ class Request:
     """Whether logits are rounded to `compute_dtype`, as TRL's own tiles are."""
     ignored: int = MASKED_LABEL
 
-    def head(self, hidden: Tensor) -> Head:
+    def head(self, hidden: Tensor) -> HeadOptions:
         """Return the vocabulary operation, validated."""
         return make_head(
             hidden, self.logit_scale, self.softcap, MASKED_LABEL, chunk_tokens=None, tail_mass=0.0, tp_group=None,
@@ -84,9 +84,9 @@ class Request:
     def chunks(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Chunks:
         """Return the rows, cut into chunks; where logits are rounded, `formed` adds the bias."""
         hidden, weight, targets, bias = check_head(*self.cast(hidden, weight, bias)[:2], targets, bias, MASKED_LABEL)
-        inverse = inverse_temperature(self.temperature, targets, hidden)
+        inv_temperature = inverse_temperature(self.temperature, targets, hidden)
         bias = None if self.rounded else bias
-        return Chunks.of(hidden, weight, bias, targets, inverse, self.head(hidden))
+        return Chunks.of(hidden, weight, bias, targets, inv_temperature, self.head(hidden))
 
 
 def request_of(

@@ -277,8 +277,8 @@ def fused_pass(
     checked = check_head(
         hidden.detach(), weight.detach(), targets, None if bias is None else bias.detach(), request.ignored
     )
-    inverse = inverse_temperature(request.temperature, targets, hidden)
-    columns = request.columns(targets.numel(), wanted, inverse)
+    inv_temperature = inverse_temperature(request.temperature, targets, hidden)
+    columns = request.columns(targets.numel(), wanted, inv_temperature)
 
     def observe(index: Tensor, logits: Tensor) -> None:
         request.observe(columns, index, logits, targets[index])
@@ -286,7 +286,7 @@ def fused_pass(
     head = replace(request.head(hidden), observe=observe if wanted else None)
     with torch.no_grad():
         logprobs, entropy, gradients, recomputed = fused_gradient(
-            checked[0], checked[1], checked[3], checked[2], inverse, head, needs, coefficients, units
+            checked[0], checked[1], checked[3], checked[2], inv_temperature, head, needs, coefficients, units
         )
     handle = _Release.apply(hidden, weight, bias, *gradients)
     units_taken = 1.0 + needs[0] + needs[1] + recomputed / max(targets.numel(), 1)

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from fastrl import reference
-from fastrl.backends.choice import beside
+from fastrl.backends.choice import companion_backend
 from fastrl.losses.layout import Layout
-from fastrl.losses.output import LossOutput, with_path, with_tally
+from fastrl.losses.output import LossOutput, with_path, with_sparse_stats
 from fastrl.losses.policy.inputs import Batch
 from fastrl.losses.policy.metrics import policy_metrics
 from fastrl.ops.fused import FusedFromHidden
-from fastrl.ops.head import Head
+from fastrl.ops.head import HeadOptions
 from fastrl.ops.policy import fused_policy_terms
 from fastrl.ops.sampling import check_labels_are_allowed
-from fastrl.ops.segments import sums_beside
-from fastrl.ops.sparse_rows import Tally
+from fastrl.ops.segments import segment_sum_for
+from fastrl.ops.sparse_rows import SparseStats
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class _Plan:
     """What `FusedFromHidden` needs beside its tensors."""
 
     spec: Any  # PolicyLoss
-    head: Head
+    head: HeadOptions
     needs: tuple[bool, bool, bool]
     layout: Layout
     mask: Tensor
@@ -44,7 +44,7 @@ class _Plan:
     allowed: Tensor | None
     rounding: str
     live: Tensor | None = None
-    tally: Tally | None = None
+    stats: SparseStats | None = None
     """How many rows took the short way, filled in the forward."""
 
     def coefficients(
@@ -64,14 +64,14 @@ class _Plan:
         """Return the token arithmetic over all tokens."""
         columns = self.columns
         if self.units is not None:
-            sums = sums_beside(self.head.backend)
+            sums = segment_sum_for(self.head.backend)
             columns = reference.pooled_columns(self.spec, logprobs, columns, self.mask, self.layout.lengths, sums)
-        return fused_policy_terms(self.spec, logprobs, entropy, columns, backend=beside(self.head.backend))
+        return fused_policy_terms(self.spec, logprobs, entropy, columns, backend=companion_backend(self.head.backend))
 
     def loss(self, logprobs: Tensor, entropy: Tensor) -> Tensor:
         """Return the loss of all tokens."""
         contribution = self.terms(logprobs, entropy).contribution
-        return reference.total(contribution, self.layout.lengths, sums_beside(self.head.backend))
+        return reference.total(contribution, self.layout.lengths, segment_sum_for(self.head.backend))
 
 
 def fused_from_hidden(
@@ -82,8 +82,8 @@ def fused_from_hidden(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     labels: Tensor,
-    inverse: Tensor,  # (N,)
-    head: Head,
+    inv_temperature: Tensor,  # (N,)
+    head: HeadOptions,
     allowed: Tensor | None = None,
     rounding: str = "",
 ) -> LossOutput:
@@ -92,15 +92,17 @@ def fused_from_hidden(
     trained = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
     needs = (grad and trained[0], grad and trained[1], grad and trained[2])
     units = unit_lengths = None
-    sums = sums_beside(head.backend)
+    sums = segment_sum_for(head.backend)
     if spec.couples_sequences:
-        unit_lengths = sums(batch.mask.to(inverse.dtype), layout.lengths).long()
+        unit_lengths = sums(batch.mask.to(inv_temperature.dtype), layout.lengths).long()
         units = unit_lengths.tolist()
     columns = spec.columns(layout, batch, None, sums)
-    tally = Tally(hidden.device)
-    plan = _Plan(spec, head, needs, layout, batch.mask, columns, units, unit_lengths, allowed, rounding, tally=tally)
+    stats = SparseStats(hidden.device)
+    plan = _Plan(spec, head, needs, layout, batch.mask, columns, units, unit_lengths, allowed, rounding, stats=stats)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    loss, logprobs, entropy, recomputed = FusedFromHidden.apply(flat, weight, bias, labels.reshape(-1), inverse, plan)
+    loss, logprobs, entropy, recomputed = FusedFromHidden.apply(
+        flat, weight, bias, labels.reshape(-1), inv_temperature, plan
+    )
     if allowed is not None:
         check_labels_are_allowed(layout.restore(logprobs))
     with torch.no_grad():
@@ -108,14 +110,14 @@ def fused_from_hidden(
         metrics = policy_metrics(spec, batch, logprobs, entropy, columns, terms)
     output = LossOutput(loss, metrics, layout.restore(logprobs), layout.restore(entropy))
     live = max(1, sum(units) if units is not None else 1)
-    dense = _dense_share(head, batch.mask, tally)
+    dense = _dense_share(head, batch.mask, stats)
     output = with_path(output, 1.0 + (needs[0] + needs[1]) * dense + recomputed / live)
-    return output if head.tail_mass == 0.0 or not any(needs) else with_tally(output, tally)
+    return output if head.tail_mass == 0.0 or not any(needs) else with_sparse_stats(output, stats)
 
 
-def _dense_share(head: Head, mask: Tensor, tally: Tally) -> Tensor | float:
+def _dense_share(head: HeadOptions, mask: Tensor, stats: SparseStats) -> Tensor | float:
     """Return the share of live tokens that went through the GEMMs of the gradients."""
-    return 1.0 if head.tail_mass == 0.0 else (tally.dense / mask.sum().clamp(min=1)).float()
+    return 1.0 if head.tail_mass == 0.0 else (stats.dense / mask.sum().clamp(min=1)).float()
 
 
 def policy_gradient_coefficients(
@@ -131,9 +133,11 @@ def policy_gradient_coefficients(
         leaf = logprobs.detach().requires_grad_()
         if lengths is not None:
             every = torch.ones_like(leaf, dtype=torch.bool)
-            columns = reference.pooled_columns(spec, leaf, columns, every, lengths, sums_beside(backend))
+            columns = reference.pooled_columns(spec, leaf, columns, every, lengths, segment_sum_for(backend))
         leaf_entropy = entropy.detach().requires_grad_() if spec.uses_entropy else None
-        contribution = fused_policy_terms(spec, leaf, leaf_entropy, columns, backend=beside(backend)).contribution
+        contribution = fused_policy_terms(
+            spec, leaf, leaf_entropy, columns, backend=companion_backend(backend)
+        ).contribution
         if leaf_entropy is None:
             return torch.autograd.grad(contribution.sum(), leaf)[0], None
         g, h = torch.autograd.grad(contribution.sum(), (leaf, leaf_entropy))

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from fastrl import checks, reference
-from fastrl.backends.choice import beside, choose, outside_graphs
+from fastrl.backends.choice import choose, companion_backend, graph_break
 from fastrl.losses.layout import Layout
-from fastrl.losses.output import LossOutput, with_path, with_tally
+from fastrl.losses.output import LossOutput, with_path, with_sparse_stats
 from fastrl.losses.policy.axes import PolicyAxes
 from fastrl.losses.policy.correction import RolloutCorrection
 from fastrl.losses.policy.fused import fused_from_hidden
@@ -30,8 +30,8 @@ from fastrl.ops.linear_token_logprobs import linear_token_logprobs
 from fastrl.ops.policy import fused_policy_terms
 from fastrl.ops.policy_logits import policy_logits
 from fastrl.ops.rows import checked_rows
-from fastrl.ops.segments import sums_beside
-from fastrl.ops.sparse_rows import Tally, counted
+from fastrl.ops.segments import segment_sum_for
+from fastrl.ops.sparse_rows import SparseStats, collect_sparse_stats
 from fastrl.ops.token_logprobs import token_logprobs
 
 
@@ -199,7 +199,7 @@ class PolicyLoss(PolicyAxes):
         rows = checked_rows(logits, masked, **options)
         layout = Layout.of(masked.shape, masked.device, inputs.pop("cu_seqlens", None), "labels")
         batch = self._batch(layout, _wide(logits.dtype), **_named_inputs(inputs))
-        columns = self.columns(layout, batch, None, sums_beside(rows.backend))
+        columns = self.columns(layout, batch, None, segment_sum_for(rows.backend))
         loss, logprobs, entropy, terms = policy_logits(self, logits, rows, columns, layout.lengths, inplace=inplace)
         metrics = policy_metrics(self, batch, logprobs, entropy, columns, terms)
         return LossOutput(loss, metrics, layout.restore(logprobs), layout.restore(entropy))
@@ -224,7 +224,7 @@ class PolicyLoss(PolicyAxes):
             return "inside torch.compile only the Triton kernel writes over the logits"
         return None
 
-    @outside_graphs
+    @graph_break
     def from_hidden(
         self,
         hidden: Tensor,  # (B, T, D) or (N, D)
@@ -275,33 +275,35 @@ class PolicyLoss(PolicyAxes):
         masked = checks.masked_labels(labels, inputs["mask"], hidden, "hidden")
         trains = [torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad for x in (hidden, weight, bias)]
         frozen = not any(trains[1:])
-        keep_units = not self.uses_entropy
+        keep_token_grads = not self.uses_entropy
         # A correction without old log-probs takes the current ones, and KL-Cov ranks the whole batch: log-probs first,
         # as for a head whose rows are spread over ranks.
         needs_all = self.kl_fraction is not None or (self.correction is not None and inputs.get("old_logprobs") is None)
         if tp_group is not None or needs_all or (self.couples_sequences and frozen and not self.uses_entropy):
-            tally = Tally(hidden.device) if tail_mass and any(trains) and isinstance(hidden, Tensor) else None
-            with counted(tally):
+            stats = SparseStats(hidden.device) if tail_mass and any(trains) and isinstance(hidden, Tensor) else None
+            with collect_sparse_stats(stats):
                 result = linear_token_logprobs(
                     hidden, weight, masked, bias=bias, temperature=temperature, logit_scale=logit_scale,
                     softcap=softcap, ignore_index=checks.MASKED_LABEL, chunk_tokens=chunk_tokens, tail_mass=tail_mass,
-                    tp_group=tp_group, keep_units=keep_units, backend=backend, allowed=allowed,
+                    tp_group=tp_group, keep_token_grads=keep_token_grads, backend=backend, allowed=allowed,
                     logits_rounding=logits_rounding,
                 )  # fmt: skip
             chosen = choose(backend, hidden.device).backend
             output = self._of_logprobs(result.logprobs, result.entropy, inputs, chosen)
-            again = any(trains) and not (frozen and keep_units and not self.uses_entropy)
-            kept = trains[0] and frozen and keep_units
-            output = output if tally is None else with_tally(output, tally)
+            again = any(trains) and not (frozen and keep_token_grads and not self.uses_entropy)
+            kept = trains[0] and frozen and keep_token_grads
+            output = output if stats is None else with_sparse_stats(output, stats)
             return with_path(output, 1.0 + kept + again * (1.0 + trains[0] + trains[1]))
         hidden, weight, masked, bias = check_head(hidden, weight, masked, bias, checks.MASKED_LABEL)
         options = {"chunk_tokens": chunk_tokens, "tail_mass": tail_mass, "tp_group": tp_group, "backend": backend}
         head = make_head(hidden, logit_scale, softcap, checks.MASKED_LABEL, **options)
         layout = Layout.of(masked.shape, masked.device, inputs.pop("cu_seqlens", None), "labels")
         batch = self._batch(layout, _wide(hidden.dtype), **_named_inputs(inputs))
-        inverse = inverse_temperature(temperature, masked, hidden)
+        inv_temperature = inverse_temperature(temperature, masked, hidden)
         sets, rounding = check_restrictions(allowed, logits_rounding, masked, weight.shape[0], head)
-        return fused_from_hidden(self, layout, batch, hidden, weight, bias, masked, inverse, head, sets, rounding)
+        return fused_from_hidden(
+            self, layout, batch, hidden, weight, bias, masked, inv_temperature, head, sets, rounding
+        )
 
     def _batch(self, layout: Layout, dtype: torch.dtype, **inputs: Any) -> Batch:
         """Return the batch as flat columns, or raise for inputs that the loss needs or that do not fit."""
@@ -376,12 +378,12 @@ class PolicyLoss(PolicyAxes):
         with_metrics: bool = True,
     ) -> LossOutput:
         """Return the loss from flat log-probs: plain PyTorch, or the fused kernel where it runs."""
-        dtype, sums = _wide(logprobs.dtype), sums_beside(backend)
+        dtype, sums = _wide(logprobs.dtype), segment_sum_for(backend)
         live = torch.where(batch.mask, logprobs.to(dtype), 0.0)
         live_entropy = None if entropy is None else torch.where(batch.mask, entropy.to(dtype), 0.0)
         columns = self.columns(layout, batch, live, sums)
         columns = reference.pooled_columns(self, live, columns, batch.mask, layout.lengths, sums)
-        terms = fused_policy_terms(self, live, live_entropy, columns, backend=beside(backend))
+        terms = fused_policy_terms(self, live, live_entropy, columns, backend=companion_backend(backend))
         loss = reference.total(terms.contribution, layout.lengths, sums)
         if not with_metrics:
             return LossOutput(loss, {}, None, None)

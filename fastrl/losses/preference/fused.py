@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl.backends.choice import outside_graphs
-from fastrl.losses.output import LossOutput, with_path, with_tally
+from fastrl.backends.choice import graph_break
+from fastrl.losses.output import LossOutput, with_path, with_sparse_stats
 from fastrl.losses.preference.rows import kl_reference_point
 from fastrl.losses.scalars import cast_metrics
 from fastrl.ops.fused import FusedFromHidden
-from fastrl.ops.head import Head, check_head, inverse_temperature, make_head
-from fastrl.ops.sparse_rows import Tally
+from fastrl.ops.head import HeadOptions, check_head, inverse_temperature, make_head
+from fastrl.ops.sparse_rows import SparseStats
 
 PER_ROW = ("labels",)
 """Inputs of `from_logprobs` with one value per row; the others are constants of the batch."""
@@ -31,7 +31,7 @@ class _Plan:
     """What `FusedFromHidden` needs beside its tensors."""
 
     spec: Any  # PreferenceLoss
-    head: Head
+    head: HeadOptions
     needs: tuple[bool, bool, bool]
     mask: Tensor  # (B, T)
     ref_logprobs: Tensor | None  # (B, T)
@@ -44,7 +44,7 @@ class _Plan:
     live: Tensor  # (L,) flat places of the live tokens, pair by pair
     allowed: None = None
     rounding: str = ""
-    tally: Tally | None = None
+    stats: SparseStats | None = None
 
     def coefficients(self, logprobs: Tensor, entropy: Tensor, block: slice, index: Tensor) -> tuple[Tensor, None]:
         """Return (dL/dlogprobs (M,), None) of the live tokens of whole pairs."""
@@ -76,7 +76,7 @@ class _Plan:
         return self.spec.from_logprobs(logprobs, self.mask[rows], ref, **given)
 
 
-@outside_graphs
+@graph_break
 def fused_preference(
     spec: Any,  # PreferenceLoss
     hidden: Tensor,  # (2P, T, D), or (B, T, D)
@@ -107,11 +107,11 @@ def fused_preference(
     temperature, scale, cap, ignored = (options.pop(name) for name in names)
     hidden, weight, ids, bias = check_head(hidden, weight, ids, bias, ignored)
     head = make_head(hidden, scale, cap, ignored, **options)
-    inverse = inverse_temperature(temperature, ids, hidden)
+    inv_temperature = inverse_temperature(temperature, ids, hidden)
     n = ids.shape[0] // parts
     # Every place of the batch, the two rows of a pair behind each other.
     places = torch.arange(ids.numel(), device=ids.device).view(parts, n, -1).transpose(0, 1)
-    tally = Tally(hidden.device) if head.tail_mass else None
+    stats = SparseStats(hidden.device) if head.tail_mass else None
     there = (ids != ignored).view(parts, n, -1).transpose(0, 1)
     trained = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
     plan = _Plan(
@@ -124,20 +124,22 @@ def fused_preference(
         parts,
         there.sum((1, 2)).tolist(),
         places[there],
-        tally=tally,
+        stats=stats,
     )
     with torch.no_grad():
         # Refuses what the loss cannot use before the head is touched.
-        plan.output(inverse.new_zeros(ids.numel()))
+        plan.output(inv_temperature.new_zeros(ids.numel()))
     flat = hidden.reshape(-1, hidden.shape[-1])
-    loss, logprobs, entropy, recomputed = FusedFromHidden.apply(flat, weight, bias, ids.reshape(-1), inverse, plan)
+    loss, logprobs, entropy, recomputed = FusedFromHidden.apply(
+        flat, weight, bias, ids.reshape(-1), inv_temperature, plan
+    )
     with torch.no_grad():
         metrics = plan.output(logprobs).metrics
         metrics |= cast_metrics({"entropy": (entropy.sum(), (mask != 0).sum())})
     output = LossOutput(loss, metrics, logprobs.view(ids.shape), entropy.view(ids.shape))
     live = max(1, plan.live.numel())
-    dense = 1.0 if tally is None else (tally.dense / live).float()
-    output = output if tally is None else with_tally(output, tally)
+    dense = 1.0 if stats is None else (stats.dense / live).float()
+    output = output if stats is None else with_sparse_stats(output, stats)
     return with_path(output, units_before + 1.0 + (trained[0] + trained[1]) * dense + recomputed / live)
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrl import checks
-from fastrl.losses.output import LossOutput, shown, with_path, with_tally
+from fastrl.losses.output import LossOutput, shown, with_path, with_sparse_stats
 from fastrl.losses.preference.checks import validate
 from fastrl.losses.preference.fused import fused_preference
 from fastrl.losses.preference.presets import ALIASES, PRESETS, preset_fields
@@ -61,7 +61,7 @@ from fastrl.losses.scalars import (
     wide,
 )
 from fastrl.ops import linear_token_logprobs, token_logprobs
-from fastrl.ops.sparse_rows import Tally, counted
+from fastrl.ops.sparse_rows import SparseStats, collect_sparse_stats
 
 
 @dataclass(frozen=True, repr=False)
@@ -446,8 +446,8 @@ class PreferenceLoss:
             inputs["labels"] = desirable
             options = {**exact, "tail_mass": tail_mass}
             return fused_preference(self, hidden, weight, bias, ids, mask, ref_logprobs, options, inputs, extra)
-        tally = Tally(hidden.device) if tail_mass and training else None
-        with counted(tally):
+        stats = SparseStats(hidden.device) if tail_mass and training else None
+        with collect_sparse_stats(stats):
             policy = linear_token_logprobs(hidden, weight, ids, bias=bias, tail_mass=tail_mass, **exact)
         if self.weighting is not None:
             extra += 1.0
@@ -456,7 +456,7 @@ class PreferenceLoss:
                 squared = linear_token_logprobs(hidden, weight, ids, bias=bias, **exact)
                 inputs["log_sum_squared_probs"] = squared.logsumexp - 2.0 * policy.logsumexp.detach()
         output = self._with_tokens(policy, mask, ref_logprobs, desirable, inputs)
-        output = output if tally is None else with_tally(output, tally)
+        output = output if stats is None else with_sparse_stats(output, stats)
         return with_path(output, extra + (4.0 if trains_head else 2.0) if training else extra + 1.0)
 
     def _couples(self, inputs: dict[str, Any]) -> bool:
