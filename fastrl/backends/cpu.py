@@ -53,7 +53,7 @@ _failure: str | None = None
 
 def source_folder() -> Path:
     """Return the csrc folder: beside the package in a checkout, inside it in a wheel."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     for folder in (package / "csrc", package.parent / "csrc"):
         if (folder / "cpu" / SOURCES[0]).is_file():
             return folder
