@@ -49,6 +49,11 @@ def checks_values(*tensors: Tensor | None) -> bool:
     return _checked.get() or all(t.device.type == "cpu" for t in present)
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of computation and results for inputs of `dtype`: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
     """Raise unless `value` is among `allowed`."""
     if value not in allowed:

@@ -31,11 +31,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrl import checks
 from fastrl.backends import choice
 from fastrl.ops import sparse_rows
 from fastrl.ops.chunks import Chunks, _keep
 from fastrl.ops.gradients import Gradients
-from fastrl.ops.head import HeadOptions, _wide, check_head, check_restrictions, inverse_temperature, make_head
+from fastrl.ops.head import HeadOptions, check_head, check_restrictions, inverse_temperature, make_head
 from fastrl.ops.live_rows import kept_first
 from fastrl.ops.rows import TokenLogprobs, once_differentiable
 from fastrl.ops.sampling import check_labels_are_allowed
@@ -216,26 +217,12 @@ def _linear_token_logprobs(
 
 
 @_linear_token_logprobs.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    inv_temperature: Tensor,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    chunk_tokens: int,
-    backend: str,
-    tail_mass: float,
-    unit: bool,
-    allowed: Tensor | None = None,
-    rounding: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = _wide(hidden.dtype)
+def _(hidden: Tensor, weight: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    backend, keeps = options[6], options[8]
+    dtype = checks.wide(hidden.dtype)
     logprobs, entropy, logsumexp = (torch.empty(labels.shape, dtype=dtype, device=hidden.device) for _ in range(3))
     residual = logprobs.new_empty(labels.shape if choice.needs_lse_residual(backend) else 0)
-    n_live = torch.library.get_ctx().new_dynamic_size() if unit else 0
+    n_live = torch.library.get_ctx().new_dynamic_size() if keeps else 0
     return logprobs, entropy, logsumexp, residual, logprobs.new_empty((n_live, hidden.shape[1]))
 
 
@@ -297,29 +284,8 @@ def _add_chunks(
 
 
 @_linear_token_logprobs_backward.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    inv_temperature: Tensor,
-    logprobs: Tensor,
-    entropy: Tensor,
-    logsumexp: Tensor,
-    residual: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_logsumexp: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    chunk_tokens: int,
-    backend: str,
-    tail_mass: float,
-    needs: list[bool],
-    allowed: Tensor | None = None,
-    rounding: str = "",
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    needs = rest[14]
     return (
         torch.empty_like(hidden) if needs[0] else hidden.new_empty(0),
         torch.empty_like(weight) if needs[1] else hidden.new_empty(0),

@@ -273,16 +273,7 @@ def _row_statistics(
 
 
 @_row_statistics.register_fake
-def _(
-    logits: Tensor,
-    labels: Tensor,
-    inv_temperature_rows: Tensor | None,
-    inv_temperature: float,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(logits: Tensor, labels: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def like(dtype: torch.dtype) -> Tensor:
         return torch.empty(labels.shape, dtype=dtype, device=logits.device)
 

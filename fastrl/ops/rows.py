@@ -37,6 +37,8 @@ class LogitRows:
     """0.0 for none."""
     ignore_index: int
     backend: str
+    allowed: Tensor | None = None  # (N, ...) sets, as `check_allowed` returns them
+    rounding: str = ""
 
     def scalars(self) -> dict[str, Any]:
         """Return the keyword arguments of the row kernels."""

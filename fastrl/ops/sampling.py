@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastrl import checks
 from fastrl.backends import choice, memory
-from fastrl.ops.rows import backward_rows, forward_rows, once_differentiable, row_blocks
+from fastrl.ops.rows import LogitRows, backward_rows, forward_rows, row_blocks
 from fastrl.ops.segments import running_sum
 
 ROUNDINGS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -144,56 +144,46 @@ def prepared_backward_rows(
     return tile
 
 
-def restricted_token_logprobs(
+def restricted_forward(
     logits: Tensor,  # (..., V)
-    labels: Tensor,  # (...)
-    temperature: float | Tensor,
-    allowed: Any,
-    logits_rounding: Any,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    """Return (logprobs, entropy, logsumexp), each of the shape of `labels`; the other arguments are checked already."""
-    rounding = check_rounding(logits_rounding)
-    sets = check_allowed(allowed, labels, logits.shape[-1])
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    if isinstance(temperature, Tensor):
-        inv_temperature = temperature.to(dtype).reciprocal().reshape(-1)
-    else:
-        inv_temperature = torch.full((labels.numel(),), 1.0 / temperature, dtype=dtype, device=logits.device)
-    how = (rounding, logit_scale, softcap, ignore_index, backend)
-    outputs = prepared_token_logprobs(logits, labels.reshape(-1), inv_temperature, sets, *how)[:3]
-    if sets is not None:
-        check_labels_are_allowed(outputs[0].view(labels.shape))
-    return tuple(x.view(labels.shape) for x in outputs)
-
-
-@torch.library.custom_op("fastrl::prepared_token_logprobs", mutates_args=())
-def prepared_token_logprobs(
-    logits: Tensor,  # (..., V)
-    labels: Tensor,  # (N,)
-    inv_temperature: Tensor,  # (N,)
-    allowed: Tensor | None,  # (N, ...)
-    rounding: str,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    backend: str,
+    rows: LogitRows,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (logprobs, entropy, logsumexp, residual) of rows that are rounded and restricted to sets."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    """Return (logprobs, entropy, logsumexp, residual), (N,) each, of rows that are rounded or restricted to sets."""
+    dtype = checks.wide(logits.dtype)
+    labels, inv_temperature = _flat(rows)
     parts = [torch.empty((4, 0), dtype=dtype, device=logits.device)]
-    scalars = kernel_scalars(allowed, logit_scale, softcap, ignore_index)
-    keeps = choice.needs_lse_residual(backend)
-    with choice.autocast_disabled(logits.device):
-        for index, tile in _tiles(logits, dtype):
-            apply_sampling(tile, allowed, index, rounding, logit_scale, softcap)
-            found = forward_rows(backend, tile, labels[index], inv_temperature[index], **scalars)
-            parts.append(torch.stack(found if keeps else (*found[:3], found[0])))
+    scalars = kernel_scalars(rows.allowed, rows.logit_scale, rows.softcap, rows.ignore_index)
+    has_residual = choice.needs_lse_residual(rows.backend)
+    for index, tile in _tiles(logits, dtype):
+        apply_sampling(tile, rows.allowed, index, rows.rounding, rows.logit_scale, rows.softcap)
+        found = forward_rows(rows.backend, tile, labels[index], inv_temperature[index], **scalars)
+        parts.append(torch.stack(found if has_residual else (*found[:3], found[0])))
     first, second, third, fourth = torch.cat(parts, 1).unbind(0)
-    return first.clone(), second.clone(), third.clone(), fourth.clone() if keeps else fourth.new_empty(0)
+    return first.clone(), second.clone(), third.clone(), fourth.clone() if has_residual else fourth.new_empty(0)
+
+
+def restricted_backward(
+    logits: Tensor,  # (..., V)
+    rows: LogitRows,
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],  # (N,) each
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],  # (N,) each
+    out: Tensor,  # (N, V), written
+) -> None:
+    """Write the gradient of the logits from the results of `restricted_forward` and their gradients."""
+    labels, inv_temperature = _flat(rows)
+    scalars = (rows.logit_scale, rows.softcap, rows.ignore_index)
+    for index, tile in _tiles(logits, inv_temperature.dtype):
+        apply_sampling(tile, rows.allowed, index, rows.rounding, rows.logit_scale, rows.softcap)
+        logprobs, entropy, logsumexp, residual = (x[index] if x.numel() else x for x in outputs)
+        g, h, ell = (None if grad is None else grad[index] for grad in grads)
+        of_rows = (labels[index], inv_temperature[index], (logprobs, entropy, logsumexp, residual), (g, h, ell))
+        out[index] = prepared_backward_rows(rows.backend, tile, *of_rows, rows.allowed, *scalars).to(out.dtype)
+
+
+def _flat(rows: LogitRows) -> tuple[Tensor, Tensor]:
+    """Return (labels, 1/T), (N,) each."""
+    assert rows.inv_temperature_rows is not None
+    return rows.labels.reshape(-1), rows.inv_temperature_rows.reshape(-1)
 
 
 def _tiles(logits: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
@@ -205,101 +195,6 @@ def _tiles(logits: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]
         for start in range(0, index.numel(), TILE_ROWS):
             part = index[start : start + TILE_ROWS]
             yield part, room[: part.numel()].copy_(rows[start : start + TILE_ROWS])
-
-
-@prepared_token_logprobs.register_fake
-def _(
-    logits: Tensor,
-    labels: Tensor,
-    inv_temperature: Tensor,
-    allowed: Tensor | None,
-    rounding: str,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    first, second, third, fourth = (torch.empty_like(inv_temperature) for _ in range(4))
-    return first, second, third, fourth if choice.needs_lse_residual(backend) else inv_temperature.new_empty(0)
-
-
-@torch.library.custom_op("fastrl::prepared_token_logprobs_backward", mutates_args=())
-def _prepared_backward(
-    logits: Tensor,
-    labels: Tensor,
-    inv_temperature: Tensor,
-    allowed: Tensor | None,
-    logprobs: Tensor,
-    entropy: Tensor,
-    logsumexp: Tensor,
-    residual: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_logsumexp: Tensor | None,
-    rounding: str,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    backend: str,
-) -> Tensor:
-    gradient = memory.empty(logits.shape, logits.dtype, logits.device)
-    numbers = (logit_scale, softcap, ignore_index)
-    grads = (grad_logprobs, grad_entropy, grad_logsumexp)
-    with choice.autocast_disabled(logits.device):
-        for index, tile in _tiles(logits, inv_temperature.dtype):
-            apply_sampling(tile, allowed, index, rounding, logit_scale, softcap)
-            of_rows = (
-                logprobs[index],
-                entropy[index],
-                logsumexp[index],
-                residual[index] if residual.numel() else residual,
-            )
-            first, second, third = (None if g is None else g[index] for g in grads)
-            done = prepared_backward_rows(
-                backend, tile, labels[index], inv_temperature[index], of_rows, (first, second, third), allowed, *numbers
-            )
-            gradient.view(-1, logits.shape[-1])[index] = done.to(gradient.dtype)
-    return gradient
-
-
-@_prepared_backward.register_fake
-def _(
-    logits: Tensor,
-    labels: Tensor,
-    inv_temperature: Tensor,
-    allowed: Tensor | None,
-    logprobs: Tensor,
-    entropy: Tensor,
-    logsumexp: Tensor,
-    residual: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_logsumexp: Tensor | None,
-    rounding: str,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    backend: str,
-) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, labels, inv_temperature, allowed, *ctx.scalars = inputs
-    ctx.save_for_backward(logits, labels, inv_temperature, allowed, *output)
-    ctx.mark_non_differentiable(output[3])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    once_differentiable()
-    nothing = (None,) * (3 + len(ctx.scalars))
-    if not ctx.needs_input_grad[0] or all(g is None for g in grads):
-        return (None, *nothing)
-    return (_prepared_backward(*ctx.saved_tensors, *grads[:3], *ctx.scalars), *nothing)
-
-
-prepared_token_logprobs.register_autograd(_backward, setup_context=_setup_context)
 
 
 def top_k_top_p_allowed(

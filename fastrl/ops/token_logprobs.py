@@ -5,6 +5,7 @@ Legend: N tokens, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,22 @@ from torch import Tensor
 
 from fastrl import checks
 from fastrl.backends import choice, memory
-from fastrl.ops.rows import TokenLogprobs, backward_rows, checked_rows, forward_rows, once_differentiable, row_blocks
+from fastrl.ops.rows import (
+    LogitRows,
+    TokenLogprobs,
+    backward_rows,
+    checked_rows,
+    forward_rows,
+    once_differentiable,
+    row_blocks,
+)
+from fastrl.ops.sampling import (
+    check_allowed,
+    check_labels_are_allowed,
+    check_rounding,
+    restricted_backward,
+    restricted_forward,
+)
 
 
 def token_logprobs(
@@ -72,15 +88,29 @@ def token_logprobs(
         backend=backend,
     )
     if allowed is not None or logits_rounding is not None:
-        from fastrl.ops.sampling import restricted_token_logprobs
+        rows = _restricted(rows, logits, temperature, allowed, logits_rounding)
+    outputs = _token_logprobs(logits, *_arguments(rows))
+    if rows.allowed is not None:
+        check_labels_are_allowed(outputs[0])
+    return TokenLogprobs(*outputs[:3])
 
-        temperature = checks.temperature(temperature, rows.labels.shape, logits.device)
-        how = (rows.logit_scale, rows.softcap, rows.ignore_index, rows.backend)
-        return TokenLogprobs(
-            *restricted_token_logprobs(logits, rows.labels, temperature, allowed, logits_rounding, *how)
-        )
-    outputs = _token_logprobs(
-        logits,
+
+def _restricted(rows: LogitRows, logits: Tensor, temperature: Any, allowed: Any, logits_rounding: Any) -> LogitRows:
+    """Return the rows with checked sets and rounding, and with 1/T per row."""
+    rounding = check_rounding(logits_rounding)
+    sets = check_allowed(allowed, rows.labels, logits.shape[-1])
+    dtype = checks.wide(logits.dtype)
+    if rows.inv_temperature_rows is None:
+        inv_temperature = torch.full(rows.labels.shape, rows.inv_temperature, dtype=dtype, device=logits.device)
+    else:
+        # Rounded before the reciprocal, as the chunks of `linear_token_logprobs` have it.
+        inv_temperature = checks.temperature(temperature, rows.labels.shape, logits.device).to(dtype).reciprocal()
+    return replace(rows, inv_temperature_rows=inv_temperature, allowed=sets, rounding=rounding)
+
+
+def _arguments(rows: LogitRows) -> tuple[Any, ...]:
+    """Return the fields of the rows in the order of the custom op."""
+    return (
         rows.labels,
         rows.inv_temperature_rows,
         rows.inv_temperature,
@@ -88,56 +118,51 @@ def token_logprobs(
         rows.softcap,
         rows.ignore_index,
         rows.backend,
+        rows.allowed,
+        rows.rounding,
     )
-    return TokenLogprobs(*outputs[:3])
 
 
 @torch.library.custom_op("fastrl::token_logprobs", mutates_args=())
 def _token_logprobs(
-    logits: Tensor,
-    labels: Tensor,
-    inv_temperature_rows: Tensor | None,
+    logits: Tensor,  # (..., V)
+    labels: Tensor,  # (...)
+    inv_temperature_rows: Tensor | None,  # (...)
     inv_temperature: float,
     logit_scale: float,
     softcap: float,
     ignore_index: int,
     backend: str,
+    allowed: Tensor | None = None,  # (N, ...)
+    rounding: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scalars = (logit_scale, softcap, ignore_index, backend, allowed, rounding)
+    rows = LogitRows(labels, inv_temperature, inv_temperature_rows, *scalars)
     with choice.autocast_disabled(logits.device):
-        parts = [
-            forward_rows(
-                backend,
-                rows,
-                row_labels,
-                inv_temperature if row_inv_temperature is None else row_inv_temperature,
-                logit_scale=logit_scale,
-                softcap=softcap,
-                ignore_index=ignore_index,
-            )
-            for rows, row_labels, row_inv_temperature in row_blocks(logits, labels, inv_temperature_rows)
-        ]
-    outputs = parts[0] if len(parts) == 1 else tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        if allowed is not None or rounding:
+            outputs = restricted_forward(logits, rows)
+        else:
+            outputs = _forward(logits, rows)
     logprobs, entropy, logsumexp = (x.view(labels.shape) for x in outputs[:3])
     return logprobs, entropy, logsumexp, outputs[3]
 
 
+def _forward(logits: Tensor, rows: LogitRows) -> tuple[Tensor, ...]:
+    """Return (logprobs, entropy, logsumexp, residual), (N,) each, block by block."""
+    blocks = row_blocks(logits, rows.labels, rows.inv_temperature_rows)
+    parts = [
+        forward_rows(rows.backend, x, labels, rows.inv_temperature if own is None else own, **rows.scalars())
+        for x, labels, own in blocks
+    ]
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
 @_token_logprobs.register_fake
-def _(
-    logits: Tensor,
-    labels: Tensor,
-    inv_temperature_rows: Tensor | None,
-    inv_temperature: float,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    outputs = tuple(torch.empty(labels.shape, dtype=dtype, device=logits.device) for _ in range(3))
-    residual = torch.empty(
-        labels.numel() if choice.needs_lse_residual(backend) else 0, dtype=dtype, device=logits.device
-    )
-    return outputs[0], outputs[1], outputs[2], residual
+def _(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    backend = options[5]
+    dtype = checks.wide(logits.dtype)
+    first, second, third = (torch.empty(labels.shape, dtype=dtype, device=logits.device) for _ in range(3))
+    return first, second, third, first.new_empty(labels.numel() if choice.needs_lse_residual(backend) else 0)
 
 
 @torch.library.custom_op("fastrl::token_logprobs_backward", mutates_args=())
@@ -157,76 +182,67 @@ def _token_logprobs_backward(
     softcap: float,
     ignore_index: int,
     backend: str,
+    allowed: Tensor | None = None,
+    rounding: str = "",
 ) -> Tensor:
+    scalars = (logit_scale, softcap, ignore_index, backend, allowed, rounding)
+    rows = LogitRows(labels, inv_temperature, inv_temperature_rows, *scalars)
     gradient = memory.empty(logits.shape, logits.dtype, logits.device)
-    kept = residual if choice.needs_lse_residual(backend) else None
-    given = (
-        labels,
-        inv_temperature_rows,
-        logprobs,
-        entropy,
-        logsumexp,
-        kept,
-        grad_logprobs,
-        grad_entropy,
-        grad_logsumexp,
-    )
     # The output is viewed like the input: both split along the first dimension, or neither does.
-    written = 0
-    out_rows = gradient.view(-1, logits.shape[-1])
+    out = gradient.view(-1, logits.shape[-1])
+    columns = (logprobs, entropy, logsumexp, residual, grad_logprobs, grad_entropy, grad_logsumexp)
     with choice.autocast_disabled(logits.device):
-        for rows, row_labels, row_inv_temperature, *rest in row_blocks(logits, *given):
-            backward_rows(
-                backend,
-                rows,
-                row_labels,
-                inv_temperature if row_inv_temperature is None else row_inv_temperature,
-                (rest[0], rest[1], rest[2], rest[3]),
-                (rest[4], rest[5], rest[6]),
-                logit_scale=logit_scale,
-                softcap=softcap,
-                ignore_index=ignore_index,
-                out=out_rows[written : written + rows.shape[0]],
-            )
-            written += rows.shape[0]
+        if allowed is not None or rounding:
+            first, second, third, fourth, g, h, ell = (None if x is None else x.reshape(-1) for x in columns)
+            assert first is not None
+            assert second is not None
+            assert third is not None
+            assert fourth is not None
+            restricted_backward(logits, rows, (first, second, third, fourth), (g, h, ell), out)
+        else:
+            _backward_into(out, logits, rows, columns)
     return gradient
 
 
+def _backward_into(out: Tensor, logits: Tensor, rows: LogitRows, columns: tuple[Tensor | None, ...]) -> None:
+    """Write the gradient of the logits to `out` (N, V), block by block, from the outputs and their gradients."""
+    *outputs, residual, g, h, ell = columns
+    kept = residual if choice.needs_lse_residual(rows.backend) else None
+    written = 0
+    for x, labels, own, *rest in row_blocks(logits, rows.labels, rows.inv_temperature_rows, *outputs, kept, g, h, ell):
+        backward_rows(
+            rows.backend,
+            x,
+            labels,
+            rows.inv_temperature if own is None else own,
+            (rest[0], rest[1], rest[2], rest[3]),
+            (rest[4], rest[5], rest[6]),
+            **rows.scalars(),
+            out=out[written : written + x.shape[0]],
+        )
+        written += x.shape[0]
+
+
 @_token_logprobs_backward.register_fake
-def _(
-    logits: Tensor,
-    labels: Tensor,
-    inv_temperature_rows: Tensor | None,
-    logprobs: Tensor,
-    entropy: Tensor,
-    logsumexp: Tensor,
-    residual: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_logsumexp: Tensor | None,
-    inv_temperature: float,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    backend: str,
-) -> Tensor:
+def _(logits: Tensor, *_: Any) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, labels, inv_temperature_rows, *ctx.scalars = inputs
-    ctx.save_for_backward(logits, labels, inv_temperature_rows, *output)
+    logits, labels, inv_temperature_rows, *ctx.scalars, allowed, ctx.rounding = inputs
+    ctx.save_for_backward(logits, labels, inv_temperature_rows, allowed, *output)
     ctx.mark_non_differentiable(output[3])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     once_differentiable()
-    none = (None,) * (2 + len(ctx.scalars))
+    none = (None,) * (4 + len(ctx.scalars))
     if not ctx.needs_input_grad[0] or all(g is None for g in grads):
         return (None, *none)
-    logits, labels, inv_temperature_rows, *outputs = ctx.saved_tensors
-    gradient = _token_logprobs_backward(logits, labels, inv_temperature_rows, *outputs, *grads[:3], *ctx.scalars)
+    logits, labels, inv_temperature_rows, allowed, *outputs = ctx.saved_tensors
+    scalars = (*ctx.scalars, allowed, ctx.rounding)
+    gradient = _token_logprobs_backward(logits, labels, inv_temperature_rows, *outputs, *grads[:3], *scalars)
     return (gradient, *none)
 
 
