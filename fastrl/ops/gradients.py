@@ -10,10 +10,10 @@ import math
 import torch
 from torch import Tensor
 
+from fastrl import checks
 from fastrl.backends import memory
 from fastrl.ops import sparse_rows
 from fastrl.ops.chunks import Chunks
-from fastrl.ops.head import _wide
 from fastrl.ops.live_rows import ActiveRows
 
 # Rows of a chunk that have a gradient are moved together in this many steps, each with a copy of its share.
@@ -64,7 +64,7 @@ def _times_weight(gradient: Tensor, weight: Tensor) -> Tensor:
         rest[: count - whole] = gradient[whole:]
         ragged = _times_weight(rest, weight)[: count - whole]
         return torch.cat((_times_weight(gradient[:whole], weight), ragged)) if whole else ragged
-    wide = _wide(weight.dtype)
+    wide = checks.wide(weight.dtype)
     if weight.dtype == wide:
         return gradient @ weight
     if weight.device.type == "cuda":
@@ -102,24 +102,22 @@ class Gradients:
         self, chunks: Chunks, needs: tuple[bool, bool, bool], per_live_row: bool = False, *, unscaled: bool = False
     ) -> None:
         self.chunks = chunks
+        rows, wide = chunks.rows, chunks.dtype
         self.wanted = any(needs)
-        self.unrounded = unscaled and chunks.hidden.dtype == torch.float16
-        wide = _wide(chunks.hidden.dtype)
+        self.unrounded = unscaled and rows.hidden.dtype == torch.float16
         self.hidden = None
         if needs[0] and per_live_row:
-            self.hidden = chunks.hidden.new_empty((chunks.live.numel(), chunks.hidden.shape[1]), dtype=wide)
+            self.hidden = rows.hidden.new_empty((chunks.live.numel(), rows.hidden.shape[1]), dtype=wide)
         elif needs[0]:
-            dtype = wide if self.unrounded else chunks.hidden.dtype
-            self.hidden = torch.zeros_like(chunks.hidden, dtype=dtype, memory_format=torch.contiguous_format)
-        self.weight = memory.zeros(chunks.weight.shape, wide, chunks.weight.device) if needs[1] else None
-        self.bias = torch.zeros(chunks.weight.shape[0], dtype=wide, device=chunks.weight.device) if needs[2] else None
+            dtype = wide if self.unrounded else rows.hidden.dtype
+            self.hidden = torch.zeros_like(rows.hidden, dtype=dtype, memory_format=torch.contiguous_format)
+        self.weight = memory.zeros(rows.weight.shape, wide, rows.weight.device) if needs[1] else None
+        self.bias = torch.zeros(rows.weight.shape[0], dtype=wide, device=rows.weight.device) if needs[2] else None
         self.per_live_row = per_live_row
         self.sparse = None
-        if chunks.head.tail_mass > 0.0:
-            rule = sparse_rows.rule_for(chunks.head.tail_mass, chunks.weight.shape[0], chunks.weight.device)
-            self.sparse = sparse_rows.Collector(
-                rule, chunks.head.backend, chunks.head.chunk_tokens, chunks.weight, chunks.scalars()
-            )
+        if rows.options.tail_mass > 0.0:
+            rule = sparse_rows.rule_for(rows.options.tail_mass, rows.weight.shape[0], rows.weight.device)
+            self.sparse = sparse_rows.Collector(rule, rows.options.backend, chunks.size, rows.weight, chunks.scalars())
 
     def take(
         self,
@@ -135,7 +133,8 @@ class Gradients:
             self.add(rows, states, self.chunks.backward_rows(rows, logits, outputs, grads), contributes)
             return
         index = self.chunks.live[rows]
-        inputs = sparse_rows.RowInputs(self.chunks.labels[index], self.chunks.inv_temperature[index], outputs, grads)
+        given = self.chunks.rows
+        inputs = sparse_rows.RowInputs(given.labels[index], given.inv_temperature[index], outputs, grads)
         self.sparse.take(self, self._places(rows), states, logits, inputs)
 
     def add(self, rows: slice, states: Tensor, dlogits: Tensor, contributes: ActiveRows | None = None) -> None:
@@ -158,9 +157,9 @@ class Gradients:
         """Add rows dlogits (C, V), which may be followed by rows of zeros, at their places in `hidden`."""
         if places.numel() == 0:
             return
-        operand, factor = _for_products(dlogits, self.chunks.weight)
+        operand, factor = _for_products(dlogits, self.chunks.rows.weight)
         if self.hidden is not None:
-            product = _times_weight(operand, self.chunks.weight)[: places.numel()]
+            product = _times_weight(operand, self.chunks.rows.weight)[: places.numel()]
             self.hidden[places] = (product if factor is None else product.mul_(factor)).to(self.hidden.dtype)
         if self.weight is not None:
             _add_weight_gradient(self.weight, operand, states, factor)
@@ -176,8 +175,8 @@ class Gradients:
         """Return (dhidden, dweight, dbias) after the last `flush`, in their inputs' dtypes or, `unscaled`, float32."""
         if self.unrounded:
             return self.hidden, self.weight, self.bias
-        weight = None if self.weight is None else self.weight.to(self.chunks.weight.dtype)
-        bias = None if self.bias is None or self.chunks.bias is None else self.bias.to(self.chunks.bias.dtype)
+        weight = None if self.weight is None else self.weight.to(self.chunks.rows.weight.dtype)
+        bias = None if self.bias is None or self.chunks.rows.bias is None else self.bias.to(self.chunks.rows.bias.dtype)
         return self.hidden, weight, bias
 
 

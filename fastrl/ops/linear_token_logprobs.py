@@ -36,7 +36,7 @@ from fastrl.backends import choice
 from fastrl.ops import sparse_rows
 from fastrl.ops.chunks import Chunks, _keep
 from fastrl.ops.gradients import Gradients
-from fastrl.ops.head import HeadOptions, check_head, check_restrictions, inverse_temperature, make_head
+from fastrl.ops.head import HeadOptions, LinearRows
 from fastrl.ops.live_rows import kept_first
 from fastrl.ops.rows import TokenLogprobs, once_differentiable
 from fastrl.ops.sampling import check_labels_are_allowed
@@ -132,42 +132,43 @@ def linear_token_logprobs(
             backend=backend,
             keep_token_grads=keep,
         )
-    hidden, weight, labels, bias = check_head(hidden, weight, labels, bias, ignore_index)
-    head = make_head(
+    rows = LinearRows.checked(
         hidden,
-        logit_scale,
-        softcap,
-        ignore_index,
+        weight,
+        labels,
+        bias=bias,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        ignore_index=ignore_index,
         chunk_tokens=chunk_tokens,
         tail_mass=tail_mass,
-        tp_group=tp_group,
         backend=backend,
+        allowed=allowed,
+        logits_rounding=logits_rounding,
     )
-    inv_temperature = inverse_temperature(temperature, labels, hidden)
-    sets, rounding = check_restrictions(allowed, logits_rounding, labels, weight.shape[0], head)
-    training = torch.is_grad_enabled()
-    trains_head = training and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    unit = keep and training and hidden.requires_grad and not trains_head
-    flat = hidden.reshape(-1, hidden.shape[-1])
+    keep = keep and torch.is_grad_enabled() and rows.hidden.requires_grad and not rows.trains_head
+    options = rows.options
     outputs = _linear_token_logprobs(
-        flat,
-        weight,
-        labels.reshape(-1),
-        bias,
-        inv_temperature,
-        head.logit_scale,
-        head.softcap,
-        head.ignore_index,
-        head.chunk_tokens,
-        head.backend,
-        head.tail_mass,
-        unit,
-        sets,
-        rounding,
+        rows.hidden,
+        rows.weight,
+        rows.labels,
+        rows.bias,
+        rows.inv_temperature,
+        options.logit_scale,
+        options.softcap,
+        options.ignore_index,
+        options.chunk_tokens,
+        options.backend,
+        options.tail_mass,
+        keep,
+        rows.allowed,
+        rows.rounding,
     )
-    if sets is not None:
-        check_labels_are_allowed(outputs[0].view(labels.shape))
-    return TokenLogprobs(*(x.view(labels.shape) for x in outputs[:3]))
+    logprobs, entropy, logsumexp = (rows.restored(x) for x in outputs[:3])
+    if rows.allowed is not None:
+        check_labels_are_allowed(logprobs)
+    return TokenLogprobs(logprobs, entropy, logsumexp)
 
 
 def _keep_token_grads(keep_token_grads: bool | None, keep_units: bool | None) -> bool:
@@ -196,24 +197,25 @@ def _linear_token_logprobs(
     chunk_tokens: int,
     backend: str,
     tail_mass: float,
-    unit: bool,
+    keep_token_grads: bool,
     allowed: Tensor | None = None,
     rounding: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    head = HeadOptions(logit_scale, softcap, ignore_index, chunk_tokens, backend, tail_mass)
-    chunks = Chunks.of(hidden, weight, bias, labels, inv_temperature, head, allowed=allowed, rounding=rounding)
+    options = HeadOptions(logit_scale, softcap, ignore_index, chunk_tokens, backend, tail_mass)
+    chunks = Chunks.of(LinearRows(hidden, weight, bias, labels, inv_temperature, options, allowed, rounding))
     found = chunks.outputs()
-    gradients = Gradients(chunks, (unit, False, False), per_live_row=True)
+    gradients = Gradients(chunks, (keep_token_grads, False, False), per_live_row=True)
     with choice.autocast_disabled(hidden.device):
         for rows, states, logits in chunks:
             results = chunks.forward_rows(rows, logits)
             _keep(found, rows, results)
-            if unit:
+            if keep_token_grads:
                 gradients.take(rows, states, logits, results, (torch.ones_like(results[0]), None, None))
         gradients.flush()
-    units = found[0].new_empty((0, hidden.shape[1])) if gradients.hidden is None else gradients.hidden
+    token_grads = found[0].new_empty((0, hidden.shape[1])) if gradients.hidden is None else gradients.hidden
     logprobs, entropy, logsumexp = (chunks.scattered(x) for x in found[:3])
-    return logprobs, entropy, logsumexp, chunks.scattered(found[3]) if found[3].numel() else found[3].clone(), units
+    residual = chunks.scattered(found[3]) if found[3].numel() else found[3].clone()
+    return logprobs, entropy, logsumexp, residual, token_grads
 
 
 @_linear_token_logprobs.register_fake
@@ -250,11 +252,10 @@ def _linear_token_logprobs_backward(
     allowed: Tensor | None = None,
     rounding: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head = HeadOptions(logit_scale, softcap, ignore_index, chunk_tokens, backend, tail_mass)
+    options = HeadOptions(logit_scale, softcap, ignore_index, chunk_tokens, backend, tail_mass)
+    linear_rows = LinearRows(hidden, weight, bias, labels, inv_temperature, options, allowed, rounding)
     upstream = [g for g in (grad_logprobs, grad_entropy, grad_logsumexp) if g is not None]
-    nonzero = torch.stack([g != 0 for g in upstream]).any(0)
-    restricted = {"allowed": allowed, "rounding": rounding}
-    chunks = Chunks.of(hidden, weight, bias, labels, inv_temperature, head, **restricted, keep=nonzero)
+    chunks = Chunks.of(linear_rows, keep=torch.stack([g != 0 for g in upstream]).any(0))
     gradients = Gradients(chunks, (needs[0], needs[1], needs[2]))
     outputs = (logprobs, entropy, logsumexp, residual if residual.numel() else logprobs)
     with choice.autocast_disabled(hidden.device):
@@ -294,7 +295,7 @@ def _(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, labels, bias, inv_temperature, *scalars, ctx.unit, allowed, ctx.rounding = inputs
+    hidden, weight, labels, bias, inv_temperature, *scalars, ctx.keeps_token_grads, allowed, ctx.rounding = inputs
     ctx.scalars = scalars
     ctx.stats = sparse_rows.current_sparse_stats()
     ctx.save_for_backward(hidden, weight, labels, bias, inv_temperature, allowed, *output)
@@ -309,10 +310,10 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = [bool(ctx.needs_input_grad[i]) for i in (0, 1, 3)]
     if not any(needs) or all(g is None for g in grads):
         return (None, None, None, None, None, *none)
-    hidden, weight, labels, bias, inv_temperature, allowed, *outputs, units = ctx.saved_tensors
-    if ctx.unit and grad_entropy is None and grad_logsumexp is None and grad_logprobs is not None:
-        live = kept_first(labels != ctx.scalars[2])[: units.shape[0]]
-        scaled = grad_logprobs[live].to(units.dtype).unsqueeze(-1) * units
+    hidden, weight, labels, bias, inv_temperature, allowed, *outputs, token_grads = ctx.saved_tensors
+    if ctx.keeps_token_grads and grad_entropy is None and grad_logsumexp is None and grad_logprobs is not None:
+        live = kept_first(labels != ctx.scalars[2])[: token_grads.shape[0]]
+        scaled = grad_logprobs[live].to(token_grads.dtype).unsqueeze(-1) * token_grads
         return (torch.zeros_like(hidden).index_copy_(0, live, scaled.to(hidden.dtype)), None, None, None, None, *none)
     with sparse_rows.collect_sparse_stats(ctx.stats):
         dhidden, dweight, dbias = _linear_token_logprobs_backward(

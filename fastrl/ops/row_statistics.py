@@ -8,6 +8,7 @@ Legend: N tokens, D hidden, V vocabulary, R rows of a tile.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from fastrl import checks
 from fastrl.backends import choice
 from fastrl.ops.chunks import Chunks
-from fastrl.ops.head import check_head, inverse_temperature, make_head
+from fastrl.ops.head import LinearRows
 from fastrl.ops.rows import head_scalars, row_blocks
 
 # Rows of a tile of the PyTorch rows: one shape for every reduction, so that a row's bits do not depend on its batch.
@@ -78,7 +79,7 @@ def row_statistics(
     scale, cap = head_scalars(logit_scale, softcap)
     temperature = checks.temperature(temperature, labels.shape, logits.device)
     chosen = choice.choose_row_statistics(backend, logits.device).backend
-    wide = _wide(logits.dtype)
+    wide = checks.wide(logits.dtype)
     inv_temperature_rows = temperature.to(wide).reciprocal() if isinstance(temperature, Tensor) else None
     inv_temperature = 1.0 if isinstance(temperature, Tensor) else 1.0 / temperature
     return RowStatistics(
@@ -116,25 +117,24 @@ def linear_row_statistics(
     Raises:
         ValueError, TypeError, RuntimeError: as `row_statistics`, and for heads that hold no values or are sharded.
     """
-    hidden, weight, labels, bias = check_head(hidden, weight, labels, bias, ignore_index)
-    head = make_head(
+    rows = LinearRows.checked(
         hidden,
-        logit_scale,
-        softcap,
-        ignore_index,
+        weight,
+        labels,
+        bias=bias,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        ignore_index=ignore_index,
         chunk_tokens=chunk_tokens,
-        tail_mass=0.0,
-        tp_group=None,
-        backend=choice.choose_row_statistics(backend, hidden.device).backend,
+        backend="torch",
     )
-    inv_temperature = inverse_temperature(temperature, labels, hidden)
-    with torch.no_grad(), choice.autocast_disabled(hidden.device):
-        chunks = Chunks.of(
-            hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1), inv_temperature, head
-        )
-        results = _linear_rows(chunks)
-    sources = [x for x in (hidden, weight, bias) if x is not None and x.requires_grad]
-    top1, log_sum_squared, argmax, mean = (x.view(labels.shape) for x in results)
+    chosen = choice.choose_row_statistics(backend, rows.hidden.device).backend
+    rows = replace(rows, options=replace(rows.options, backend=chosen))
+    with torch.no_grad(), choice.autocast_disabled(rows.hidden.device):
+        results = _linear_rows(Chunks.of(rows))
+    sources = [x for x in (rows.hidden, rows.weight, rows.bias) if x is not None and x.requires_grad]
+    top1, log_sum_squared, argmax, mean = (rows.restored(x) for x in results)
     if sources and torch.is_grad_enabled():
         log_sum_squared, mean = _NoGradient.apply(log_sum_squared, mean, *sources)
     return RowStatistics(top1, log_sum_squared, argmax, mean)
@@ -142,13 +142,12 @@ def linear_row_statistics(
 
 def _linear_rows(chunks: Chunks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the statistics of all rows (N,), their logits formed chunk by chunk."""
-    n, device = chunks.labels.numel(), chunks.hidden.device
-    results = _ignored_rows(n, _wide(chunks.hidden.dtype), device)
-    for rows, _, logits in chunks:
-        index = chunks.live[rows]
-        values = _forward_rows(
-            chunks.head.backend, logits, chunks.labels[index], chunks.inv_temperature[index], **chunks.scalars()
-        )
+    rows = chunks.rows
+    results = _ignored_rows(rows.labels.numel(), chunks.dtype, rows.hidden.device)
+    for part, _, logits in chunks:
+        index = chunks.live[part]
+        labels, inv_temperature = rows.labels[index], rows.inv_temperature[index]
+        values = _forward_rows(rows.options.backend, logits, labels, inv_temperature, **chunks.scalars())
         for result, value in zip(results, values, strict=True):
             result[index] = value
     return results
@@ -162,10 +161,6 @@ def _ignored_rows(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Ten
         torch.full((n,), -1, dtype=torch.int64, device=device),
         torch.zeros(n, dtype=dtype, device=device),
     )
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32
 
 
 def _forward_rows(
@@ -190,7 +185,7 @@ def row_statistics_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (is_top1, log_sum_squared_probs, argmax, mean_logits), each (N,), in plain PyTorch."""
     n, vocabulary = logits.shape
-    results = _ignored_rows(n, _wide(logits.dtype), logits.device)
+    results = _ignored_rows(n, checks.wide(logits.dtype), logits.device)
     for start in range(0, n, TILE_ROWS):
         rows = slice(start, min(start + TILE_ROWS, n))
         count = rows.stop - rows.start
@@ -219,7 +214,7 @@ def _tile_statistics(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the statistics of a tile, (R,) each, NaN in the floats where a row is no distribution."""
-    x = logits.to(_wide(logits.dtype))
+    x = logits.to(checks.wide(logits.dtype))
     ordered = x if logit_scale > 0 else -x
     # PyTorch gives the first of equal entries, and NaN where there is one.
     largest, argmax = ordered.max(-1, keepdim=True)
@@ -277,7 +272,7 @@ def _(logits: Tensor, labels: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, 
     def like(dtype: torch.dtype) -> Tensor:
         return torch.empty(labels.shape, dtype=dtype, device=logits.device)
 
-    dtype = _wide(logits.dtype)
+    dtype = checks.wide(logits.dtype)
     return like(torch.bool), like(dtype), like(torch.int64), like(dtype)
 
 

@@ -45,7 +45,7 @@ from fastrl import checks
 from fastrl.backends import choice
 from fastrl.ops.chunks import Chunks
 from fastrl.ops.gradients import Gradients, _times_weight
-from fastrl.ops.head import HeadOptions, _wide, as_added, inverse_temperature, make_head
+from fastrl.ops.head import HeadOptions, LinearRows, check_savable, head_options
 from fastrl.ops.rows import TokenLogprobs, backward_rows, forward_rows, once_differentiable
 
 # Label of the rows that the row kernels are to leave out; labels within a part are never negative.
@@ -129,34 +129,32 @@ def linear_token_logprobs_parallel(
     """
     rank, ranks = _place(group)
     refused: Exception | None = None
-    call = None
+    rows = None
+    options = {
+        "temperature": temperature,
+        "logit_scale": logit_scale,
+        "softcap": softcap,
+        "ignore_index": ignore_index,
+        "chunk_tokens": chunk_tokens,
+        "tail_mass": tail_mass,
+        "backend": backend,
+    }
     try:
-        options = {"chunk_tokens": chunk_tokens, "tail_mass": tail_mass, "backend": backend}
-        call = _checked(group, hidden, weight, labels, bias, temperature, logit_scale, softcap, ignore_index, options)
+        rows = _checked(group, (hidden, weight, labels, bias), options)
     except (TypeError, ValueError, RuntimeError) as error:
         refused = error
     device = _collective_device(group, hidden, weight, labels)
-    sizes = _agree(call, refused, labels, group, device)
-    assert call is not None
+    sizes = _agree(rows, refused, group, device)
+    assert rows is not None
     start, vocabulary = sum(sizes[:rank]), sum(sizes)
     if vocabulary == 0:
         raise ValueError("weight is empty on every rank of tp_group: the parts of the head must add up to V >= 1 rows")
-    checks.labels("labels", labels, call.hidden.shape[:-1], call.hidden.device, vocabulary, ignore_index)
+    checks.labels("labels", labels, labels.shape, rows.hidden.device, vocabulary, ignore_index)
     part = Part(start, start + sizes[rank], vocabulary, rank, ranks, group)
-    plan = _Plan(call.head, part, keep_token_grads and _keeps_units(call))
-    flat = call.hidden.reshape(-1, call.hidden.shape[-1])
-    outputs = _VocabParallel.apply(flat, call.weight, call.bias, labels.reshape(-1), call.inv_temperature, plan)
-    return TokenLogprobs(*(x.view(labels.shape) for x in outputs))
-
-
-class _Call(NamedTuple):
-    """The checked arguments of a call, in one dtype."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    inv_temperature: Tensor  # (N,)
-    head: HeadOptions
+    keep = keep_token_grads and torch.is_grad_enabled() and rows.hidden.requires_grad and not rows.trains_head
+    plan = _Plan(rows.options, part, keep)
+    outputs = _VocabParallel.apply(rows.hidden, rows.weight, rows.bias, rows.labels, rows.inv_temperature, plan)
+    return TokenLogprobs(*(rows.restored(x) for x in outputs))
 
 
 def _place(group: Any) -> tuple[int, int]:
@@ -173,17 +171,13 @@ def _place(group: Any) -> tuple[int, int]:
 
 def _checked(
     group: Any,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    temperature: Any,
-    logit_scale: Any,
-    softcap: Any,
-    ignore_index: int,
+    tensors: tuple[
+        Tensor, Tensor, Tensor, Tensor | None
+    ],  # hidden (..., D), weight (V_r, D), labels (...), bias (V_r,)
     options: dict[str, Any],
-) -> _Call:
-    """Return the arguments of this rank, or raise; label values wait until the size of the vocabulary is known."""
+) -> LinearRows:
+    """Return the rows of this rank, or raise; label values wait until the size of the vocabulary is known."""
+    hidden, weight, labels, bias = tensors
     if options["tail_mass"] != 0.0:
         raise ValueError(f"tail_mass must be 0.0 (the exact gradient) with tp_group, got {options['tail_mass']!r}")
     checks.vocabulary_tensor("hidden", hidden)
@@ -203,13 +197,12 @@ def _checked(
         raise TypeError(f"labels must be an int64 or int32 tensor, got {getattr(labels, 'dtype', type(labels))}")
     checks.same_shape("labels", labels, hidden.shape[:-1])
     checks.same_device("labels", labels, hidden.device)
-    if torch.is_inference(weight) and torch.is_grad_enabled() and hidden.requires_grad:
-        raise RuntimeError("weight is an inference tensor and cannot be saved for backward; pass weight.clone()")
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    hidden, weight = hidden.to(dtype), weight.to(dtype)
-    head = make_head(hidden, logit_scale, softcap, operator.index(ignore_index), tp_group=None, **options)
-    inv_temperature = inverse_temperature(temperature, labels, hidden)
-    return _Call(hidden, weight, None if bias is None else as_added(bias, dtype), inv_temperature, head)
+    check_savable(hidden, weight)
+    ignore_index = operator.index(options["ignore_index"])
+    temperature = options["temperature"]
+    others = {name: value for name, value in options.items() if name not in ("temperature", "ignore_index")}
+    chosen = head_options(hidden.device, ignore_index=ignore_index, tp_group=None, **others)
+    return LinearRows.of(hidden, weight, labels, bias, temperature, chosen)
 
 
 def _local(name: str, value: Any, group: Any) -> Any:
@@ -243,16 +236,16 @@ _SHARED = (
 )
 
 
-def _agree(call: _Call | None, refused: Exception | None, labels: Any, group: Any, device: torch.device) -> list[int]:
+def _agree(rows: LinearRows | None, refused: Exception | None, group: Any, device: torch.device) -> list[int]:
     """Return the rows of the head on every rank; raise on all ranks if one was refused or they differ.
 
     Without this a rank that raises, or that needs a collective which the others do not, would leave them waiting.
     """
     size, shared = 0, [0] * len(_SHARED)
-    if call is not None:
-        size, shared = call.weight.shape[0], _shared_values(call, labels)
+    if rows is not None:
+        size, shared = rows.weight.shape[0], _shared_values(rows)
     rank, ranks = _place(group)
-    mine = torch.tensor([int(call is not None), size, *shared], dtype=torch.int64, device=device)
+    mine = torch.tensor([int(rows is not None), size, *shared], dtype=torch.int64, device=device)
     every = _gathered(mine, group, ranks).tolist()
     if refused is not None:
         raise refused
@@ -269,22 +262,22 @@ def _agree(call: _Call | None, refused: Exception | None, labels: Any, group: An
     return [row[1] for row in every]
 
 
-def _shared_values(call: _Call, labels: Tensor) -> list[int]:
+def _shared_values(rows: LinearRows) -> list[int]:
     """Return one integer for each of `_SHARED`; tensors of numbers per token go in as a checksum."""
-    trains = torch.is_grad_enabled() and call.hidden.requires_grad
-    flat = labels.reshape(-1).long()
+    trains = torch.is_grad_enabled() and rows.hidden.requires_grad
+    flat = rows.labels.long()
     position = torch.arange(1, 2 * flat.numel(), 2, device=flat.device) if flat.numel() else flat
-    temperature = call.inv_temperature.double().view(torch.int64)
+    temperature = rows.inv_temperature.double().view(torch.int64)
     sums = torch.stack(((flat * position).sum(), (temperature * position).sum())).tolist()
     return [
         flat.numel(),
-        call.hidden.shape[-1],
-        checks.FLOAT_DTYPES.index(call.hidden.dtype),
+        rows.hidden.shape[-1],
+        checks.FLOAT_DTYPES.index(rows.hidden.dtype),
         int(trains),
-        int(call.bias is not None),
-        _bits(call.head.logit_scale),
-        _bits(call.head.softcap),
-        call.head.ignore_index,
+        int(rows.bias is not None),
+        _bits(rows.options.logit_scale),
+        _bits(rows.options.softcap),
+        rows.options.ignore_index,
         *sums,
     ]
 
@@ -301,12 +294,6 @@ def _collective_device(group: Any, *arguments: Any) -> torch.device:
     if dist.get_backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
-
-
-def _keeps_units(call: _Call) -> bool:
-    """Return whether the forward keeps the gradient of the log-prob with respect to the hidden states."""
-    trains_head = call.weight.requires_grad or (call.bias is not None and call.bias.requires_grad)
-    return torch.is_grad_enabled() and call.hidden.requires_grad and not trains_head
 
 
 def merge_shards(
@@ -407,7 +394,7 @@ class _Plan:
 
     head: HeadOptions
     part: Part
-    unit: bool
+    keep_token_grads: bool
 
 
 class _Rows(NamedTuple):
@@ -483,9 +470,9 @@ class _VocabParallel(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         head, part = plan.head, plan.part
         with torch.autocast(hidden.device.type, enabled=False):
-            chunks = Chunks.of(hidden, weight, bias, labels, inv_temperature, head)
+            chunks = Chunks.of(LinearRows(hidden, weight, bias, labels, inv_temperature, head))
             target, row_inv_temperature = labels[chunks.live].long() - part.start, inv_temperature[chunks.live]
-            statistics, local, units = _scan(chunks, target, row_inv_temperature, plan)
+            statistics, local, token_grads = _scan(chunks, target, row_inv_temperature, plan)
         merged = merge_shards(_gathered(statistics, part.group, part.ranks), row_inv_temperature)
         label = target + part.start
         # Reached only where values are not checked: an id that no rank holds.
@@ -494,8 +481,8 @@ class _VocabParallel(torch.autograd.Function):
         rows = _Rows(target, row_inv_temperature, local, merged.logprobs, merged.entropy, merged.log_share[part.rank])
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, bias, labels, inv_temperature, chunks.live, units, *rows.tensors())
-        logprobs, entropy, logsumexp = (chunks.scattered(x.to(_wide(hidden.dtype))) for x in merged[:3])
+        ctx.save_for_backward(hidden, weight, bias, labels, inv_temperature, chunks.live, token_grads, *rows.tensors())
+        logprobs, entropy, logsumexp = (chunks.scattered(x.to(checks.wide(hidden.dtype))) for x in merged[:3])
         return logprobs, entropy, logsumexp
 
     @staticmethod
@@ -504,14 +491,14 @@ class _VocabParallel(torch.autograd.Function):
         needs = tuple(bool(x) for x in ctx.needs_input_grad[:3])
         if not any(needs) or all(g is None for g in grads):
             return (None,) * 6
-        hidden, weight, bias, labels, inv_temperature, live, units, *saved = ctx.saved_tensors
+        hidden, weight, bias, labels, inv_temperature, live, token_grads, *saved = ctx.saved_tensors
         plan, rows = ctx.plan, _Rows.of(saved)
-        chunks = Chunks(hidden, weight, bias, labels, inv_temperature, plan.head, live)
+        chunks = Chunks(LinearRows(hidden, weight, bias, labels, inv_temperature, plan.head), live)
         g, h, ell = (None if x is None else x[live].double() for x in grads)
         with torch.autocast(hidden.device.type, enabled=False):
             partial = _room(chunks, plan.part.ranks) if needs[0] else None
-            if plan.unit and g is not None and h is None and ell is None and partial is not None:
-                _scale_units(partial, units, weight, rows, g)
+            if plan.keep_token_grads and g is not None and h is None and ell is None and partial is not None:
+                _scale_token_grads(partial, token_grads, weight, rows, g)
                 dweight = dbias = None
             else:
                 dweight, dbias = _accumulate(chunks, rows, (g, h, ell), (needs[1], needs[2]), partial)
@@ -526,7 +513,7 @@ def _scan(chunks: Chunks, target: Tensor, inv_temperature: Tensor, plan: _Plan) 
 
     A unit gradient is that of log q_y if the part holds y, else that of minus the part's logsumexp.
     """
-    n, dtype, device = chunks.live.numel(), _wide(chunks.hidden.dtype), chunks.hidden.device
+    n, dtype, device = chunks.live.numel(), chunks.dtype, chunks.rows.hidden.device
     statistics = torch.zeros((n, 4), dtype=torch.float64, device=device)
     statistics[:, 0] = statistics[:, 3] = -math.inf
     label = torch.full((n,), LEFT_OUT, device=device)
@@ -534,16 +521,18 @@ def _scan(chunks: Chunks, target: Tensor, inv_temperature: Tensor, plan: _Plan) 
     first, second, third = (torch.zeros(n, dtype=dtype, device=device) for _ in range(3))
     residual = torch.zeros(n if choice.needs_lse_residual(plan.head.backend) else 0, dtype=dtype, device=device)
     kept = PartRows(label, slope, first, second, third, residual)
-    units = torch.zeros((n if plan.unit else 0, chunks.hidden.shape[1]), dtype=dtype, device=device)
-    if chunks.weight.shape[0] == 0:
-        return statistics, kept, units
+    token_grads = torch.zeros(
+        (n if plan.keep_token_grads else 0, chunks.rows.hidden.shape[1]), dtype=dtype, device=device
+    )
+    if chunks.rows.weight.shape[0] == 0:
+        return statistics, kept, token_grads
     for at, _, logits in chunks:
         found, values = part_statistics(logits, target[at], inv_temperature[at], plan.head)
         statistics[at] = found
         for out, value in zip(kept, values, strict=True):
             if out.numel():
                 out[at] = value
-        if plan.unit:
+        if plan.keep_token_grads:
             # Within the part alone the label's entry is 1 - q_y = others / S, and P_r = 1.
             e_label = torch.where(
                 found[:, 3].isneginf(), 0.0, ((found[:, 3] - found[:, 0]) * inv_temperature[at]).exp()
@@ -552,24 +541,26 @@ def _scan(chunks: Chunks, target: Tensor, inv_temperature: Tensor, plan: _Plan) 
             entry = torch.where(values.label == LEFT_OUT, 0.0, entry)
             nothing = torch.zeros_like(entry)
             rows = _Rows(target[at], inv_temperature[at], values, nothing, nothing, nothing)
-            units[at] = _times_weight(rows.dlogits(logits, plan.head, None, nothing - 1.0, entry), chunks.weight)
-    return statistics, kept, units
+            token_grads[at] = _times_weight(
+                rows.dlogits(logits, plan.head, None, nothing - 1.0, entry), chunks.rows.weight
+            )
+    return statistics, kept, token_grads
 
 
-def _scale_units(partial: Tensor, units: Tensor, weight: Tensor, rows: _Rows, g: Tensor) -> None:
+def _scale_token_grads(partial: Tensor, token_grads: Tensor, weight: Tensor, rows: _Rows, g: Tensor) -> None:
     """Write this part's share of dX from the unit gradients.
 
     1[v = y] - P q_v = P (1[v = y] - q_v) + (1 - P) 1[v = y], of which no term loses precision as p_y -> 1.
     """
-    n = units.shape[0]
+    n = token_grads.shape[0]
     share = rows.log_share.exp()
-    partial[:n] = (g * share).to(units.dtype).unsqueeze(-1) * units
+    partial[:n] = (g * share).to(token_grads.dtype).unsqueeze(-1) * token_grads
     if weight.shape[0] == 0:
         return
     held = (rows.target >= 0) & (rows.target < weight.shape[0])
     missing = torch.where(held, -torch.expm1(rows.log_share) * g * rows.part.slope * rows.inv_temperature.double(), 0.0)
     partial[:n].addcmul_(
-        missing.to(units.dtype).unsqueeze(-1), weight[_index(rows.target, held).squeeze(-1)].to(units.dtype)
+        missing.to(token_grads.dtype).unsqueeze(-1), weight[_index(rows.target, held).squeeze(-1)].to(token_grads.dtype)
     )
 
 
@@ -587,10 +578,10 @@ def _accumulate(
     chosen, some = replace(chunks, live=chunks.live[active]), rows.at(active)
     h, ell, entry = some.upstream(*(None if x is None else x[active] for x in grads))
     gradients = Gradients(chosen, (False, *needs))
-    for at, states, logits in chosen if chunks.weight.shape[0] else ():
-        dlogits = some.at(at).dlogits(logits, chunks.head, None if h is None else h[at], ell[at], entry[at])
+    for at, states, logits in chosen if chunks.rows.weight.shape[0] else ():
+        dlogits = some.at(at).dlogits(logits, chunks.rows.options, None if h is None else h[at], ell[at], entry[at])
         if partial is not None:
-            partial[active[at]] = _times_weight(dlogits, chunks.weight)
+            partial[active[at]] = _times_weight(dlogits, chunks.rows.weight)
         gradients.add(at, states, dlogits)
     _, dweight, dbias = gradients.cast()
     return dweight, dbias
@@ -613,7 +604,7 @@ def _gathered(
 def _room(chunks: Chunks, ranks: int) -> Tensor:
     """Return zeros for the gradient of the live rows, (L, D) padded to a number of rows that the ranks can share."""
     rows = -(-chunks.live.numel() // ranks) * ranks
-    return torch.zeros((rows, chunks.hidden.shape[1]), dtype=_wide(chunks.hidden.dtype), device=chunks.hidden.device)
+    return torch.zeros((rows, chunks.rows.hidden.shape[1]), dtype=chunks.dtype, device=chunks.rows.hidden.device)
 
 
 def _summed(partial: Tensor, part: Part, dtype: torch.dtype) -> Tensor:

@@ -27,7 +27,7 @@ from fastrl.ops import sparse_rows
 from fastrl.ops.chunks import Chunks
 from fastrl.ops.fused import fused_gradient
 from fastrl.ops.gradients import Gradients
-from fastrl.ops.head import inverse_temperature, make_head
+from fastrl.ops.head import LinearRows
 from fastrl_kernels import sparse_rows as kernels
 
 
@@ -309,8 +309,7 @@ def test_dense_rows_of_several_chunks_share_their_gemms() -> None:
     hidden = hidden / hidden.norm(dim=-1, keepdim=True) * 25
     hidden[::16] *= 0.01
     labels = (hidden @ weight.t()).argmax(-1)
-    head = make_head(hidden, 1.0, None, -100, chunk_tokens=16, tail_mass=0.01, tp_group=None, backend="torch")
-    chunks = Chunks.of(hidden, weight, None, labels, inverse_temperature(1.0, labels, hidden), head)
+    chunks = Chunks.of(LinearRows.checked(hidden, weight, labels, chunk_tokens=16, tail_mass=0.01, backend="torch"))
     held = Gradients(chunks, (True, True, False))
     shapes = []
     add = held.add_rows
@@ -340,21 +339,11 @@ def test_memory_is_two_chunks_beside_the_gradients(frozen: bool) -> None:
 
 def test_the_fused_gradient_is_that_of_the_operation() -> None:
     hidden, weight, bias, labels = draw_head(40)
-    head = make_head(hidden, 1.0, None, -100, chunk_tokens=16, tail_mass=TAIL_MASS, tp_group=None, backend="torch")
+    rows = LinearRows.checked(hidden, weight, labels, bias=bias, chunk_tokens=16, tail_mass=TAIL_MASS, backend="torch")
     g = torch.linspace(0.5, 1.5, 40)
     stats = sparse_rows.SparseStats(hidden.device)
-    inv_temperature = inverse_temperature(1.0, labels, hidden)
-    _, _, got, _ = fused_gradient(
-        hidden,
-        weight,
-        bias,
-        labels,
-        inv_temperature,
-        head,
-        (True, True, True),
-        lambda lp, e, block, at: (g[at], None),
-        stats=stats,
-    )
+    every = (True, True, True)
+    _, _, got, _ = fused_gradient(rows, every, lambda lp, e, block, at: (g[at], None), stats=stats)
     want = gradients(
         (hidden, weight, bias, labels), "hidden weight bias", backend="torch", chunk_tokens=16, tail_mass=TAIL_MASS
     )[1]

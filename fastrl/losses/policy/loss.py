@@ -25,7 +25,7 @@ from fastrl.losses.policy.fused import fused_from_hidden
 from fastrl.losses.policy.inputs import Batch, _check_inputs, _check_names, _named_inputs
 from fastrl.losses.policy.metrics import policy_metrics
 from fastrl.losses.policy.presets import PRESETS, preset_fields
-from fastrl.ops.head import check_head, check_restrictions, inverse_temperature, make_head
+from fastrl.ops.head import LinearRows
 from fastrl.ops.linear_token_logprobs import linear_token_logprobs
 from fastrl.ops.policy import fused_policy_terms
 from fastrl.ops.policy_logits import policy_logits
@@ -131,7 +131,7 @@ class PolicyLoss(PolicyAxes):
         """Return what the call returns, beside vocabulary rows of a chosen backend."""
         checks.float_tensor("logprobs", logprobs)
         layout = Layout.of(logprobs.shape, logprobs.device, inputs.pop("cu_seqlens", None))
-        batch = self._batch(layout, _wide(logprobs.dtype), **_named_inputs(inputs))
+        batch = self._batch(layout, checks.wide(logprobs.dtype), **_named_inputs(inputs))
         flat_entropy = None if entropy is None else layout.tokens("entropy", checks.float_tensor("entropy", entropy))
         if self.uses_entropy and flat_entropy is None:
             raise ValueError(f"entropy_coef={self.entropy_coef} needs entropy=, per token")
@@ -198,7 +198,7 @@ class PolicyLoss(PolicyAxes):
             return self._of_logprobs(result.logprobs, result.entropy, inputs, choose(backend, logits.device).backend)
         rows = checked_rows(logits, masked, **options)
         layout = Layout.of(masked.shape, masked.device, inputs.pop("cu_seqlens", None), "labels")
-        batch = self._batch(layout, _wide(logits.dtype), **_named_inputs(inputs))
+        batch = self._batch(layout, checks.wide(logits.dtype), **_named_inputs(inputs))
         columns = self.columns(layout, batch, None, segment_sum_for(rows.backend))
         loss, logprobs, entropy, terms = policy_logits(self, logits, rows, columns, layout.lengths, inplace=inplace)
         metrics = policy_metrics(self, batch, logprobs, entropy, columns, terms)
@@ -294,16 +294,14 @@ class PolicyLoss(PolicyAxes):
             kept = trains[0] and frozen and keep_token_grads
             output = output if stats is None else with_sparse_stats(output, stats)
             return with_path(output, 1.0 + kept + again * (1.0 + trains[0] + trains[1]))
-        hidden, weight, masked, bias = check_head(hidden, weight, masked, bias, checks.MASKED_LABEL)
-        options = {"chunk_tokens": chunk_tokens, "tail_mass": tail_mass, "tp_group": tp_group, "backend": backend}
-        head = make_head(hidden, logit_scale, softcap, checks.MASKED_LABEL, **options)
+        rows = LinearRows.checked(
+            hidden, weight, masked, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
+            ignore_index=checks.MASKED_LABEL, chunk_tokens=chunk_tokens, tail_mass=tail_mass, backend=backend,
+            allowed=allowed, logits_rounding=logits_rounding,
+        )  # fmt: skip
         layout = Layout.of(masked.shape, masked.device, inputs.pop("cu_seqlens", None), "labels")
-        batch = self._batch(layout, _wide(hidden.dtype), **_named_inputs(inputs))
-        inv_temperature = inverse_temperature(temperature, masked, hidden)
-        sets, rounding = check_restrictions(allowed, logits_rounding, masked, weight.shape[0], head)
-        return fused_from_hidden(
-            self, layout, batch, hidden, weight, bias, masked, inv_temperature, head, sets, rounding
-        )
+        batch = self._batch(layout, checks.wide(rows.hidden.dtype), **_named_inputs(inputs))
+        return fused_from_hidden(self, layout, batch, rows)
 
     def _batch(self, layout: Layout, dtype: torch.dtype, **inputs: Any) -> Batch:
         """Return the batch as flat columns, or raise for inputs that the loss needs or that do not fit."""
@@ -378,7 +376,7 @@ class PolicyLoss(PolicyAxes):
         with_metrics: bool = True,
     ) -> LossOutput:
         """Return the loss from flat log-probs: plain PyTorch, or the fused kernel where it runs."""
-        dtype, sums = _wide(logprobs.dtype), segment_sum_for(backend)
+        dtype, sums = checks.wide(logprobs.dtype), segment_sum_for(backend)
         live = torch.where(batch.mask, logprobs.to(dtype), 0.0)
         live_entropy = None if entropy is None else torch.where(batch.mask, entropy.to(dtype), 0.0)
         columns = self.columns(layout, batch, live, sums)
@@ -435,10 +433,6 @@ def loss_value(
     _check_names(inputs)
     checks.float_tensor("logprobs", logprobs)
     layout = Layout.of(logprobs.shape, logprobs.device, cu_seqlens)
-    batch = spec._batch(layout, _wide(logprobs.dtype), **_named_inputs(inputs))
+    batch = spec._batch(layout, checks.wide(logprobs.dtype), **_named_inputs(inputs))
     flat = layout.tokens("logprobs", logprobs)
     return spec._evaluate(layout, batch, flat, None, "auto", with_metrics=False).loss
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32
