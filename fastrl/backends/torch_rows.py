@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastrl import checks
+
 TILE_ROWS = 32
 
 
@@ -29,10 +31,6 @@ class _Tile(NamedTuple):
     maximum: Tensor  # (R, 1)
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32
-
-
 def _inverse_temperature(value: float | Tensor, rows: slice, dtype: torch.dtype) -> float | Tensor:
     if not isinstance(value, Tensor):
         return value
@@ -43,7 +41,7 @@ def _inverse_temperature(value: float | Tensor, rows: slice, dtype: torch.dtype)
 def _softmax_tile(
     logits: Tensor, index: Tensor, inverse: float | Tensor, logit_scale: float, softcap: float, derivative: bool
 ) -> _Tile:
-    x = logits.to(_compute_dtype(logits.dtype)) * logit_scale
+    x = logits.to(checks.wide(logits.dtype)) * logit_scale
     chain = None
     if softcap > 0.0:
         squashed = torch.tanh(x / softcap)
@@ -88,7 +86,7 @@ def token_logprobs_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (logprobs, entropy, logsumexp), each (N,): float32, or float64 for float64 logits; 0 where ignored."""
     n, vocabulary = logits.shape
-    dtype = _compute_dtype(logits.dtype)
+    dtype = checks.wide(logits.dtype)
     outputs = tuple(torch.empty(n, dtype=dtype, device=logits.device) for _ in range(3))
     for start in range(0, n, TILE_ROWS):
         rows = slice(start, min(start + TILE_ROWS, n))
@@ -129,7 +127,7 @@ def token_logprobs_bwd(
 ) -> Tensor:
     """Return d/dlogits (N, V) = [g (onehot - p) - h p (log p + H) + l p] dz/dlogits, written to `out` if given."""
     n, vocabulary = logits.shape
-    dtype = _compute_dtype(logits.dtype)
+    dtype = checks.wide(logits.dtype)
     if out is None:
         out = torch.empty((n, vocabulary), dtype=logits.dtype, device=logits.device)
     for start in range(0, n, TILE_ROWS):

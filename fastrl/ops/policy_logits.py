@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl import reference
+from fastrl import checks, reference
 from fastrl.backends import choice, memory
 from fastrl.ops.fused import graph_is_kept, parts, scale_gradient
 from fastrl.ops.policy import (
@@ -399,8 +399,6 @@ def _(
     axes: str,
     numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    row = torch.empty(
-        labels.numel(), dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32, device=logits.device
-    )
+    row = torch.empty(labels.numel(), dtype=checks.wide(logits.dtype), device=logits.device)
     surrogate, _, kl, *_ = axes.split(",")
     return torch.empty_like(row), row, *term_outputs(row, surrogate, kl, numbers)

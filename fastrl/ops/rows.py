@@ -110,7 +110,7 @@ def forward_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (logprobs, entropy, logsumexp, residual) of rows, (N,) each; residual (0,) if the backend has none."""
     kernels = choice.row_kernels(backend)
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = checks.wide(logits.dtype)
     if not choice.needs_lse_residual(backend):
         outputs = kernels.token_logprobs_fwd(logits, labels, inv_temperature, **scalars)
         return (*outputs, torch.empty(0, dtype=dtype, device=logits.device))

@@ -229,7 +229,7 @@ def top_k_top_p_allowed(
         checks.plain_float("top_p", top_p, low=0.0, high=1.0, open_low=True)
     temperature = checks.temperature(temperature, logits.shape[:-1], logits.device)
     flat = logits.detach().reshape(-1, logits.shape[-1])
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = checks.wide(logits.dtype)
     if isinstance(temperature, Tensor):
         temperatures = temperature.to(dtype).reshape(-1, 1)
     else:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl.checks import MASKED_LABEL
+from fastrl.checks import MASKED_LABEL, wide
 from fastrl.integrations.common.proof import FirstUse, prove, sampled_tokens
 from fastrl.integrations.trl import _seams
 from fastrl.integrations.trl._prediction import Prediction, attach, pending
@@ -276,7 +276,7 @@ def _predicted(
 def _largest_logits(states: Tensor, weight: Tensor, bias: Tensor | None, request: Request) -> Tensor:
     """Return the largest absolute finite logit of each row (K,), after scale, softcap and temperature."""
     hidden, weight, bias = request.cast(states, weight, bias)
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    dtype = wide(hidden.dtype)
     out = torch.empty((hidden.shape[0], weight.shape[0]), dtype=dtype, device=hidden.device)
     logits = chunk_logits(hidden, weight, bias, out) * request.logit_scale
     if request.softcap:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastrl.checks import MASKED_LABEL
+from fastrl.checks import MASKED_LABEL, wide
 from fastrl.integrations.common.proof import AdapterMismatchError
 from fastrl.losses.policy.loss import PolicyLoss
 from fastrl.ops.fused import Coefficients, fused_gradient
@@ -257,7 +257,7 @@ class _Release(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *gradients: Tensor | None) -> Tensor:
         ctx.save_for_backward(*gradients)
-        return hidden.new_zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+        return hidden.new_zeros((), dtype=wide(hidden.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
