@@ -1,9 +1,8 @@
 """Argument checks of the public functions, and the switch for the checks that would need a device to wait.
 
-A public function validates once; inner code trusts it. Checks of values (labels in range, masks of 0 and 1, finite
-temperatures) cost nothing on a CPU and are always made there. On other devices they would stop the host until the
-device has caught up, so they are made only inside `checked()`; outside it a bad value gives NaN, never a plausible
-number.
+A public function validates once, and inner code trusts it. Checks of values (labels in range, masks of 0 and 1, finite
+temperatures) cost nothing on a CPU and always run there. On other devices they would stop the host until the device has
+caught up, so they run only inside `checked()`. Outside it a bad value gives NaN, never a plausible number.
 """
 
 from __future__ import annotations
@@ -144,7 +143,7 @@ def masked_labels(
     source: Any,  # (..., V) or (..., D)
     name: str,
 ) -> Tensor:
-    """Return the labels with `MASKED_LABEL` outside the mask, or raise; a -100 under a live mask is refused later.
+    """Return the labels with `MASKED_LABEL` outside the mask, or raise. A -100 under a live mask is refused later.
 
     `source`, called `name`, are the logits or hidden states of the labels. They say which of labels and mask is wrong.
     """
@@ -163,7 +162,7 @@ def masked_labels(
 
 
 def _label_shape(name: str, value: Tensor, shape: torch.Size) -> None:
-    """Raise unless `value` has `shape`; one place more or less is what labels that were not aligned have."""
+    """Raise unless `value` has `shape`. Labels that are not aligned have one place more or less."""
     got = tuple(value.shape)
     if got == tuple(shape):
         return
@@ -185,7 +184,7 @@ def same_device(name: str, value: Tensor, device: torch.device) -> None:
 
 
 def temperature(value: Any, shape: torch.Size, device: torch.device) -> float | Tensor:
-    """Return the temperature as a float or as a tensor expanded to `shape`, or raise; None means 1."""
+    """Return the temperature as a float or as a tensor expanded to `shape`, or raise. None means 1."""
     if value is None:
         return 1.0
     if not isinstance(value, Tensor):
@@ -226,7 +225,7 @@ def count(name: str, value: Any, mask: Tensor | None = None, *, zero: bool = Fal
 
 
 def keep_mask(name: str, value: Any, shape: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return (bool mask, poison); `poison` is NaN where an unchecked mask is neither 0 nor 1, or None."""
+    """Return (bool mask, poison): `poison` is NaN if an unchecked mask holds more than 0 and 1, or None if checked."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.is_complex() or value.layout != torch.strided:

@@ -3,7 +3,7 @@
 A library stands under a name that is a hash of its sources, flags and compiler. It has no torch headers: tensors cross
 as views of `apache-tvm-ffi`. How each one is compiled stands with its backend, in cpu.py and cuda.py.
 
-    FASTRL_CACHE_DIR   where libraries are kept; else $XDG_CACHE_HOME/fastrl, else ~/.cache/fastrl
+    FASTRL_CACHE_DIR   where libraries are kept, else $XDG_CACHE_HOME/fastrl, else ~/.cache/fastrl
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def cache_folder() -> Path:
 
 
 def ninja_folder() -> str | None:
-    """Return the folder of a ninja that pip put beside the interpreter, for a PATH without it; None if there is none.
+    """Return the folder of a ninja that pip put beside the interpreter, for a PATH without it, or None.
 
     pip installs ninja as a script of the environment, which need not be active.
     """
@@ -71,7 +71,7 @@ def library_path(name: str, parts: Iterable[str], files: Iterable[Path]) -> Path
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold an advisory lock on a file; another process that builds the same library waits."""
+    """Hold an advisory lock on a file: another process that builds the same library waits."""
     import fcntl  # POSIX only, like the build
 
     with path.open("w") as file:
@@ -80,7 +80,7 @@ def exclusive(path: Path) -> Iterator[None]:
 
 
 def build_once(library: Path, build: Callable[[Path], None]) -> Path:
-    """Return the library, built unless it is there; of several processes that ask at once, one builds."""
+    """Return the library, built unless it is there. Of several processes that ask at once, one builds."""
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(library.with_suffix(".lock")):
@@ -96,11 +96,11 @@ def error_line(output: str) -> str:
 
 
 class KernelModule:
-    """A module of compiled kernels, loaded on first use; a failure is remembered for the life of the process."""
+    """A module of compiled kernels, loaded on first use. It remembers a failure for the life of the process."""
 
     def __init__(self, library: Callable[[], Path]) -> None:
         self.library = library
-        """Returns the built library, or raises RuntimeError with one line that says what to do."""
+        """Returns the built library, or raises RuntimeError with the remedy in one line."""
         self.loaded: Any = None
         self.failure: str | None = None
         self._lock = threading.RLock()

@@ -1,11 +1,11 @@
-"""The C++ row kernels of csrc/cpu: what `backend="cpu"` runs.
+"""The C++ row kernels of csrc/cpu: `backend="cpu"`.
 
 apache-tvm-ffi and the machine's C++ compiler build them once, in a few seconds (`fastrl.backends.build`). The library
 holds the kernels for several instruction sets and picks one when they are called. Two instruction sets may differ in
 the last bits. One gives the same bits every time.
 
     FASTRL_CPU_ISA   baseline, avx2 or avx512 instead of the best that the processor has
-    CXX              the C++ compiler; else c++
+    CXX              the C++ compiler, else c++
 
 The functions check one thing, the range of scale and softcap, because the public operations allow more than the kernels
 do. All else their callers have checked.
@@ -54,7 +54,7 @@ def _compiler() -> list[str]:
 
 @functools.cache
 def _missing() -> str | None:
-    """Return what a build lacks here and how to get it, or None."""
+    """Return why a build cannot run here and the remedy, or None."""
     if sys.platform == "win32":
         return "the C++ kernels are built on Linux and macOS only; use backend='torch'"
     if importlib.util.find_spec("tvm_ffi") is None:
@@ -115,7 +115,7 @@ def _compile(library: Path) -> None:
 
 
 def _built() -> Path:
-    """Return the compiled library, built unless it is in the cache; raise with one line that says what to do."""
+    """Return the compiled library, built unless it is in the cache, or raise with the remedy in one line."""
     if (missing := _missing()) is not None:
         raise RuntimeError(missing)
     try:
@@ -140,8 +140,8 @@ def cpu_module() -> Any:
     """Return the module of C++ row kernels, built on first use.
 
     Raises:
-        RuntimeError: one line that says what is missing, or what failed, and how to get it. A failure is remembered
-            for the life of the process.
+        RuntimeError: one line with the missing part or the failure, and the remedy. A failure is remembered for the
+            life of the process.
     """
     return MODULE.get()
 
@@ -192,7 +192,7 @@ def _isa_index(asked: str | None) -> int:
 
 
 def token_logprobs_fwd(
-    logits: Tensor,  # (N, V), any strides; a copy is made where the vocabulary stride is not 1
+    logits: Tensor,  # (N, V), any strides, copied unless the vocabulary stride is 1
     labels: Tensor,  # (N,) int64 or int32
     inv_temperature: float | Tensor,  # scalar or (N,)
     *,
@@ -208,9 +208,9 @@ def token_logprobs_fwd(
 
     Rows whose label is `ignore_index` are 0 whatever their logits hold. NaN marks a row whose label is outside [0, V),
     whose inv_temperature is not positive and finite (float32: scale over temperature within 1e-30 to 1e30), which
-    holds NaN, whose largest z is +inf, or whose every z is -inf. Other -inf entries have probability 0; under a softcap
+    holds NaN, whose largest z is +inf, or whose every z is -inf. Other -inf entries have probability 0. Under a softcap
     an infinite logit is z = +-softcap inv_temperature, as the formula says. A row's bits depend on nothing but the row.
-    `residual`, contiguous and of the dtype of the results, receives what rounding took from `logsumexp`.
+    `residual`, contiguous and of the dtype of the results, receives the part that rounding took from `logsumexp`.
 
     Raises:
         ValueError: a scale or a softcap outside the range of the kernels.
@@ -240,7 +240,7 @@ def token_logprobs_bwd(
     logit_scale: float = 1.0,
     softcap: float = 0.0,
     ignore_index: int = -100,
-    out: Tensor | None = None,  # (N, V), the dtype of logits, vocabulary stride 1; may be logits
+    out: Tensor | None = None,  # (N, V), the dtype of logits, vocabulary stride 1, may be logits
     residual: Tensor | None = None,  # (N,), from the forward
 ) -> Tensor:  # (N, V)
     """Return the gradient with respect to `logits`, in their dtype, in `out` where given.
@@ -248,9 +248,9 @@ def token_logprobs_bwd(
         dz_v = g (1[v = y] - p_v) - h p_v (log p_v + H) + l p_v,    dx_v = dz_v dz_v/dx_v
 
     with g, h, l the gradients of the three outputs of `token_logprobs_fwd`, None counting as 0. Ignored rows and rows
-    whose g, h and l are all 0 get exactly 0 without being read; rows whose outputs are NaN get NaN. With `residual` the
-    normaliser is `logsumexp + residual`; without it, it is taken from `logprobs` where float32 keeps it well enough
-    (h = 0 and logprobs > -4) and summed again elsewhere, which takes half as long again.
+    whose g, h and l are all 0 get exactly 0 without being read. Rows whose outputs are NaN get NaN. With `residual` the
+    normaliser is `logsumexp + residual`. Without it, the normaliser comes from `logprobs` if float32 keeps it well
+    enough (h = 0 and logprobs > -4). Otherwise the kernel sums the row again, which takes half as long again.
 
     `out` is `logits` or shares no memory with them.
 
@@ -270,7 +270,7 @@ def token_logprobs_bwd(
 
 
 def sparse_rows(
-    logits: Tensor,  # (N, V) float32 or float64, any strides; a copy is made where the vocabulary stride is not 1
+    logits: Tensor,  # (N, V) float32 or float64, any strides, copied unless the vocabulary stride is 1
     labels: Tensor,  # (N,)
     inv_temperature: float | Tensor,  # scalar or (N,)
     outputs: tuple[Tensor, Tensor, Tensor, Tensor],  # (N,) each
@@ -289,13 +289,13 @@ def sparse_rows(
 
     The entries of a row are those that matter, ascending by index, the label's among them, and `left` is the sum of the
     absolute values of the others relative to the row's scale, (|g| + |h| + |l|) |logit_scale| inv_temperature. It is at
-    most `tail_mass`; where that takes more than K entries, or the row is not finite, its count is -1. The count is 0
-    where the label is `ignore_index` or g, h and l are 0. Places beyond the count hold anything.
+    most `tail_mass`. If that takes more than K entries, or the row is not finite, its count is -1. The count is 0
+    if the label is `ignore_index` or g, h and l are 0. Places beyond the count hold anything.
 
     Args:
         logits, labels, inv_temperature, grads, logit_scale, softcap, ignore_index: as for `token_logprobs_bwd`.
-        outputs: (logprobs, entropy, logsumexp, residual) of `token_logprobs_fwd`; a residual of another length counts
-            as none, and most rows are then summed again.
+        outputs: (logprobs, entropy, logsumexp, residual) of `token_logprobs_fwd`. A residual of another length counts
+            as none, and the kernel then sums most rows again.
         tail_mass: in (0, 1).
         places: K.
         threshold: entries below this share of tail_mass times the scale are left out at sight.

@@ -1,7 +1,7 @@
-"""Build, load and call the CUDA row kernels of csrc/cuda: what `backend="cuda"` runs.
+"""The CUDA row kernels of csrc/cuda: `backend="cuda"`.
 
 For devices with thread-block clusters, compute capability 9.0 (H100, H200). A row of logits is split over the blocks
-of a cluster, which exchange their sums through distributed shared memory; where the loss's gradient is known with the
+of a cluster, which exchange their sums through distributed shared memory. If the loss's gradient is known with the
 row's results, the row stays in that memory and the gradient is written from it: one read and one write of the logits.
 The kernels compile for sm_90a without spills, and their arithmetic is tested on a CPU, but they have not run on a
 device yet: no choice but the name "cuda" takes them.
@@ -9,7 +9,7 @@ device yet: no choice but the name "cuda" takes them.
 nvcc builds them once, in about half a minute (`fastrl.backends.build`), and the report of ptxas on the kernels'
 resources is kept beside the library. The library brings its own CUDA runtime.
 
-    CUDA_HOME, CUDA_PATH   the folder with bin/nvcc; else nvcc on PATH, else /usr/local/cuda
+    CUDA_HOME, CUDA_PATH   the folder with bin/nvcc, else nvcc on PATH, else /usr/local/cuda
 
 The functions check two things: the range of scale and softcap, and the length of a row. The public operations allow
 more of both than the kernels do. All else their callers have checked.
@@ -66,7 +66,7 @@ def nvcc() -> str | None:
 
 
 def missing() -> str | None:
-    """Return what a build lacks here and how to get it, or None."""
+    """Return why a build cannot run here and the remedy, or None."""
     if sys.platform != "linux":
         return "the CUDA kernels are built on Linux only; use backend='triton'"
     if importlib.util.find_spec("tvm_ffi") is None:
@@ -134,10 +134,10 @@ def report_of(library: Path) -> Path:
 
 
 def cuda_library() -> Path:
-    """Return the compiled library, built where it is not in the cache; needs no device.
+    """Return the compiled library, built unless it is in the cache. Needs no device.
 
     Raises:
-        RuntimeError: one line that says what is missing, or what failed, and how to get it.
+        RuntimeError: one line with the missing part or the failure, and the remedy.
     """
     if (reason := missing()) is not None:
         raise RuntimeError(reason)
@@ -157,7 +157,7 @@ MODULE = build.KernelModule(cuda_library)
 
 
 def cuda_module() -> Any:
-    """Return the module of CUDA row kernels, built on first use; loading it needs no device.
+    """Return the module of CUDA row kernels, built on first use. Loading it needs no device.
 
     Raises:
         RuntimeError: as `cuda_library`. A failure is remembered for the life of the process.
@@ -196,7 +196,7 @@ def cuda_available(device: torch.device, build: bool = False) -> tuple[bool, str
 
 
 def token_logprobs_fwd(
-    logits: Tensor,  # (N, V), any strides; a copy is made where the vocabulary stride is not 1
+    logits: Tensor,  # (N, V), any strides, copied unless the vocabulary stride is 1
     labels: Tensor,  # (N,) int64 or int32
     inv_temperature: float | Tensor,  # scalar or (N,)
     *,
@@ -210,8 +210,8 @@ def token_logprobs_fwd(
         z = softcap tanh(logit_scale x / softcap) inv_temperature     (softcap 0: logit_scale x inv_temperature)
         logprobs = z_y - logsumexp(z),  entropy = -sum_v p_v log p_v
 
-    Ignored, invalid and infinite rows are those of the other backends: see `fastrl.backends.cpu.token_logprobs_fwd`.
-    `residual`, contiguous and of the dtype of the results, receives what rounding took from `logsumexp`.
+    Ignored, invalid and infinite rows: as `fastrl.backends.cpu.token_logprobs_fwd`.
+    `residual`, contiguous and of the dtype of the results, receives the part that rounding took from `logsumexp`.
 
     Raises:
         ValueError: a scale, a softcap or a vocabulary outside the range of the kernels.
@@ -240,7 +240,7 @@ def token_logprobs_bwd(
     logit_scale: float = 1.0,
     softcap: float = 0.0,
     ignore_index: int = -100,
-    out: Tensor | None = None,  # (N, V), the dtype of logits, vocabulary stride 1; may be logits
+    out: Tensor | None = None,  # (N, V), the dtype of logits, vocabulary stride 1, may be logits
 ) -> Tensor:  # (N, V)
     """Return the gradient with respect to `logits`, in their dtype, in `out` where given: one read and one write.
 
@@ -276,15 +276,15 @@ def token_logprobs_fwd_bwd(
     logit_scale: float = 1.0,
     softcap: float = 0.0,
     ignore_index: int = -100,
-    out: Tensor | None = None,  # (N, V), the dtype of logits, vocabulary stride 1; may be logits
+    out: Tensor | None = None,  # (N, V), the dtype of logits, vocabulary stride 1, may be logits
     residual: Tensor | None = None,  # (N,), written
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """Return (logprobs, entropy, logsumexp), (N,) each, and the gradient (N, V): one read and one write of the logits.
 
     For losses whose gradients g, h, l of a row's outputs are known before the outputs are: negative log-likelihood,
-    REINFORCE, an entropy bonus. Everything is, bit for bit, what `token_logprobs_fwd` and then `token_logprobs_bwd`
-    return. Those two run, with a second read, for a row that the shared memory of a cluster does not hold: more than
-    about 900,000 entries of 2 bytes.
+    REINFORCE, an entropy bonus. The bits are the same as from `token_logprobs_fwd` and then
+    `token_logprobs_bwd`. Those two run, with a second read, if the shared memory of a cluster cannot hold the row:
+    more than about 900,000 entries of 2 bytes.
 
     Raises:
         ValueError: as `token_logprobs_bwd`.

@@ -19,12 +19,12 @@ from fastrl.ops.live_rows import ActiveRows
 from fastrl.ops.rows import forward_rows
 from fastrl.ops.sampling import apply_sampling, kernel_scalars, prepared_backward_rows
 
-# Chunks whose logits are held at once where a loss couples the tokens of a sequence.
+# Chunks whose logits are held at once if a loss couples the tokens of a sequence.
 BLOCK_CHUNKS = 4
 
 
 # Logits are formed on a CPU in blocks of this many vocabulary rows, which stay in the cache: a chunk of 256 rows took
-# 0.85 of the time of one GEMM over the vocabulary (D = 576 and V = 49152, D = 1536 and V = 151936; two threads). The
+# 0.85 of the time of one GEMM over the vocabulary (D = 576 and V = 49152, D = 1536 and V = 151936, two threads). The
 # gradients' GEMMs gain nothing from it.
 CPU_LOGIT_ROWS = 1024
 
@@ -47,7 +47,7 @@ def chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tenso
 
 @dataclass
 class Chunks:
-    """The live rows of a batch, cut into chunks of a fixed number of rows; the last one is padded with zero rows."""
+    """The live rows of a batch, cut into chunks of a fixed number of rows. The last one is padded with zero rows."""
 
     rows: LinearRows
     live: Tensor  # (L,) indices of the rows to compute
@@ -65,7 +65,7 @@ class Chunks:
     ) -> Chunks:
         """Return the chunks of the rows whose label is not ignored, and which `keep` marks if it is given.
 
-        `order` gives the indices of these rows in an order of its own; they ascend if it is None.
+        `order` gives the indices of these rows in an order of its own. They ascend if it is None.
 
         On an asynchronous device the host queues the logits of the first chunk before it waits for the number of rows.
         Callers that hold several chunks at once pass `ahead=False`.
@@ -143,7 +143,7 @@ class Chunks:
         return forward_rows(given.options.backend, logits, labels, inv_temperature, **self.scalars())
 
     def outputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return room for what `forward_rows` returns of all live rows."""
+        """Return room for the outputs of `forward_rows` of all live rows."""
         n = self.live.numel()
         sizes = (n, n, n, n if choice.needs_lse_residual(self.rows.options.backend) else 0)
         first, second, third, fourth = (
@@ -192,7 +192,7 @@ def blocks(n: int, chunk_tokens: int, group_sizes: Sequence[int] | None) -> Iter
 
 
 def _keep(found: tuple[Tensor, ...], rows: slice, values: tuple[Tensor, ...]) -> None:
-    """Write the outputs of some rows to their places among those of all live rows."""
+    """Write the outputs of some rows to their places among all live rows."""
     for out, value in zip(found, values, strict=True):
         if out.numel():
             out[rows] = value

@@ -28,7 +28,7 @@ Coefficients = Callable[[Tensor, Tensor, slice, Tensor], tuple[Tensor, Tensor | 
 
 
 class FusedPlan(Protocol):
-    """A loss for `FusedFromHidden`: its rows, and what it makes of their log-probs."""
+    """A loss for `FusedFromHidden`: its rows, and their loss and coefficients."""
 
     @property
     def rows(self) -> LinearRows:
@@ -47,7 +47,7 @@ class FusedPlan(Protocol):
 
     @property
     def order(self) -> Tensor | None:
-        """The live rows (L,) in the order in which to take them; ascending if None."""
+        """The live rows (L,) in the order in which to take them, ascending if None."""
         ...
 
     @property
@@ -68,7 +68,7 @@ class FusedPlan(Protocol):
 
 @dataclass(frozen=True)
 class _Again:
-    """What a second backward needs beside the saved tensors."""
+    """The part of a plan that a second backward needs, without its tensors."""
 
     options: HeadOptions
     rounding: str
@@ -78,9 +78,9 @@ class _Again:
 
 
 class FusedFromHidden(torch.autograd.Function):
-    """(hidden, weight, bias) -> loss, with the gradient formed in the forward; backward hands it over, scaled.
+    """(hidden, weight, bias) -> loss. The forward forms the gradient, the backward scales it and hands it over.
 
-    The tensors are those of `plan.rows`, given once more because autograd follows arguments only.
+    The arguments repeat tensors of `plan.rows`, because autograd follows arguments only.
 
     The first backward gives the buffers themselves away, scaled in place: a second copy of the head's gradient would
     be the largest tensor of the step. Gradients of float16 inputs are kept in float32 until they are scaled, and then
@@ -130,7 +130,7 @@ class FusedFromHidden(torch.autograd.Function):
 
 
 def _joined(blocks: list[Any]) -> Tensor | None:
-    """Return the coefficients of all live tokens from those of the blocks, or None if the loss has none."""
+    """Join the coefficients of the blocks, or return None if the loss has none."""
     return None if not blocks or blocks[0] is None else torch.cat(blocks)
 
 
@@ -162,10 +162,10 @@ def fused_gradient(
     Args:
         rows: the vocabulary operation.
         needs: which of the gradients of hidden, weight and bias to compute.
-        coefficients: the loss; see `Coefficients`.
-        group_sizes: live rows of each sequence or pair, if the loss couples its tokens; None: every token alone.
+        coefficients: the gradient of the loss, see `Coefficients`.
+        group_sizes: live rows of each sequence or pair, if the loss couples its tokens. None: every token alone.
         stats: receives the numbers of sparse and dense rows and the largest mass left out, if `tail_mass` > 0.
-        order: the rows whose label is not ignored, in the order in which to take them; ascending if None.
+        order: the rows whose label is not ignored, in the order in which to take them, ascending if None.
 
     Returns:
         The gradients have the dtypes of their inputs. Gradients of float16 inputs are float32: the loss scale is known
@@ -191,7 +191,7 @@ def _form(
     coefficients: Coefficients,
     group_sizes: Sequence[int] | None,
 ) -> int:
-    """Fill `found` and `gradients` block by block; return how many rows had their logits formed twice."""
+    """Fill `found` and `gradients` block by block, and return how many rows had their logits formed twice."""
     logprobs, entropy = found[:2]
     n, size = chunks.live.numel(), chunks.size
     plan = list(blocks(n, size, group_sizes))
@@ -222,7 +222,7 @@ def _form(
     return recomputed
 
 
-# Rows scaled at a time where a half-precision gradient needs a float32 factor.
+# Rows scaled at a time if a half-precision gradient needs a float32 factor.
 SCALE_ROWS = 32
 
 
@@ -231,16 +231,16 @@ ROUNDED_ROWS = 1024
 
 
 def graph_is_kept() -> bool:
-    """Return whether the backward that is running leaves its graph for another one; True where PyTorch cannot tell."""
+    """Return whether the backward that is running keeps its graph for another one. True if PyTorch cannot tell."""
     query = getattr(getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", None)
     return True if query is None else bool(query())
 
 
 def scale_gradient(gradient: Tensor, factor: Tensor, backend: str, *, keep: bool) -> Tensor:
-    """Return gradient * factor in the gradient's dtype; its own memory unless `keep`.
+    """Return gradient * factor in the gradient's dtype, in the gradient's memory unless `keep`.
 
-    Nothing is read where the factor is 1 and the memory may be used: on a CPU the host looks, under Triton the kernel
-    does, so that the host does not wait.
+    A factor of 1 reads nothing if the memory may be used. On a CPU the host looks at the factor. Under Triton the
+    kernel does, so that the host does not wait.
     """
     out = memory.empty(gradient.shape, gradient.dtype, gradient.device) if keep else gradient
     if backend == "triton":
@@ -264,10 +264,10 @@ def scale_gradient(gradient: Tensor, factor: Tensor, backend: str, *, keep: bool
 def release_gradient(
     gradient: Tensor | None, dtype: torch.dtype | None, factor: Tensor, backend: str, *, keep: bool = False
 ) -> Tensor | None:
-    """Return gradient * factor in `dtype`: as `scale_gradient` where it has that dtype, else in new memory.
+    """Return gradient * factor in `dtype`: by `scale_gradient` if it has that dtype, else in new memory.
 
-    Where the dtypes differ the gradient waited in float32 for the factor, and is rounded behind it: 1e-9 is nothing in
-    float16, but not under a loss scale of 65536.
+    If the gradient is float32 and the input float16, multiply first and round last: 1e-9 underflows in float16,
+    1e-9 x 65536 does not.
     """
     if gradient is None or dtype is None:
         return None
@@ -280,7 +280,7 @@ def release_gradient(
 
 
 def parts(blocks: Iterable[tuple[Any, ...]]) -> Iterator[tuple[tuple[Any, ...], slice]]:
-    """Yield what `row_blocks` yields, each with the place of its rows among all rows."""
+    """Yield the blocks of `row_blocks`, each with the place of its rows among all rows."""
     done = 0
     for block in blocks:
         part = slice(done, done + block[0].shape[0])

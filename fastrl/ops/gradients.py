@@ -16,15 +16,15 @@ from fastrl.ops import sparse_rows
 from fastrl.ops.chunks import Chunks
 from fastrl.ops.live_rows import ActiveRows
 
-# Rows of a chunk that have a gradient are moved together in this many steps, each with a copy of its share.
+# The rows of a chunk that have a gradient move to its front in this many steps, each with a copy of its share.
 MOVE_STEPS = 32
 
 
-# The head's gradient is added to on a GPU in blocks of this many vocabulary rows, whose product needs room of its own.
+# On a GPU the head's gradient grows in blocks of this many vocabulary rows, as each product needs room of its own.
 GPU_HEAD_ROWS = 16384
 
 
-# Rows of a GEMM over the vocabulary come in multiples of this on a CPU.
+# On a CPU the rows of a GEMM over the vocabulary come in multiples of this; see `_times_weight`.
 CPU_GEMM_ROWS = 8
 
 
@@ -34,9 +34,9 @@ CPU_WIDEN_ROWS = 8192
 
 
 def _for_products(gradient: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return (operand, factor): dlogits (C, V) as the operand of the GEMMs, whose products times the factor are wanted.
+    """Return (operand, factor): dlogits (C, V) as the operand of the GEMMs, and the factor of their products.
 
-    On a GPU the operand has the head's dtype and is cast once for both of them.
+    On a GPU the operand has the head's dtype. It is cast once for both GEMMs.
     """
     if gradient.device.type != "cuda":
         return gradient, None
@@ -44,9 +44,9 @@ def _for_products(gradient: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | No
 
 
 def _as_float16(gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (x, factor) with x * factor = gradient, x in float16 and |x| < 2^14: what is small does not vanish.
+    """Return (x, factor) with x * factor = gradient, x in float16 and |x| < 2^14, so that small entries do not vanish.
 
-    The factor is a power of two, so that nothing is rounded twice. Beside entries that are not finite it is no help.
+    The factor is a power of two, so that nothing is rounded twice. It does not help a gradient with non-finite entries.
     """
     largest = torch.linalg.vector_norm(gradient, math.inf).nan_to_num(nan=1.0, posinf=1.0).clamp(2.0**-100, 2.0**100)
     power = largest / torch.frexp(largest).mantissa
@@ -79,9 +79,9 @@ def _times_weight(gradient: Tensor, weight: Tensor) -> Tensor:
 
 
 def _add_weight_gradient(total: Tensor, gradient: Tensor, hidden: Tensor, factor: Tensor | None = None) -> None:
-    """Add gradient^T (V, C) @ hidden (C, D) to `total` (V, D), at least float32; both operands of `_for_products`."""
-    # In place and with the vocabulary outermost: 0.89 of the time of the logits' GEMM at C = 256, D = 576, V = 49152;
-    # in vocabulary blocks 0.90, as the transpose (D, V) 1.09.
+    """Add gradient^T (V, C) @ hidden (C, D) to `total` (V, D), at least float32, from operands of `_for_products`."""
+    # In place and with the vocabulary outermost: 0.89 of the time of the logits' GEMM at C = 256, D = 576, V = 49152.
+    # In vocabulary blocks 0.90, as the transpose (D, V) 1.09.
     if hidden.dtype == total.dtype or hidden.device.type != "cuda":
         total.addmm_(gradient.t(), hidden.to(total.dtype))
         return
@@ -92,10 +92,10 @@ def _add_weight_gradient(total: Tensor, gradient: Tensor, hidden: Tensor, factor
 
 
 class Gradients:
-    """The gradients of hidden states, head and bias, gathered chunk by chunk; only those that are asked for.
+    """The gradients of hidden states, head and bias, gathered chunk by chunk, each only if it is asked for.
 
     With `per_live_row` the gradient of the hidden states is (L, D), of the live rows, and not rounded to their dtype.
-    With `unscaled`, which says that a loss scale is yet to multiply them, gradients of float16 stay in float32.
+    `unscaled` says that a loss scale will still multiply the gradients: those for float16 inputs stay in float32.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Gradients:
         grads: tuple[Tensor | None, Tensor | None, Tensor | None],
         contributes: ActiveRows | None = None,
     ) -> None:
-        """Add one chunk from its logits, what `forward_rows` returned of them, and the gradients of that."""
+        """Add one chunk from its logits, the outputs of `forward_rows`, and the gradients of these outputs."""
         if self.sparse is None:
             self.add(rows, states, self.chunks.backward_rows(rows, logits, outputs, grads), contributes)
             return
@@ -138,11 +138,11 @@ class Gradients:
         self.sparse.take(self, self._places(rows), states, logits, inputs)
 
     def add(self, rows: slice, states: Tensor, dlogits: Tensor, contributes: ActiveRows | None = None) -> None:
-        """Add one chunk, dlogits (C, V), which is overwritten; all but the rows of `contributes` have no gradient."""
+        """Add one chunk, dlogits (C, V), which is overwritten. Rows outside `contributes` have no gradient."""
         index = self._places(rows)
         if contributes is not None:
             kept = contributes.indices()
-            # Moving costs a read and a write of the rows that stay; below this share the GEMMs saved pay for it.
+            # Moving costs a read and a write of the rows that stay. Below this share the GEMMs saved pay for it.
             if kept.numel() <= 0.8 * dlogits.shape[0]:
                 index, states, dlogits = index[kept], states[kept], _moved_up(dlogits, kept)
         self.add_rows(index, states, dlogits)
@@ -167,7 +167,7 @@ class Gradients:
             self.bias += dlogits.sum(0)
 
     def flush(self) -> None:
-        """Add what is held back for a later chunk."""
+        """Add the rows that are held back for a later chunk."""
         if self.sparse is not None:
             self.sparse.flush(self)
 
@@ -183,7 +183,7 @@ class Gradients:
 def _moved_up(rows: Tensor, kept: Tensor) -> Tensor:
     """Return the rows at rising indices `kept`, moved to the front of `rows`: one gather would need a second tile.
 
-    Row i comes from kept[i] >= i, so that no move overwrites what a later one reads.
+    Row i comes from kept[i] >= i, so that no move overwrites a row that a later one reads.
     """
     count, step = kept.numel(), max(1, rows.shape[0] // MOVE_STEPS)
     for start in range(0, count, step):

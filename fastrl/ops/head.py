@@ -32,7 +32,7 @@ GPU_CHUNK_TOKENS = 2048
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """How logits become log-probs: everything of the vocabulary operation that is not a tensor."""
+    """How logits become log-probs: all options of the vocabulary operation that are not tensors."""
 
     logit_scale: float
     softcap: float
@@ -41,15 +41,15 @@ class HeadOptions:
     backend: str
     tail_mass: float = 0.0
     observe: Callable[[Tensor, Tensor], None] | None = None
-    """Called in the forward with (indices of rows, their logits), for what else is wanted of the logits while they are
-    there; it must leave them as they are."""
+    """Called in the forward with (indices of rows, their logits), to read more from the logits of a chunk. It must not
+    write to them."""
 
 
 @dataclass(frozen=True)
 class LinearRows:
-    """Rows of hidden states, the head that they go through, and how: `checked` validates them, inner code trusts them.
+    """Rows of hidden states, their head and its options: `checked` validates them, inner code trusts them.
 
-    hidden, weight and bias keep their autograd graph.
+    The tensors keep their autograd graph.
     """
 
     hidden: Tensor  # (N, D)
@@ -61,7 +61,7 @@ class LinearRows:
     allowed: Tensor | None = None  # (N, ...) sets, as `check_allowed` returns them
     rounding: str = ""
     shape: torch.Size | None = None
-    """The shape of the labels as the caller gave them; None for (N,)."""
+    """The shape of the labels as the caller gave them, None for (N,)."""
 
     @classmethod
     def checked(
@@ -157,7 +157,7 @@ def _check_head(hidden: Any, weight: Any, bias: Any) -> None:
     checks.vocabulary_tensor("weight", weight)
     if weight.numel() == 0:
         raise ValueError(
-            f"weight is empty, shape {tuple(weight.shape)}: gather the sharded head first (ZeRO-3: GatheredParameters; "
+            f"weight is empty, shape {tuple(weight.shape)}: gather the sharded head first (ZeRO-3: GatheredParameters, "
             "FSDP: call through the wrapped module's forward)"
         )
     if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
@@ -176,7 +176,7 @@ def check_savable(hidden: Tensor, weight: Tensor) -> None:
     """Raise where the backward would need a head that autograd cannot save."""
     trains = torch.is_grad_enabled() and hidden.requires_grad and not torch.compiler.is_compiling()
     if trains and torch.is_inference(weight):
-        raise RuntimeError("weight is an inference tensor and cannot be saved for backward; pass weight.clone()")
+        raise RuntimeError("weight is an inference tensor and cannot be saved for backward: pass weight.clone()")
 
 
 def head_options(

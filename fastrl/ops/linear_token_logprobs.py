@@ -1,25 +1,11 @@
 """Per-token log-prob, entropy and logsumexp from hidden states and the LM head, without the N x V logits.
 
-Rows go through the head in chunks of a fixed number, the last one padded, so that every GEMM has one shape and a row's
-log-prob does not depend on the batch around it. The logits of a chunk are accumulated and kept in float32 (float64 for
-float64 inputs) and turned into their own gradient in place; dW is accumulated in float32 over the chunks and cast once.
-Rows whose label is ignored are dropped before the first GEMM, rows without a gradient before the GEMMs that it is for.
+Rows go through the head in chunks of a fixed number, the last one padded. Every GEMM then has one shape, and a row's
+log-prob does not depend on the batch around it. Logits are accumulated and kept in float32 (float64 for float64 inputs)
+and turned into their own gradient in place. dW is summed in float32 over the chunks and cast once. Rows with an ignored
+label are dropped before the first GEMM, rows without a gradient before the GEMMs of the gradient.
 
-What the host waits for, on CUDA and ROCm: in every forward, and in a backward that forms the logits again, once for the
-number of rows that take part, the logits of the first chunk being queued behind it; in `fused_gradient` once per chunk
-for the number of rows that have a gradient, their row kernel being queued behind it; and before it, where a loss
-couples the tokens of a sequence, for the lengths, with nothing behind. Nothing else, and nothing in the backward of
-`fused_gradient` or of a frozen head's log-probs. On other accelerators the same numbers are waited for at once.
-
-Paths, in GEMM units of 2 N V D flop:
-
-    forward only                                             1
-    training, any function of the outputs                    1 forward + 3 backward (the logits are formed again)
-    training, frozen head, function of the log-probs         2: the unit gradients (W_y - p W)/T are kept, (N, D)
-    training, frozen head, function of the entropies too     3 with `keep_token_grads=False`, else 4
-    training, loss separable over tokens (`fused_gradient`)  3, or 2 with a frozen head
-    training, loss that couples tokens of a sequence or pair the same where whole sequences fit `BLOCK_CHUNKS` chunks
-    any of the training paths, `tail_mass` > 0               dX and dW (not the forward) of the dense rows only
+docs/engine.md has the chunks, the GEMM units of every path, the host waits and the memory as tables.
 
 Legend: N tokens, D hidden, V vocabulary, C rows of a chunk.
 """
@@ -67,45 +53,44 @@ def linear_token_logprobs(
     """Return log-prob of the label, entropy and logsumexp of `hidden @ weight.T + bias` without forming all logits.
 
         z = softcap tanh(logit_scale (hidden weight^T + bias) / softcap) / temperature
-        logprobs = z_y - logsumexp(z);  entropy = -sum_v p_v log p_v, in nats
+        logprobs = z_y - logsumexp(z)
+        entropy  = -sum_v p_v log p_v, in nats
 
     Args:
         hidden: (..., D) hidden states, float32, bfloat16, float16 or float64.
-        weight: (V, D) LM head. A dtype other than that of `hidden` is promoted as PyTorch promotes: bfloat16 hidden
-            states and a float32 head, which a trainer under autocast has, meet in float32. Autocast itself changes
-            nothing here, neither forward nor backward; for GEMMs in bfloat16 pass both in it.
+        weight: (V, D) LM head. `hidden` and `weight` are promoted to the wider dtype, as PyTorch promotes: bfloat16
+            hidden states and a float32 head, which a trainer under autocast has, meet in float32. Autocast has no
+            effect, neither forward nor backward. For GEMMs in bfloat16 pass both in it.
         labels: (...) int64 or int32, aligned with the hidden states: nothing is shifted here.
-        bias: (V,) or None; -inf entries ban a token. It is added to the float32 logits as it comes, also where the head
-            is of half precision.
+        bias: (V,) or None. An entry of -inf bans a token. The bias is added to the float32 logits unrounded, also if
+            the head is of half precision.
         temperature: a float or a tensor broadcastable to `labels`, finite and > 0. None means 1.
         logit_scale: factor on the logits, before the softcap.
         softcap: bound c of c tanh(x / c), or None.
-        ignore_index: label of rows to leave out; they never reach the head.
-        chunk_tokens: rows of a chunk; 256 on a CPU and 2048 elsewhere unless given. Bits depend on it, values do not.
-        tail_mass: 0.0 for the exact gradient; else, below 1, the largest share of a row's gradient that may be left
-            out to save its two GEMM passes. The outputs are exact either way. A row of the logits' gradient whose
-            entries outside a short list add up to at most `tail_mass` (|g| + |h| + |l|) |logit_scale| / T in absolute
-            value, for the upstream gradients g, h, l of the three outputs, is taken as that list; the others are
-            exact. For the log-prob alone this is the probability outside the list, and the error of a row of dX is at
-            most tail_mass |g| |logit_scale| / T max_v |W_v|. With `tp_group`, `allowed` or `logits_rounding`, 0.0 only.
-        tp_group: process group over which the rows of the head are spread: `weight` (V_r, D) and `bias` are then this
-            rank's shard, of any size, or a DTensor sharded on dimension 0; `labels` are global ids, and every rank of
-            the group makes the call, and its backward, with the same hidden states. See `fastrl.ops.vocab_parallel`.
+        ignore_index: label of rows to leave out. They never reach the head.
+        chunk_tokens: rows of a chunk. Default: 256 on a CPU, 2048 elsewhere. Bits depend on it, values do not.
+        tail_mass: 0.0 for the exact gradient. Above 0 and below 1, the largest share of a row's gradient that may be
+            left out to save its two GEMM passes. The outputs are exact either way. Let g, h, l be the upstream
+            gradients of the three outputs. A row of the logits' gradient becomes a short list of entries if the other
+            entries add up to at most `tail_mass` (|g| + |h| + |l|) |logit_scale| / T in absolute value. All other rows
+            are exact. For the log-prob alone this is the probability outside the list, and the error of a row of dX
+            is at most tail_mass |g| |logit_scale| / T max_v |W_v|. With `tp_group`, `allowed` or `logits_rounding`,
+            0.0 only.
+        tp_group: process group over which the rows of the head are spread. `weight` (V_r, D) and `bias` are then this
+            rank's shard, of any size, or a DTensor sharded on dimension 0. `labels` are global ids. Every rank of the
+            group makes the call, and its backward, with the same hidden states. See `fastrl.ops.vocab_parallel`.
         backend: of the row kernels: "auto", "torch", "cpu", "triton" or "cuda". The GEMMs are PyTorch's.
         keep_token_grads: with a frozen head, whether the forward keeps the gradient of every log-prob, (N, D). True by
             default. A function of the log-probs then takes 2 GEMM units in all, a function of the entropies or
             logsumexps 4. False keeps nothing, and either takes 3.
         keep_units: the former name of `keep_token_grads`, an alias for this version. Give one of the two.
-        allowed, logits_rounding: as `token_logprobs`; a chunk's logits are rounded and restricted where they are. Not
-            with `tp_group`.
+        allowed, logits_rounding: as `token_logprobs`. They change a chunk's logits in place. Not with `tp_group`.
 
     Returns:
         `TokenLogprobs` of float32 tensors (float64 for float64 inputs) of the shape of `labels`, all differentiable
         once with respect to `hidden`, `weight` and `bias`, also inside `torch.compile(fullgraph=True)` and activation
-        checkpoints. Extra memory: one chunk of float32 logits, C V 4 bytes (the `torch` rows take ten tiles of 32 rows
-        beside it); where `tail_mass` > 0, another chunk for dense rows and the lists, C K 8 bytes; the gradients, of
-        which a trainable head's is V D 4 bytes until it is cast; for a frozen head the unit gradients, N D 4 bytes; and
-        the live rows of one chunk. On a CPU a chunk's memory, up to 256 MiB, stays with the process for the next call
+        checkpoints. Extra memory: one chunk of float32 logits, C V 4 bytes, and the gradients. docs/engine.md has the
+        rest. On a CPU a chunk's memory, up to 256 MiB, stays with the process for the next call
         (`fastrl.backends.memory.release` gives it back).
 
     Raises:
@@ -172,7 +157,7 @@ def linear_token_logprobs(
 
 
 def _keep_token_grads(keep_token_grads: bool | None, keep_units: bool | None) -> bool:
-    """Return the option from its name and its alias, or raise; True unless given."""
+    """Return the option from its name and its alias, or raise. True unless given."""
     if keep_token_grads is not None and keep_units is not None:
         raise TypeError("keep_units is an alias of keep_token_grads: expected one of them, got both")
     name = "keep_token_grads" if keep_units is None else "keep_units"

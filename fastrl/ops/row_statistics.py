@@ -1,7 +1,7 @@
-"""What metrics and weights ask of a row of logits beside its log-prob: argmax, its hit, log sum p^2, the mean logit.
+"""Statistics of a row of logits for metrics and weights: argmax, whether the label hits it, log sum p^2, mean logit.
 
 One read of the logits. No statistic has a gradient: a backward pass that reaches `log_sum_squared_probs` or
-`mean_logits` raises instead of adding zeros. Beside them stands `round_logits`, which has one, straight through.
+`mean_logits` raises instead of adding zeros. `round_logits` is here too. Its gradient is straight through.
 
 Legend: N tokens, D hidden, V vocabulary, R rows of a tile.
 """
@@ -28,13 +28,13 @@ class RowStatistics(NamedTuple):
     """Statistics of rows of logits z, each of the shape of the labels, none differentiable."""
 
     is_top1: Tensor
-    """bool: no entry is larger than the label's; False where ignored. `argmax == labels` also breaks ties."""
+    """bool: no entry is larger than the label's. False if ignored. `argmax == labels` also breaks ties."""
     log_sum_squared_probs: Tensor
-    """log sum_v p_v^2, in nats; 0 where ignored."""
+    """log sum_v p_v^2, in nats. 0 if ignored."""
     argmax: Tensor
-    """int64: the largest entry, the lowest id among equals; -1 where ignored or where the row is NaN."""
+    """int64: the largest entry, the lowest id among equals. -1 if ignored or if the row is NaN."""
     mean_logits: Tensor
-    """Mean of z over the vocabulary; 0 where ignored."""
+    """Mean of z over the vocabulary. 0 if ignored."""
 
 
 def row_statistics(
@@ -49,7 +49,8 @@ def row_statistics(
 ) -> RowStatistics:
     """Return argmax, whether the label hits it, log sum p^2 and the mean logit of every row, in one read.
 
-        z = softcap tanh(logit_scale logits / softcap) / temperature;  p = softmax(z)
+        z = softcap tanh(logit_scale logits / softcap) / temperature
+        p = softmax(z)
 
     Args:
         logits: (..., V) float32, bfloat16, float16 or float64, of any strides. -inf entries have probability 0.
@@ -58,17 +59,17 @@ def row_statistics(
         logit_scale: factor on the logits, before the softcap.
         softcap: bound c of c tanh(x / c), or None.
         ignore_index: label of rows to leave out, whatever their logits hold.
-        backend: "auto", "torch" or "triton"; a named backend is used or refused.
+        backend: "auto", "torch" or "triton". A named backend is used or refused.
 
     Returns:
-        `RowStatistics`; its floats are float32 (float64 for float64 logits). Largest is decided on the logits as given
-        (times the sign of `logit_scale`): scale, softcap and temperature keep their order, their rounding would not. A
-        row that holds NaN, or whose sum of exponentials is not positive and finite, is NaN in the floats, -1 in
-        `argmax` and False in `is_top1`. No gradient: a backward pass that reaches a float output raises RuntimeError;
-        detach it (or pass detached logits, as `torch.compile` needs).
+        `RowStatistics`, its floats in float32 (float64 for float64 logits). The largest entry is found among the
+        logits as given, times the sign of `logit_scale`: scale, softcap and temperature keep their order, but the
+        rounding of these steps need not. A row that holds NaN, or whose sum of exponentials is not positive and
+        finite, is NaN in the floats, -1 in `argmax` and False in `is_top1`. No gradient: a backward pass that reaches
+        a float output raises RuntimeError. Detach it, or pass detached logits, as `torch.compile` needs.
 
     Raises:
-        ValueError: shapes, devices, options, label values (on a CPU or inside `checked()`; elsewhere the row is NaN).
+        ValueError: shapes, devices, options, label values (on a CPU or inside `checked()`, elsewhere the row is NaN).
         TypeError: dtypes and tensor kinds that cannot be used.
         RuntimeError: a named backend that cannot run here, with the reason.
     """
@@ -104,15 +105,15 @@ def linear_row_statistics(
 
     Args:
         hidden: (..., D) hidden states, float32, bfloat16, float16 or float64.
-        weight: (V, D) LM head. A dtype other than that of `hidden` is promoted as PyTorch promotes.
+        weight: (V, D) LM head. `hidden` and `weight` are promoted to the wider dtype, as PyTorch promotes.
         labels: (...) int64 or int32, aligned with the hidden states: nothing is shifted here.
-        bias: (V,) or None; -inf entries ban a token.
+        bias: (V,) or None. An entry of -inf bans a token.
         temperature, logit_scale, softcap, ignore_index, backend: as `row_statistics`.
-        chunk_tokens: rows of a chunk; 256 on a CPU and 2048 elsewhere unless given.
+        chunk_tokens: rows of a chunk. Default: 256 on a CPU, 2048 elsewhere.
 
     Returns:
-        `RowStatistics`, without gradient as there. One GEMM of the live rows, in chunks of a fixed number of rows;
-        extra memory is one chunk of float32 logits (float64 for float64 inputs).
+        `RowStatistics`, without gradient as there. One GEMM of the live rows, in chunks of a fixed number of
+        rows. Extra memory: one chunk of float32 logits (float64 for float64 inputs).
 
     Raises:
         ValueError, TypeError, RuntimeError: as `row_statistics`, and for heads that hold no values or are sharded.
@@ -314,17 +315,17 @@ def round_logits(
 ) -> Tensor:
     """Return logits rounded as an inference engine that stores them in bfloat16 rounds them, in their own dtype.
 
-    An engine whose head writes bfloat16 logits samples from the rounded ones: the log-probs that it reports differ from
-    those of float32 logits by up to 2^-8 of a logit, 0.06 at a logit of 16. Rounding alike takes that difference out of
-    the importance ratio. Pass the result to `token_logprobs`; the temperature comes after the rounding.
+    An engine whose head writes bfloat16 logits samples from the rounded logits. Its log-probs differ from log-probs of
+    float32 logits by up to 2^-8 of a logit, 0.06 at a logit of 16. Equal rounding takes that difference out of the
+    importance ratio. Pass the result to `token_logprobs`. The temperature comes after the rounding.
 
     Args:
         logits: float32, bfloat16, float16 or float64, of any shape, as the head writes them.
-        rounding: "none" returns `logits` themselves; "bf16" rounds to nearest, ties to even.
+        rounding: "none" returns `logits` themselves. "bf16" rounds to nearest, ties to even.
 
     Returns:
-        A tensor of the shape and dtype of `logits`. The gradient is straight through: that of the result, unrounded.
-        Rounding makes a copy of the logits.
+        A tensor of the shape and dtype of `logits`. The gradient passes straight through, unrounded. Rounding
+        makes a copy of the logits.
 
     Raises:
         ValueError: another `rounding`.

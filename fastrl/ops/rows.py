@@ -26,7 +26,7 @@ class TokenLogprobs(NamedTuple):
 
 @dataclass(frozen=True)
 class LogitRows:
-    """How rows of logits become log-probs: everything of the vocabulary operation but the logits, validated."""
+    """How rows of logits become log-probs: all arguments of the vocabulary operation but the logits, validated."""
 
     labels: Tensor  # (...)
     inv_temperature: float
@@ -55,7 +55,7 @@ def checked_rows(
     ignore_index: int,
     backend: str,
 ) -> LogitRows:
-    """Return the arguments of `token_logprobs` as `LogitRows`, or raise what it raises."""
+    """Return the arguments of `token_logprobs` as `LogitRows`, or raise as it does."""
     checks.vocabulary_tensor("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits must be (..., V) with V >= 1, got {tuple(logits.shape)}")
@@ -68,7 +68,7 @@ def checked_rows(
 
 
 def head_scalars(logit_scale: Any, softcap: Any) -> tuple[float, float]:
-    """Return (logit_scale, softcap) as floats, 0.0 standing for no softcap, or raise."""
+    """Return (logit_scale, softcap) as floats, or raise; 0.0 stands for no softcap."""
     scale = checks.plain_float("logit_scale", logit_scale)
     if scale == 0.0:
         raise ValueError("logit_scale must not be 0")
@@ -89,8 +89,8 @@ def row_blocks(
 ) -> Iterator[tuple[Any, ...]]:
     """Yield views (N, V) of the logits with the matching (N,) rows of the others, without copying the logits.
 
-    One block where the leading dimensions can be viewed as one; else one block per index of the first dimension, as for
-    `logits[:, :-1]`.
+    One block if the leading dimensions can be viewed as one. Otherwise one block per index of the first dimension, as
+    for `logits[:, :-1]`.
     """
     vocabulary = logits.shape[-1]
     flat = tuple(None if x is None else x.reshape(-1) for x in others)
@@ -108,7 +108,7 @@ def row_blocks(
 def forward_rows(
     backend: str, logits: Tensor, labels: Tensor, inv_temperature: float | Tensor, **scalars: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (logprobs, entropy, logsumexp, residual) of rows, (N,) each; residual (0,) if the backend has none."""
+    """Return (logprobs, entropy, logsumexp, residual) of rows, (N,) each. residual is (0,) if the backend has none."""
     kernels = choice.row_kernels(backend)
     dtype = checks.wide(logits.dtype)
     if not choice.needs_lse_residual(backend):
@@ -127,7 +127,7 @@ def backward_rows(
     grads: tuple[Tensor | None, Tensor | None, Tensor | None],
     **scalars: Any,
 ) -> Tensor:
-    """Return the gradient of rows from what `forward_rows` returned; `out=` among the scalars takes it."""
+    """Return the gradient of rows from the outputs of `forward_rows`, in the memory of `out=` if it is given."""
     kernels = choice.row_kernels(backend)
     if choice.needs_lse_residual(backend):
         scalars["residual"] = outputs[3]
@@ -138,6 +138,6 @@ def once_differentiable() -> None:
     """Raise inside a backward pass that is itself recorded."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            "fastrl operations are differentiable once: create_graph=True is not supported; "
+            "fastrl operations are differentiable once: create_graph=True is not supported, "
             "use fastrl.reference for second derivatives"
         )

@@ -1,9 +1,8 @@
-"""What an inference engine does to a row of logits before the softmax: it may round it, and ban tokens from it.
+"""The steps of an inference engine between logits and softmax: it may round a row, and ban tokens from it.
 
-The log-probs that an engine reports as "processed" are those of what it sampled from: the tokens that a grammar, top-k
-or top-p left, and logits of the precision in which its head writes them. Rows are prepared alike here, in a tile that
-is ours to write: rounded as the head writes them, then scaled and capped, then with -inf at the banned entries. The row
-kernels of every backend take a row from there: -inf has probability 0 and gradient 0.
+An engine's "processed" log-probs are over the tokens that a grammar, top-k or top-p left, from logits in the precision
+in which its head writes them. We apply the engine's steps to a scratch copy of the logits: round, scale, softcap, set
+disallowed entries to -inf. The row kernels of every backend go on from there: -inf has probability 0 and gradient 0.
 
 Legend: N tokens, V vocabulary, R rows of a tile, W = ceil(V / 32) words of a bitmask, K ids of a set.
 """
@@ -23,14 +22,14 @@ from fastrl.ops.rows import LogitRows, backward_rows, forward_rows, row_blocks
 from fastrl.ops.segments import running_sum
 
 ROUNDINGS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Rows whose set is written out as V booleans at once.
+# Rows whose sets are expanded to V booleans at once.
 SET_ROWS = 32
-# Rows of logits that are copied, to be prepared, at once.
+# Rows of logits in a scratch copy.
 TILE_ROWS = 64
 
 
 def check_rounding(logits_rounding: Any) -> str:
-    """Return the rounding as a string, "" standing for none, or raise."""
+    """Return the rounding as a string, "" for none, or raise."""
     checks.one_of("logits_rounding", logits_rounding, (None, *ROUNDINGS))
     return logits_rounding or ""
 
@@ -56,19 +55,19 @@ def check_allowed(allowed: Any, labels: Tensor, vocabulary: int) -> Tensor | Non
     if allowed.dtype == torch.int64 and checks.checks_values(allowed) and allowed.numel():
         low, high = int(allowed.min()), int(allowed.max())
         if low < -1 or high >= vocabulary:
-            raise ValueError(f"allowed must hold ids in [0, V={vocabulary}), padded with -1; got {low} to {high}")
+            raise ValueError(f"allowed must hold ids in [0, V={vocabulary}), padded with -1, got {low} to {high}")
     return allowed.reshape(-1, allowed.shape[-1])
 
 
 def check_labels_are_allowed(logprobs: Tensor) -> None:
-    """Raise inside `checked()` if a label is outside its set, which elsewhere shows as a log-prob of -inf."""
+    """Raise inside `checked()` if a label is outside its set. Elsewhere its log-prob of -inf shows it."""
     if checks.is_checked() and bool(logprobs.isneginf().any()):
         where = logprobs.isneginf().nonzero()[:4].tolist()
-        raise ValueError(f"labels must be in their allowed sets; the log-prob is -inf at {where}")
+        raise ValueError(f"labels must be in their allowed sets: the log-prob is -inf at {where}")
 
 
 def disallowed(allowed: Tensor, vocabulary: int) -> Tensor:
-    """Return the complement of sets (R, ...) as (R, V) bool; ids outside the vocabulary stand for nothing."""
+    """Return the complement of sets (R, ...) as (R, V) bool. Ids outside the vocabulary are padding."""
     if allowed.dtype == torch.bool:
         return ~allowed
     if allowed.dtype == torch.int32:
@@ -88,7 +87,7 @@ def apply_sampling(
     logit_scale: float,
     softcap: float,
 ) -> None:
-    """Round the logits of a tile and, where sets are given, cap them and put -inf at what is banned."""
+    """Round the logits of a tile. If sets are given, also cap them and set disallowed entries to -inf."""
     for start in range(0, tile.shape[0], SET_ROWS):
         rows = tile[start : start + SET_ROWS]
         if rounding:
@@ -97,13 +96,13 @@ def apply_sampling(
             continue
         if softcap > 0.0:
             rows.mul_(logit_scale / softcap).tanh_().mul_(softcap)
-        # What is yet to be multiplied by a negative scale is smallest at +inf.
+        # The kernels still multiply by the scale: under a negative one +inf is the smallest.
         nothing = math.inf if softcap == 0.0 and logit_scale < 0.0 else -math.inf
         rows.masked_fill_(disallowed(allowed[index[start : start + SET_ROWS]], tile.shape[1]), nothing)
 
 
 def kernel_scalars(allowed: Tensor | None, logit_scale: float, softcap: float, ignore_index: int) -> dict[str, Any]:
-    """Return the scalars of the row kernels for prepared rows: capped ones are scaled already."""
+    """Return the scalars of the row kernels for prepared rows. Capped rows are scaled already."""
     if allowed is not None and softcap > 0.0:
         logit_scale, softcap = 1.0, 0.0
     return {"logit_scale": logit_scale, "softcap": softcap, "ignore_index": ignore_index}
@@ -121,9 +120,9 @@ def prepared_backward_rows(
     softcap: float,
     ignore_index: int,
 ) -> Tensor:
-    """Turn prepared rows into the gradient of the logits that they were made from, in place.
+    """Turn prepared rows into the gradient of the original logits, in place.
 
-    Rounding is passed straight through. A label outside its set has a log-prob of -inf and gives no gradient to it.
+    The gradient passes straight through the rounding. A label outside its set gets no gradient.
     """
     scalars = kernel_scalars(allowed, logit_scale, softcap, ignore_index)
     if allowed is not None and grads[0] is not None:
@@ -133,7 +132,7 @@ def prepared_backward_rows(
     for start in range(0, tile.shape[0], SET_ROWS):
         at = slice(start, start + SET_ROWS)
         rows = tile[at]
-        # 1 - tanh^2, which of a banned entry is 0.
+        # 1 - tanh^2, which is 0 for a disallowed entry.
         slope = (rows / softcap).square_().neg_().add_(1.0).clamp_(min=0.0).mul_(logit_scale)
         residual = outputs[3][at] if outputs[3].numel() else outputs[3]
         of_rows = (outputs[0][at], outputs[1][at], outputs[2][at], residual)
@@ -187,7 +186,7 @@ def _flat(rows: LogitRows) -> tuple[Tensor, Tensor]:
 
 
 def _tiles(logits: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (indices, copy in `dtype`) of consecutive rows; the next copy overwrites the last."""
+    """Yield (indices, copy in `dtype`) of consecutive rows. The next copy overwrites the last."""
     vocabulary = logits.shape[-1]
     n = logits.numel() // vocabulary
     room = memory.empty((min(n, TILE_ROWS), vocabulary), dtype, logits.device)
@@ -208,13 +207,13 @@ def top_k_top_p_allowed(
         kept by top-k:   z_v >= the k-th largest z
         kept by top-p:   z_v >= the largest t such that the probabilities of {v: z_v >= t} add up to at least p
 
-    of z = logits / temperature and, for top-p, the softmax over what top-k left. Entries that are equal are kept or
-    left out together, so that the set does not depend on their order; engines that sort break such ties somehow.
+    of z = logits / temperature and, for top-p, the softmax over the entries that top-k left. Equal entries are kept or
+    left out together, so that the set does not depend on their order. Engines that sort break such ties somehow.
 
     Args:
         logits: (..., V) as the sampler sees them: scaled and capped. -inf entries are never kept.
-        top_k: number of entries, at least 1; None keeps all.
-        top_p: probability in (0, 1]; None, or 1, keeps all.
+        top_k: number of entries, at least 1. None keeps all.
+        top_p: probability in (0, 1]. None, or 1, keeps all.
         temperature: a float, or a tensor broadcastable to the leading shape, > 0.
 
     Raises:

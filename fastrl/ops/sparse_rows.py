@@ -1,15 +1,15 @@
-"""Rows of the logits' gradient as short lists of entries, with a bound on what is left out.
+"""Rows of the logits' gradient as short lists of entries, with a bound on the rest.
 
     dz_v = g (1[v = y] - p_v) - h p_v (log p_v + H) + l p_v,    dx_v = dz_v dz_v/dx_v
 
-A row's list holds the label's entry and the entries of largest |dx|. What it leaves out is measured while the row is
-read: the sum of |dx| over the other entries, relative to the row's scale (|g| + |h| + |l|) |logit_scale| / T. It is at
-most `tail_mass`, or the row is dense. Where only the log-prob has a gradient and there is no softcap, that is the
-probability outside the list. So with W the head and x the hidden states, in any norm,
+A row's list holds the label's entry and the entries of largest |dx|. The kernel sums |dx| over the other entries while
+it reads the row, relative to the row's scale (|g| + |h| + |l|) |logit_scale| / T. This sum, `left`, is at most
+`tail_mass`, or the row is dense. If only the log-prob has a gradient and there is no softcap, it is the probability
+outside the list. So with W the head and x the hidden states, in any norm,
 
     error of dhidden_t <= left_t scale_t max_v |W_v|,    error of dW <= sum_t left_t scale_t |x_t|
 
-docs/sparse-rows.md derives both and shows what they come to.
+docs/sparse-rows.md derives both and measures them.
 
 Legend: C rows of a chunk, L live rows, K places of a row, M candidates of a row, D hidden, V vocabulary.
 """
@@ -28,10 +28,10 @@ from torch import Tensor
 from fastrl import checks
 from fastrl.ops.rows import backward_rows
 
-# Device type -> (largest tail_mass, places of a row, entries down to which the smallest are dropped) in rising order;
-# the last band takes every larger one. An entry costs a row of D numbers read for dX, and two read and one written for
-# dW; a dense row two passes over the head. Entries up to the last number cost nothing that was measurable on a CPU, and
-# took the error of dW from 2e-5 to 4e-6.
+# Device type -> (largest tail_mass, places of a row, entries down to which the smallest are dropped) in rising order.
+# The last band takes every larger tail_mass. An entry costs a row of D numbers read for dX, and two read and one
+# written for dW. A dense row costs two passes over the head. Entries up to the last number had no measurable cost on a
+# CPU, and took the error of dW from 2e-5 to 4e-6.
 PLACES = {
     "cpu": ((1.0, 1024, 64),),
     "other": ((3e-4, 128, 16), (1.0, 256, 16)),
@@ -66,14 +66,14 @@ class Rule:
 class Lists(NamedTuple):
     """The lists of some rows. Places beyond a row's count hold anything."""
 
-    counts: Tensor  # (C,) int32; 0 for rows without a gradient, -1 for dense rows
+    counts: Tensor  # (C,) int32, 0 for rows without a gradient, -1 for dense rows
     indices: Tensor  # (C, K) int32
     values: Tensor  # (C, K)
-    left: Tensor  # (C,) float64, sum of |gradient| left out relative to the row's scale; 0 for dense rows
+    left: Tensor  # (C,) float64, sum of |gradient| left out relative to the row's scale, 0 for dense rows
 
 
 class RowInputs(NamedTuple):
-    """What the gradient of some rows is formed from beside their logits: the arguments of `backward_rows`."""
+    """The inputs of the gradient of some rows beside their logits: the arguments of `backward_rows`."""
 
     labels: Tensor  # (C,)
     inv_temperature: Tensor  # (C,)
@@ -81,7 +81,7 @@ class RowInputs(NamedTuple):
     grads: tuple[Tensor | None, Tensor | None, Tensor | None]  # (C,) each
 
     def at(self, rows: Tensor) -> RowInputs:
-        """Return the inputs of the rows at some indices."""
+        """Return the inputs of some rows."""
         logprobs, entropy, logsumexp, residual = (x[rows] if x.numel() else x for x in self.outputs)
         first, second, third = (None if grad is None else grad[rows] for grad in self.grads)
         outputs, grads = (logprobs, entropy, logsumexp, residual), (first, second, third)
@@ -111,7 +111,7 @@ class SparseStats:
     def metrics(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return name -> (sum, count): the share of sparse rows, and the largest mass that one left out.
 
-        They are the stats's own tensors: what a backward counts later shows in them.
+        These are the tensors of the object itself: they show the rows that a later backward counts.
         """
         return {"sparse/rows": (self.sparse, self.rows), "sparse/left_max": (self.left, torch.ones_like(self.left))}
 
@@ -120,13 +120,13 @@ _current_stats: ContextVar[SparseStats | None] = ContextVar("fastrl_sparse_stats
 
 
 def current_sparse_stats() -> SparseStats | None:
-    """Return the stats that counts rows here, or None."""
+    """Return the statistics that collect here, or None."""
     return _current_stats.get()
 
 
 @contextmanager
 def collect_sparse_stats(stats: SparseStats | None) -> Iterator[None]:
-    """Count the rows of every gradient that is formed inside, and of those that backwards of operations inside form."""
+    """Count the rows of every gradient that is formed inside, also later, by the backward of an operation inside."""
     before = _current_stats.set(stats)
     try:
         yield
@@ -163,7 +163,7 @@ def _kernels(backend: str) -> _Kernels:
         from fastrl.backends import cpu
 
         return _Kernels(cpu.sparse_rows, cpu.sparse_times_matrix, cpu.sparse_accumulate)
-    if backend in ("triton", "cuda"):  # there are no lists in CUDA: those of Triton come with PyTorch for the device
+    if backend in ("triton", "cuda"):  # CUDA has no lists: Triton's come with PyTorch for the device
         from fastrl_kernels import sparse_rows as module
     else:
         from fastrl.backends import torch_rows as module
@@ -177,9 +177,9 @@ def find(
     rule: Rule,
     **scalars: Any,
 ) -> Lists:
-    """Return the entries of each row's gradient that matter, or that the row is dense; the logits are only read.
+    """Return the entries of each row's gradient that matter, or that the row is dense. Only reads the logits.
 
-    `scalars` are those of `backward_rows`: logit_scale, softcap, ignore_index.
+    `scalars`: logit_scale, softcap and ignore_index, as for `backward_rows`.
     """
     found = _kernels(backend).list_entries(
         logits,
@@ -215,7 +215,7 @@ def accumulate(
 
 
 class Accumulators(Protocol):
-    """The sums that `Collector` adds to; None for a gradient that is not asked for."""
+    """The sums that `Collector` adds to, None for a gradient that is not asked for."""
 
     hidden: Tensor | None  # (rows, D)
     weight: Tensor | None  # (V, D)
@@ -227,7 +227,7 @@ class Accumulators(Protocol):
 
 
 class Collector:
-    """Takes chunks of logits with what reaches their outputs, and adds to the gradients of hidden, head and bias.
+    """Takes chunks of logits with the gradients of their outputs, and adds to the gradients of hidden, head and bias.
 
     Sparse rows go by their lists. Dense rows are gathered over the chunks until they fill one, so that a few of them
     cost a few rows of the two GEMMs. The order of all sums is fixed: the same input gives the same bits.

@@ -46,7 +46,8 @@ def token_logprobs(
     """Return log-prob of the label, entropy and logsumexp of every row of `logits`.
 
         z = softcap tanh(logit_scale logits / softcap) / temperature,   -inf outside `allowed`
-        logprobs = z_y - logsumexp(z);  entropy = -sum_v p_v log p_v, in nats
+        logprobs = z_y - logsumexp(z)
+        entropy  = -sum_v p_v log p_v, in nats
 
     Args:
         logits: (..., V) float32, bfloat16, float16 or float64, of any strides. -inf entries have probability 0.
@@ -55,26 +56,26 @@ def token_logprobs(
             in float32 where |logit_scale| / T (under a softcap softcap / T) is outside 1e-30 to 1e30.
         logit_scale: factor on the logits, before the softcap.
         softcap: bound c of c tanh(x / c), or None.
-        ignore_index: label of rows to leave out; their outputs and gradients are exactly 0 whatever the logits hold.
+        ignore_index: label of rows to leave out. Their outputs and gradients are exactly 0 whatever the logits hold.
         backend: "auto", "torch", "cpu" (C++), "triton" or "cuda" (clusters of compute capability 9.0, not run on a
-            device yet); a named backend is used or refused.
-        allowed: the tokens that each row was sampled from, where an engine reports log-probs over what top-k, top-p or
-            a grammar left: a bool mask, a bitmask (bit i of word w is token 32 w + i, as grammar engines pack it) or
-            ids padded with -1; told apart by their dtype. A label outside its set has log-prob -inf, without gradient,
-            and raises inside `checked()`; a row without any allowed token is NaN. `fastrl.top_k_top_p_allowed` gives
-            the mask of a sampler.
-        logits_rounding: None, or "bf16" or "fp16": round the logits, before anything else, as a head does that writes
-            them in that precision. The gradient is straight through.
+            device yet). A named backend is used or refused.
+        allowed: the tokens that each row was sampled from, for log-probs that an engine reports over the tokens that
+            top-k, top-p or a grammar left. A bool mask, a bitmask (bit i of word w is token 32 w + i, as grammar
+            engines pack it) or ids padded with -1: the dtype says which. A label outside its set has log-prob -inf,
+            without gradient, and raises inside `checked()`. A row without any allowed token is NaN.
+            `fastrl.top_k_top_p_allowed` gives the mask of a sampler.
+        logits_rounding: None, "bf16" or "fp16": round the logits first, as a head does that writes them in that
+            precision. The gradient is straight through.
 
-    With either of the last two, rows go through copies of 64 rows, which is their extra memory.
+    Extra memory with either of the last two: a copy of 64 rows.
 
     Returns:
         `TokenLogprobs` of float32 tensors (float64 for float64 logits) of the shape of `labels`. The gradient is with
-        respect to `logits`, through any of the three outputs, once (`create_graph=True` is refused). Autocast changes
-        nothing: the logits are taken in the dtype they come in, and all arithmetic is that of the outputs' dtype.
+        respect to `logits`, through any of the three outputs, once (`create_graph=True` is refused). Autocast has no
+        effect: the logits keep their dtype, and all arithmetic is in the dtype of the outputs.
 
     Raises:
-        ValueError: shapes, devices, options, label values (on a CPU or inside `checked()`; elsewhere the row is NaN).
+        ValueError: shapes, devices, options, label values (on a CPU or inside `checked()`, elsewhere the row is NaN).
         TypeError: dtypes and tensor kinds that cannot be used.
         RuntimeError: a named backend that cannot run here, with the reason.
     """

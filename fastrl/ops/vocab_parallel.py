@@ -1,20 +1,24 @@
-"""Per-token log-prob, entropy and logsumexp where every rank of a group holds some rows of the LM head.
+"""Per-token log-prob, entropy and logsumexp if every rank of a group holds some rows of the LM head.
 
-Rank r holds rows [start_r, stop_r) of the head, in rank order, any number of them, none included; hidden states and
-labels (ids of the whole vocabulary) are the same on every rank. Each rank reduces its part of a row's logits to four
-numbers, one collective gathers those of the whole call, and every rank merges them in rank order: all ranks hold the
-same bits. The row kernels run unchanged, on the softmax over the part: with P_r the share of the probability that the
-part holds and q_v the softmax within it, p_v = P_r q_v, so that
+Rank r holds rows [start_r, stop_r) of the head, in rank order: any number of them, also none. Hidden states and labels
+(ids of the whole vocabulary) are the same on every rank. Each rank reduces its part of a row's logits to four numbers.
+One collective gathers the numbers of the whole call, and every rank merges them in rank order: all ranks hold the same
+bits. The row kernels run unchanged, on the softmax over the part. Let P_r be the share of the probability that the part
+holds and q_v the softmax within it. Then p_v = P_r q_v, so that
 
     g (1[v = y] - p_v) - h p_v (log p_v + H) + l p_v = g 1[v = y] - h' q_v (log q_v + H_r) + l' q_v
     h' = P_r h,    l' = P_r (l - g - h (log P_r + H - H_r)),    H_r the entropy of q
 
 and the label's entry, which needs 1 - p_y to its relative precision, is written by the rank that holds it.
 
-Collectives of a call: one of a dozen integers (sizes, and what must be equal on all ranks), one of 4 float64 per live
-token; in the backward, where the hidden states need a gradient, an all-to-all and an all-gather that sum dX in rank
-order. They carry what a ring all-reduce carries, and unlike its result that of a token depends neither on where the
-token stands in the batch nor on the algorithm that the communication library picks. The head's gradients stay local.
+Collectives of a call:
+
+    forward     a dozen integers (sizes, and the values that must be equal on all ranks)
+    forward     4 float64 per live token
+    backward    an all-to-all and an all-gather that sum dX in rank order, if the hidden states need a gradient
+
+The last two move as many bytes as a ring all-reduce. Unlike there, the sum for a token depends neither on its place in
+the batch nor on the algorithm that the communication library picks. The head's gradients stay local.
 
 GEMM units, each of 2 N V_r D flop:
 
@@ -23,8 +27,8 @@ GEMM units, each of 2 N V_r D flop:
     frozen head, function of the log-probs                    2
     frozen head, any output, with `keep_token_grads=False`    3
 
-The last path cannot take 2: h' and l' need the shares of all parts, and no part knows them while its logits are there.
-dX would take the logits again, or two products, of q_v and of q_v log q_v.
+The last path cannot take 2: h' and l' need the shares of all parts, which no part knows while its logits are there. dX
+takes the logits again, or would take two products, with q_v and with q_v log q_v.
 
 Legend: N tokens, L live tokens, D hidden, V vocabulary, V_r rows of the head on this rank, R ranks, C rows of a chunk.
 """
@@ -48,7 +52,7 @@ from fastrl.ops.gradients import Gradients, _times_weight
 from fastrl.ops.head import HeadOptions, LinearRows, check_savable, head_options
 from fastrl.ops.rows import TokenLogprobs, backward_rows, forward_rows, once_differentiable
 
-# Label of the rows that the row kernels are to leave out; labels within a part are never negative.
+# Label of the rows that the row kernels leave out: labels within a part are never negative.
 LEFT_OUT = -1
 
 
@@ -58,15 +62,15 @@ class Merged(NamedTuple):
     logprobs: Tensor  # (N,)
     entropy: Tensor  # (N,)
     logsumexp: Tensor  # (N,)
-    log_share: Tensor  # (R, N) log of the share of the probability that each part holds; -inf where it holds none
+    log_share: Tensor  # (R, N) log of the share of the probability that each part holds, -inf if it holds none
 
 
 class PartRows(NamedTuple):
-    """What the backward of a part of some rows needs, (N,) each."""
+    """The results of a part of some rows that its backward needs, (N,) each."""
 
     label: Tensor  # the largest entry, on which the row kernels run, or LEFT_OUT where there is no finite one
     slope: Tensor  # du_y/dx_y where the part holds y, else 0
-    logprobs: Tensor  # what `forward_rows` returned
+    logprobs: Tensor  # these four from `forward_rows`
     entropy: Tensor
     logsumexp: Tensor
     residual: Tensor  # (0,) where the backend has none
@@ -101,17 +105,17 @@ def linear_token_logprobs_parallel(
     backend: str = "auto",
     keep_token_grads: bool = True,
 ) -> TokenLogprobs:
-    """Return what `linear_token_logprobs` returns for the head whose rows the ranks of `group` hold in rank order.
+    """Return the results of `linear_token_logprobs` for a head whose rows the ranks of `group` hold in rank order.
 
     Every rank of the group must call this, and run the backward through it, with the same hidden states, labels and
-    options; what the ranks disagree on is refused on all of them, where it can be seen without comparing the hidden
-    states. The gradient of `hidden` is complete on every rank, with the same bits: do not reduce it again. Under
+    options. If ranks disagree, all of them raise, as far as this shows without a comparison of the hidden states. The
+    gradient of `hidden` is complete on every rank, with the same bits: do not reduce it again. Under
     sequence parallelism gather the hidden states first, and let the backward of that gather keep each rank's slice.
 
     Args:
         hidden: (..., D) hidden states.
-        weight: (V_r, D) rows of the head on this rank; V_r may differ between ranks and be 0. A DTensor is taken where
-            it is sharded along dimension 0 over a 1-D mesh of the ranks of `group`.
+        weight: (V_r, D) rows of the head on this rank. V_r may differ between ranks and be 0. A DTensor must be sharded
+            along dimension 0 over a 1-D mesh of the ranks of `group`.
         labels: (...) ids of the whole vocabulary, V = sum of V_r.
         group: the `torch.distributed` process group.
         bias: (V_r,) the entries of the bias that belong to `weight`, on every rank or on none.
@@ -125,7 +129,7 @@ def linear_token_logprobs_parallel(
         the backward two copies of dX, 2 N D 4. With `keep_token_grads` and a frozen head the forward keeps N D 4.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as `linear_token_logprobs`; on every rank when one of them raises.
+        ValueError, TypeError, RuntimeError: as `linear_token_logprobs`. If one rank raises, all do.
     """
     rank, ranks = _place(group)
     refused: Exception | None = None
@@ -176,7 +180,7 @@ def _checked(
     ],  # hidden (..., D), weight (V_r, D), labels (...), bias (V_r,)
     options: dict[str, Any],
 ) -> LinearRows:
-    """Return the rows of this rank, or raise; label values wait until the size of the vocabulary is known."""
+    """Return the rows of this rank, or raise. Label values are checked once the size of the vocabulary is known."""
     hidden, weight, labels, bias = tensors
     if options["tail_mass"] != 0.0:
         raise ValueError(f"tail_mass must be 0.0 (the exact gradient) with tp_group, got {options['tail_mass']!r}")
@@ -206,7 +210,7 @@ def _checked(
 
 
 def _local(name: str, value: Any, group: Any) -> Any:
-    """Return the rows of a DTensor that this rank holds, or `value` itself; raise unless they lie in group order."""
+    """Return the rows of a DTensor that this rank holds, or `value` itself. Raise unless they lie in group order."""
     if type(value).__name__ != "DTensor":
         return value
     mesh, placements = value.device_mesh, value.placements
@@ -237,7 +241,7 @@ _SHARED = (
 
 
 def _agree(rows: LinearRows | None, refused: Exception | None, group: Any, device: torch.device) -> list[int]:
-    """Return the rows of the head on every rank; raise on all ranks if one was refused or they differ.
+    """Return the number of rows of the head on every rank. Raise on all ranks if one was refused or they differ.
 
     Without this a rank that raises, or that needs a collective which the others do not, would leave them waiting.
     """
@@ -263,7 +267,7 @@ def _agree(rows: LinearRows | None, refused: Exception | None, group: Any, devic
 
 
 def _shared_values(rows: LinearRows) -> list[int]:
-    """Return one integer for each of `_SHARED`; tensors of numbers per token go in as a checksum."""
+    """Return one integer for each of `_SHARED`. Tensors of numbers per token go in as a checksum."""
     trains = torch.is_grad_enabled() and rows.hidden.requires_grad
     flat = rows.labels.long()
     position = torch.arange(1, 2 * flat.numel(), 2, device=flat.device) if flat.numel() else flat
@@ -304,15 +308,18 @@ def merge_shards(
 
     With u the logits before 1/T, m their maximum over the part and the sums over the part's entries, the columns are
 
-        m;  sum_{v != y} e^((u_v - m)/T);  sum_v e^((u_v - m)/T) (u_v - m)/T;  u_y where the part holds y, else -inf
+        m
+        sum_{v != y} e^((u_v - m)/T)
+        sum_v e^((u_v - m)/T) (u_v - m)/T
+        u_y if the part holds y, else -inf
 
     The label stays out of the first sum, so that log p_y = -log(1 + others / e_y) keeps its relative precision as
     p_y -> 1. A part without a finite entry is (-inf, 0, 0, -inf). Parts are added in their order, row by row: the bits
     of a row depend on nothing but its statistics. A row without a finite entry in any part is NaN.
 
     Args:
-        statistics: of the R parts; computed with in float64.
-        inv_temperature: 1/T per row; 1 unless given.
+        statistics: of the R parts. The arithmetic is in float64.
+        inv_temperature: 1/T per row, 1 unless given.
     """
     maximum, others, weighted, target = statistics.double().unbind(-1)
     factor = torch.ones_like(maximum[0]) if inv_temperature is None else inv_temperature.double()
@@ -340,11 +347,11 @@ def merge_shards(
 
 def part_statistics(
     logits: Tensor,  # (C, V_r)
-    target: Tensor,  # (C,) label minus the part's first row; outside [0, V_r) where another part holds it
+    target: Tensor,  # (C,) label minus the part's first row, outside [0, V_r) if another part holds it
     inv_temperature: Tensor,  # (C,)
     head: HeadOptions,
 ) -> tuple[Tensor, PartRows]:
-    """Return the statistics (C, 4) of one part of some rows, and what its backward needs.
+    """Return the statistics (C, 4) of one part of some rows, and the results that its backward needs.
 
     The row kernels run with the largest entry as the label: its log-prob is -log of the part's sum, to relative
     precision.
@@ -372,7 +379,7 @@ def part_statistics(
 
 
 def _before_temperature(x: Tensor, head: HeadOptions) -> tuple[Tensor, Tensor]:
-    """Return (u, du/dx) of some logits in float64, u being what is divided by the temperature."""
+    """Return (u, du/dx) of some logits in float64, where u / T is the logit after scale and softcap."""
     u = x.double() * head.logit_scale
     if head.softcap == 0.0:
         return u, torch.full_like(u, head.logit_scale)
@@ -390,7 +397,7 @@ def _scalars(head: HeadOptions) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What `_VocabParallel` needs beside its tensors."""
+    """The arguments of `_VocabParallel` that are not tensors."""
 
     head: HeadOptions
     part: Part
@@ -409,7 +416,7 @@ class _Rows(NamedTuple):
 
     @classmethod
     def of(cls, tensors: list[Tensor]) -> _Rows:
-        """Return the rows from what `tensors` returned."""
+        """Return the rows from the tuple of `tensors`."""
         target, inv_temperature, logprobs, entropy, log_share, *part = tensors
         return cls(target, inv_temperature, PartRows(*part), logprobs, entropy, log_share)
 
@@ -509,9 +516,9 @@ class _VocabParallel(torch.autograd.Function):
 
 
 def _scan(chunks: Chunks, target: Tensor, inv_temperature: Tensor, plan: _Plan) -> tuple[Tensor, PartRows, Tensor]:
-    """Return the statistics (L, 4) of this part, what `part_statistics` keeps of them, and the unit gradients (L, D).
+    """Return the statistics (L, 4) of this part, its `PartRows`, and the token gradients (L, D).
 
-    A unit gradient is that of log q_y if the part holds y, else that of minus the part's logsumexp.
+    A token gradient is d log q_y / d hidden if the part holds y, else minus the gradient of the part's logsumexp.
     """
     n, dtype, device = chunks.live.numel(), chunks.dtype, chunks.rows.hidden.device
     statistics = torch.zeros((n, 4), dtype=torch.float64, device=device)
@@ -548,7 +555,7 @@ def _scan(chunks: Chunks, target: Tensor, inv_temperature: Tensor, plan: _Plan) 
 
 
 def _scale_token_grads(partial: Tensor, token_grads: Tensor, weight: Tensor, rows: _Rows, g: Tensor) -> None:
-    """Write this part's share of dX from the unit gradients.
+    """Write this part's share of dX from the token gradients.
 
     1[v = y] - P q_v = P (1[v = y] - q_v) + (1 - P) 1[v = y], of which no term loses precision as p_y -> 1.
     """
@@ -571,7 +578,7 @@ def _accumulate(
     needs: tuple[bool, bool],
     partial: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return (dweight, dbias) of this part, the logits formed again; add its share of dX to `partial`."""
+    """Form the logits again, return (dweight, dbias) of this part and add its share of dX to `partial`."""
     nonzero = torch.stack([x != 0 for x in grads if x is not None]).any(0)
     # Rows without a gradient are left out here, and only here: the collectives see all live rows on every rank.
     active = nonzero.nonzero().squeeze(-1)

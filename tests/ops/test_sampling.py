@@ -216,7 +216,7 @@ def test_no_copy_of_all_logits() -> None:
             ValueError,
             r"int64 ids and must be \(4, 'K'\), got \(3, 2\)",
         ),
-        ({"allowed": torch.full((4, 1), 9)}, ValueError, r"ids in \[0, V=9\), padded with -1; got 9 to 9"),
+        ({"allowed": torch.full((4, 1), 9)}, ValueError, r"ids in \[0, V=9\), padded with -1, got 9 to 9"),
         ({"logits_rounding": "fp8"}, ValueError, "logits_rounding must be one of None, 'bf16', 'fp16', got 'fp8'"),
     ],
 )

@@ -24,7 +24,7 @@ from fastrl.ops.head import HeadOptions
 from fastrl.ops.vocab_parallel import linear_token_logprobs_parallel, merge_shards, part_statistics
 
 NAMES = ("logprobs", "entropy", "logsumexp", "hidden", "weight", "bias")
-PRODUCTS = (("linear_token_logprobs", "chunk_logits"), ("vocab_parallel", "_times_weight"))
+PRODUCTS = (("chunks", "chunk_logits"), ("vocab_parallel", "_times_weight"))
 # Rows of a vocabulary of 10 on every rank: uneven, one entry, none at either end and between.
 SIZES = {2: [(6, 4), (1, 9), (0, 10), (10, 0)], 3: [(7, 0, 3), (0, 9, 1), (3, 4, 3)]}
 

@@ -47,7 +47,7 @@ class _Plan:
 
     @classmethod
     def of(cls, spec: Any, layout: Layout, batch: Batch, rows: LinearRows) -> _Plan:
-        """Return the plan of a batch; the host waits for the lengths if the loss couples the tokens of a sequence."""
+        """Return the plan of a batch. The host waits for the lengths if the loss couples the tokens of a sequence."""
         grad = torch.is_grad_enabled()
         needs = (grad and rows.needs[0], grad and rows.needs[1], grad and rows.needs[2])
         sums = segment_sum_for(rows.options.backend)

@@ -23,12 +23,12 @@ from fastrl.ops.head import LinearRows
 from fastrl.ops.sparse_rows import SparseStats
 
 PER_ROW = ("labels",)
-"""Inputs of `from_logprobs` with one value per row; the others are constants of the batch."""
+"""Inputs of `from_logprobs` with one value per row. The others are constants of the batch."""
 
 
 @dataclass(frozen=True)
 class PreferenceInputs:
-    """What a preference loss reads beside log-probs: the inputs of `from_logprobs`."""
+    """The inputs of `from_logprobs` beside the policy's log-probs."""
 
     mask: Tensor  # (2P, T) or (B, T)
     ref_logprobs: Tensor | None  # the same shape
@@ -56,7 +56,7 @@ class _Plan:
 
     @classmethod
     def of(cls, spec: Any, rows: LinearRows, inputs: PreferenceInputs) -> _Plan:
-        """Return the plan of a batch; the host waits for the live tokens of every pair or row."""
+        """Return the plan of a batch. The host waits for the live tokens of every pair or row."""
         size = 1 if spec.unpaired else 2
         ids = rows.restored(rows.labels)
         if ids.dim() != 2 or ids.shape[0] % size:
@@ -101,7 +101,7 @@ class _Plan:
         return self._evaluate(logprobs.view(self.inputs.mask.shape), self.inputs)
 
     def _evaluate(self, logprobs: Tensor, inputs: PreferenceInputs) -> LossOutput:
-        """Return what some rows add to the loss of the batch."""
+        """Return the share of some rows in the loss of the batch."""
         return self.spec.from_logprobs(logprobs, inputs.mask, inputs.ref_logprobs, **inputs.others)
 
     def gemm_units(self, recomputed: int) -> Tensor | float:
