@@ -272,7 +272,7 @@ class PolicyLoss(PolicyAxes):
         4 and V D 4, as the loss scale must come before the rounding; it then takes N D 2 and V D 2 for what it returns.
         """
         _check_inputs(inputs)
-        masked = checks.masked_labels(labels, inputs["mask"], hidden, "hidden")
+        masked, inputs["mask"] = checks.labels_and_mask(labels, inputs["mask"], hidden, "hidden")
         trains = [torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad for x in (hidden, weight, bias)]
         frozen = not any(trains[1:])
         keep_token_grads = not self.uses_entropy

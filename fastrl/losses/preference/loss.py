@@ -434,7 +434,7 @@ class PreferenceLoss:
         }
         if (ref_hidden is None and ref_weight is not None) or (ref_weight is None and ref_bias is not None):
             raise ValueError("ref_bias goes with ref_weight, and ref_weight with ref_hidden")
-        ids = checks.masked_labels(labels, mask, hidden, "hidden")
+        ids, mask = checks.labels_and_mask(labels, mask, hidden, "hidden")
         with torch.no_grad():
             if ref_hidden is not None:
                 check_one_reference(ref_logprobs, "ref_hidden")
