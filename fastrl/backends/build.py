@@ -84,6 +84,7 @@ def build_once(library: Path, build: Callable[[Path], None]) -> Path:
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(library.with_suffix(".lock")):
+            # Another process may have built it while this one waited for the lock.
             if not library.exists():
                 build(library)
     return library

@@ -103,6 +103,7 @@ def _compile(library: Path) -> None:
 
     folder = build.source_folder()
     with tempfile.TemporaryDirectory(prefix=f"{library.stem}-", dir=library.parent) as scratch, _ninja_on_path():
+        # Built aside and renamed: a process that looks for the library sees a whole one or none.
         built = tvm_ffi.cpp.build(
             "fastrl_cpu",
             cpp_files=[str(folder / "cpu" / name) for name in SOURCES],

@@ -112,6 +112,7 @@ class Chunks:
     def logits(self, rows: slice, buffer: Tensor) -> tuple[Tensor, Tensor]:
         """Return (hidden states, logits) of live rows, the logits written to `buffer` one GEMM of a chunk at a time."""
         size, count, given = self.size, rows.stop - rows.start, self.rows
+        # The first chunk is in the buffer already, if nobody has written to it since.
         if self.ahead is not None and rows.start == 0 and buffer is self.ahead[1]:
             states, self.ahead = self.ahead[0], None
             return states[:count], buffer[:count]

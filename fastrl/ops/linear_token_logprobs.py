@@ -195,6 +195,7 @@ def _linear_token_logprobs(
             results = chunks.forward_rows(rows, logits)
             _keep(found, rows, results)
             if keep_token_grads:
+                # The gradient of each log-prob alone: the backward multiplies its row by the upstream gradient.
                 gradients.take(rows, states, logits, results, (torch.ones_like(results[0]), None, None))
         gradients.flush()
     token_grads = found[0].new_empty((0, hidden.shape[1])) if gradients.hidden is None else gradients.hidden
@@ -209,6 +210,7 @@ def _(hidden: Tensor, weight: Tensor, labels: Tensor, *options: Any) -> tuple[Te
     dtype = checks.wide(hidden.dtype)
     logprobs, entropy, logsumexp = (torch.empty(labels.shape, dtype=dtype, device=hidden.device) for _ in range(3))
     residual = logprobs.new_empty(labels.shape if choice.needs_lse_residual(backend) else 0)
+    # The number of live rows depends on the labels.
     n_live = torch.library.get_ctx().new_dynamic_size() if keeps else 0
     return logprobs, entropy, logsumexp, residual, logprobs.new_empty((n_live, hidden.shape[1]))
 
@@ -297,6 +299,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None, None, None, None, None, *none)
     hidden, weight, labels, bias, inv_temperature, allowed, *outputs, token_grads = ctx.saved_tensors
     if ctx.keeps_token_grads and grad_entropy is None and grad_logsumexp is None and grad_logprobs is not None:
+        # The shape of the kept gradients tells the number of live rows, so the host does not wait.
         live = kept_first(labels != ctx.scalars[2])[: token_grads.shape[0]]
         scaled = grad_logprobs[live].to(token_grads.dtype).unsqueeze(-1) * token_grads
         return (torch.zeros_like(hidden).index_copy_(0, live, scaled.to(hidden.dtype)), None, None, None, None, *none)

@@ -33,8 +33,10 @@ class PendingCount:
 
     def __init__(self, number: Tensor) -> None:
         refuse_capture(number.device)
+        # A copy into memory that is not pinned would block.
         self._host = torch.empty((), dtype=torch.int64, pin_memory=True)
         self._host.copy_(number, non_blocking=True)
+        # The event fires after this copy, whatever is queued behind it.
         self._event = torch.cuda.Event()
         self._event.record(torch.cuda.current_stream(number.device))
 
@@ -67,4 +69,5 @@ class ActiveRows:
 
 def kept_first(keep: Tensor) -> Tensor:
     """Return all indices (N,), first the rows that `keep` (N,) marks, then the others, each part ascending."""
+    # A stable sort by one bit needs no count, so the host does not wait.
     return (~keep).to(torch.uint8).argsort(stable=True)

@@ -94,6 +94,7 @@ def row_blocks(
     """
     vocabulary = logits.shape[-1]
     flat = tuple(None if x is None else x.reshape(-1) for x in others)
+    # PyTorch tells whether strides allow a view only by trying.
     try:
         yield (logits.view(-1, vocabulary), *flat)
         return

@@ -83,6 +83,7 @@ def running_sum(x: Tensor) -> Tensor:  # (..., L) -> (..., L)
         return x.detach().clone()
     if x.device.type == "cpu":
         return x.detach().cumsum(-1)
+    # A running sum is the reverse scan of the flipped terms with factors of 1.
     length = x.shape[-1]
     terms = x.detach().flip(-1)
     factors = torch.ones_like(terms)

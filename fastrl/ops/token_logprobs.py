@@ -233,6 +233,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     logits, labels, inv_temperature_rows, *ctx.scalars, allowed, ctx.rounding = inputs
     ctx.save_for_backward(logits, labels, inv_temperature_rows, allowed, *output)
     ctx.mark_non_differentiable(output[3])
+    # None in place of zeros: the kernels skip the terms of an output without a gradient.
     ctx.set_materialize_grads(False)
 
 

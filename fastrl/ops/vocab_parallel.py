@@ -147,6 +147,7 @@ def linear_token_logprobs_parallel(
         rows = _checked(group, (hidden, weight, labels, bias), options)
     except (TypeError, ValueError, RuntimeError) as error:
         refused = error
+    # Also with a refused argument: the other ranks wait in this collective.
     device = _collective_device(group, hidden, weight, labels)
     sizes = _agree(rows, refused, group, device)
     assert rows is not None
@@ -399,7 +400,7 @@ def _scalars(head: HeadOptions) -> dict[str, Any]:
 class _Plan:
     """The arguments of `_VocabParallel` that are not tensors."""
 
-    head: HeadOptions
+    options: HeadOptions
     part: Part
     keep_token_grads: bool
 
@@ -475,9 +476,9 @@ class _VocabParallel(torch.autograd.Function):
         inv_temperature: Tensor,
         plan: _Plan,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        head, part = plan.head, plan.part
-        with torch.autocast(hidden.device.type, enabled=False):
-            chunks = Chunks.of(LinearRows(hidden, weight, bias, labels, inv_temperature, head))
+        options, part = plan.options, plan.part
+        with choice.autocast_disabled(hidden.device):
+            chunks = Chunks.of(LinearRows(hidden, weight, bias, labels, inv_temperature, options))
             target, row_inv_temperature = labels[chunks.live].long() - part.start, inv_temperature[chunks.live]
             statistics, local, token_grads = _scan(chunks, target, row_inv_temperature, plan)
         merged = merge_shards(_gathered(statistics, part.group, part.ranks), row_inv_temperature)
@@ -500,9 +501,9 @@ class _VocabParallel(torch.autograd.Function):
             return (None,) * 6
         hidden, weight, bias, labels, inv_temperature, live, token_grads, *saved = ctx.saved_tensors
         plan, rows = ctx.plan, _Rows.of(saved)
-        chunks = Chunks(LinearRows(hidden, weight, bias, labels, inv_temperature, plan.head), live)
+        chunks = Chunks(LinearRows(hidden, weight, bias, labels, inv_temperature, plan.options), live)
         g, h, ell = (None if x is None else x[live].double() for x in grads)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with choice.autocast_disabled(hidden.device):
             partial = _room(chunks, plan.part.ranks) if needs[0] else None
             if plan.keep_token_grads and g is not None and h is None and ell is None and partial is not None:
                 _scale_token_grads(partial, token_grads, weight, rows, g)
@@ -526,7 +527,7 @@ def _scan(chunks: Chunks, target: Tensor, inv_temperature: Tensor, plan: _Plan) 
     label = torch.full((n,), LEFT_OUT, device=device)
     slope = torch.zeros(n, dtype=torch.float64, device=device)
     first, second, third = (torch.zeros(n, dtype=dtype, device=device) for _ in range(3))
-    residual = torch.zeros(n if choice.needs_lse_residual(plan.head.backend) else 0, dtype=dtype, device=device)
+    residual = torch.zeros(n if choice.needs_lse_residual(plan.options.backend) else 0, dtype=dtype, device=device)
     kept = PartRows(label, slope, first, second, third, residual)
     token_grads = torch.zeros(
         (n if plan.keep_token_grads else 0, chunks.rows.hidden.shape[1]), dtype=dtype, device=device
@@ -534,7 +535,7 @@ def _scan(chunks: Chunks, target: Tensor, inv_temperature: Tensor, plan: _Plan) 
     if chunks.rows.weight.shape[0] == 0:
         return statistics, kept, token_grads
     for at, _, logits in chunks:
-        found, values = part_statistics(logits, target[at], inv_temperature[at], plan.head)
+        found, values = part_statistics(logits, target[at], inv_temperature[at], plan.options)
         statistics[at] = found
         for out, value in zip(kept, values, strict=True):
             if out.numel():
@@ -549,7 +550,7 @@ def _scan(chunks: Chunks, target: Tensor, inv_temperature: Tensor, plan: _Plan) 
             nothing = torch.zeros_like(entry)
             rows = _Rows(target[at], inv_temperature[at], values, nothing, nothing, nothing)
             token_grads[at] = _times_weight(
-                rows.dlogits(logits, plan.head, None, nothing - 1.0, entry), chunks.rows.weight
+                rows.dlogits(logits, plan.options, None, nothing - 1.0, entry), chunks.rows.weight
             )
     return statistics, kept, token_grads
 
