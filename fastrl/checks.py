@@ -1,9 +1,8 @@
 """Argument checks of the public functions, and the switch for the checks that would need a device to wait.
 
-A public function validates once; inner code trusts it. Checks of values (labels in range, masks of 0 and 1, finite
-temperatures) cost nothing on a CPU and are always made there. On other devices they would stop the host until the
-device has caught up, so they are made only inside `checked()`; outside it a bad value gives NaN, never a plausible
-number.
+A public function validates once, and inner code trusts it. Checks of values (labels in range, masks of 0 and 1, finite
+temperatures) cost nothing on a CPU and always run there. On other devices they would stop the host until the device has
+caught up, so they run only inside `checked()`. Outside it a bad value gives NaN, never a plausible number.
 """
 
 from __future__ import annotations
@@ -47,6 +46,11 @@ def checks_values(*tensors: Tensor | None) -> bool:
         return False
     present = [t for t in tensors if t is not None]
     return _checked.get() or all(t.device.type == "cpu" for t in present)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of computation and results for inputs of `dtype`: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
@@ -139,9 +143,21 @@ def masked_labels(
     source: Any,  # (..., V) or (..., D)
     name: str,
 ) -> Tensor:
-    """Return the labels with `MASKED_LABEL` outside the mask, or raise; a -100 under a live mask is refused later.
+    """Return the labels of `labels_and_mask`."""
+    return labels_and_mask(value, mask, source, name)[0]
 
-    `source`, called `name`, are the logits or hidden states of the labels. They say which of labels and mask is wrong.
+
+def labels_and_mask(
+    value: Any,
+    mask: Any,
+    source: Any,  # (..., V) or (..., D)
+    name: str,
+) -> tuple[Tensor, Tensor]:
+    """Return the labels with `MASKED_LABEL` outside the mask, and the mask, or raise.
+
+    The mask comes back as bool if its values were checked here, so that nobody scans them again, else as it was given.
+    A -100 under a live mask is refused later. `source`, called `name`, are the logits or hidden states of the labels.
+    They say which of labels and mask is wrong.
     """
     float_tensor(name, source)
     if not isinstance(value, Tensor):
@@ -152,13 +168,13 @@ def masked_labels(
         raise TypeError(f"labels must be a dense tensor, got layout {value.layout}")
     _label_shape("labels", value, source.shape[:-1])
     same_device("labels", value, source.device)
-    keep, _ = keep_mask("mask", mask, value.shape, value.device)
+    keep, poison = keep_mask("mask", mask, value.shape, value.device)
     # Clamped, because a live label that happens to be the mark would pass for a masked token.
-    return torch.where(keep, value.clamp(min=MASKED_LABEL + 1), MASKED_LABEL)
+    return torch.where(keep, value.clamp(min=MASKED_LABEL + 1), MASKED_LABEL), keep if poison is None else mask
 
 
 def _label_shape(name: str, value: Tensor, shape: torch.Size) -> None:
-    """Raise unless `value` has `shape`; one place more or less is what labels that were not aligned have."""
+    """Raise unless `value` has `shape`. Labels that are not aligned have one place more or less."""
     got = tuple(value.shape)
     if got == tuple(shape):
         return
@@ -180,7 +196,7 @@ def same_device(name: str, value: Tensor, device: torch.device) -> None:
 
 
 def temperature(value: Any, shape: torch.Size, device: torch.device) -> float | Tensor:
-    """Return the temperature as a float or as a tensor expanded to `shape`, or raise; None means 1."""
+    """Return the temperature as a float or as a tensor expanded to `shape`, or raise. None means 1."""
     if value is None:
         return 1.0
     if not isinstance(value, Tensor):
@@ -221,7 +237,7 @@ def count(name: str, value: Any, mask: Tensor | None = None, *, zero: bool = Fal
 
 
 def keep_mask(name: str, value: Any, shape: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return (bool mask, poison); `poison` is NaN where an unchecked mask is neither 0 nor 1, or None."""
+    """Return (bool mask, poison): `poison` is NaN if an unchecked mask holds more than 0 and 1, or None if checked."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.is_complex() or value.layout != torch.strided:

@@ -142,7 +142,7 @@ def _devices() -> dict[str, Any]:
 
 
 def _compilers() -> dict[str, Any]:
-    from fastrl.backends import cpu
+    from fastrl.backends import build
 
     found = {"C++": _tool_version([os.environ.get("CXX") or "c++", "--version"], first=True)}
     for folder in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
@@ -152,7 +152,7 @@ def _compilers() -> dict[str, Any]:
     else:
         found["nvcc"] = _tool_version(["nvcc", "--version"], first=False)
     ninja = "ninja"
-    if shutil.which(ninja) is None and (folder := cpu.ninja_folder()) is not None:
+    if shutil.which(ninja) is None and (folder := build.ninja_folder()) is not None:
         ninja = os.path.join(folder, ninja)
     found["ninja"] = _tool_version([ninja, "--version"], first=True)
     return found
@@ -183,7 +183,7 @@ def _triton() -> dict[str, Any]:
 def _backends() -> dict[str, Any]:
     import torch
 
-    from fastrl.backends import cpu, cuda
+    from fastrl.backends import build, cuda
     from fastrl.ops import explain
 
     types = ["cpu"]
@@ -200,7 +200,7 @@ def _backends() -> dict[str, Any]:
         )
     )
     try:
-        backends["cache of compiled kernels"] = str(cpu.cache_folder())
+        backends["cache of compiled kernels"] = str(build.cache_folder())
     except RuntimeError as error:
         backends["cache of compiled kernels"] = f"none: {error}"
     return backends

@@ -43,19 +43,19 @@ def triton_available(device: torch.device) -> tuple[bool, str]:
 
 
 def cpu_available() -> tuple[bool, str]:
-    """Return whether the C++ row kernels can be used, and why not; they are built here if they have not been."""
+    """Return whether the C++ row kernels can be used, and why not. Builds them if they are not built yet."""
     from fastrl.backends import cpu
 
     return cpu.cpu_available(build=True)
 
 
-# torch.compile cannot look into the loader: the answer is a constant of the graph. This is what
-# `torch.compiler.assume_constant_result` sets; the decorator itself would import the compiler with fastrl.
+# torch.compile cannot look into the loader: the answer is a constant of the graph. This is the attribute that
+# `torch.compiler.assume_constant_result` sets. The decorator itself would import the compiler with fastrl.
 cpu_available._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def cuda_available(device: torch.device) -> tuple[bool, str]:
-    """Return whether the CUDA row kernels can run on `device`, and why not; they are built here if they can."""
+    """Return whether the CUDA row kernels can run on `device`, and why not. Builds them if they can."""
     from fastrl.backends import cuda
 
     return cuda.cuda_available(device, build=True)
@@ -67,7 +67,7 @@ def _say_once(message: str) -> None:
 
 
 def choose(backend: str, device: torch.device) -> Choice:
-    """Return the backend to use on `device`; raise where a named one cannot be used."""
+    """Return the backend to use on `device`, or raise if a named one cannot be used."""
     if torch.compiler.is_compiling():
         return Choice(_traced_choice(backend, device.type), "chosen when the graph was traced")
     return _choose(backend, device)
@@ -111,12 +111,12 @@ def _traced_choice(backend: str, device_type: str) -> str:
     return _choose(backend, torch.device(device_type)).backend
 
 
-# What torch.compiler.assume_constant_result sets; calling it would import the compiler, and Triton, with fastrl.
+# As torch.compiler.assume_constant_result, whose call would import the compiler, and Triton, with fastrl.
 _traced_choice._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def choose_row_statistics(backend: str, device: torch.device) -> Choice:
-    """Return the backend of the row statistics, which the C++ and CUDA kernels do not have; raise as `choose`."""
+    """Return the backend of the row statistics, or raise as `choose`. The C++ and CUDA kernels have none."""
     if backend in ("cpu", "cuda"):
         language = "C++" if backend == "cpu" else "CUDA"
         raise RuntimeError(f"backend {backend!r} ({language}) has no row statistics; use 'auto', 'torch' or 'triton'")
@@ -125,7 +125,7 @@ def choose_row_statistics(backend: str, device: torch.device) -> Choice:
     return choose(backend, device)
 
 
-def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
+def graph_break(function: Callable[P, R]) -> Callable[P, R]:
     """Return the function with a graph break around it under `torch.compile`: none of it is traced.
 
     As `torch.compiler.disable`, which as a decorator would import the compiler, and Triton, with fastrl.
@@ -141,17 +141,17 @@ def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def own_precision(device: torch.device) -> torch.autocast:
-    """Return a context without autocast, in which every operation of fastrl computes.
+def autocast_disabled(device: torch.device) -> torch.autocast:
+    """Return a context without autocast. Every operation of fastrl computes in it.
 
-    Autocast would round the operands of our matrix products to its dtype, gradients included. Here a tensor keeps the
-    dtype it comes in: under autocast a trainer's bfloat16 hidden states meet a float32 head in float32.
+    Autocast would round the operands of our matrix products to its dtype, gradients included. Here a tensor keeps its
+    dtype: under autocast a trainer's bfloat16 hidden states meet a float32 head in float32.
     """
     return torch.autocast(device.type, enabled=False)
 
 
 def kernel_runs(backend: str, device: torch.device) -> bool:
-    """Return whether an operation that has a Triton kernel and a PyTorch form runs the kernel; "auto" never interprets.
+    """Return whether an operation that has a Triton kernel and a PyTorch form runs the kernel. "auto" never interprets.
 
     Raises:
         ValueError, RuntimeError: another backend than "auto", "torch", "triton", or one that cannot run here.
@@ -163,18 +163,18 @@ def kernel_runs(backend: str, device: torch.device) -> bool:
     return choose(backend, device).backend == "triton"
 
 
-def beside(backend: str) -> str:
-    """Return what `kernel_runs` takes for an operation beside rows of a chosen backend.
+def companion_backend(backend: str) -> str:
+    """Return the backend for the pointwise kernels next to row kernels of a chosen backend, for `kernel_runs`.
 
-    PyTorch's rows may be asked for because Triton does not work on the device, so nothing beside them runs it.
+    "torch" if the user asked for "torch", as Triton may be broken here. Otherwise "auto".
     """
     return "torch" if backend == "torch" else "auto"
 
 
-def keeps_residual(backend: str) -> bool:
-    """Return whether the backend's backward wants what rounding took from the log-sum-exp, beside the outputs.
+def needs_lse_residual(backend: str) -> bool:
+    """Return whether the backend's backward takes the residual of the log-sum-exp, the part that rounding took.
 
-    PyTorch's rows sum the row again.
+    PyTorch's rows sum the row again instead.
     """
     return backend in ("triton", "cpu", "cuda")
 
@@ -203,10 +203,10 @@ def explain(device: str | torch.device = "cpu", backend: str = "auto") -> dict[s
 
     Args:
         device: the device of the tensors, for example "cuda" or "cpu".
-        backend: what would be passed as `backend`.
+        backend: the `backend` argument of the operations.
 
     Returns:
-        A dictionary from operation to "backend: reason"; a named backend that cannot be used says so.
+        A dictionary from operation to "backend: reason", or "refused: reason" for a named backend that cannot be used.
     """
     device = torch.device(device)
     vocabulary = _told(choose, backend, device)

@@ -1,16 +1,18 @@
-"""Build, load and call the CUDA row kernels of csrc/cuda: what `backend="cuda"` runs.
+"""The CUDA row kernels of csrc/cuda: `backend="cuda"`.
 
 For devices with thread-block clusters, compute capability 9.0 (H100, H200). A row of logits is split over the blocks
-of a cluster, which exchange their sums through distributed shared memory; where the loss's gradient is known with the
+of a cluster, which exchange their sums through distributed shared memory. If the loss's gradient is known with the
 row's results, the row stays in that memory and the gradient is written from it: one read and one write of the logits.
 The kernels compile for sm_90a without spills, and their arithmetic is tested on a CPU, but they have not run on a
 device yet: no choice but the name "cuda" takes them.
 
-The module is compiled once with nvcc against `apache-tvm-ffi`, in about half a minute, and kept in the user's cache
-(see `fastrl.backends.cpu`) under a name that is a hash of the sources, the flags and the compiler, beside what ptxas
-said of the kernels' resources. It has no torch headers and brings its own CUDA runtime.
+nvcc builds them once, in about half a minute (`fastrl.backends.build`), and the report of ptxas on the kernels'
+resources is kept beside the library. The library brings its own CUDA runtime.
 
-    CUDA_HOME, CUDA_PATH   the folder with bin/nvcc; else nvcc on PATH, else /usr/local/cuda
+    CUDA_HOME, CUDA_PATH   the folder with bin/nvcc, else nvcc on PATH, else /usr/local/cuda
+
+The functions check two things: the range of scale and softcap, and the length of a row. The public operations allow
+more of both than the kernels do. All else their callers have checked.
 
 Legend: N tokens (rows), V vocabulary.
 """
@@ -18,7 +20,6 @@ Legend: N tokens (rows), V vocabulary.
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.metadata
 import importlib.util
 import math
@@ -29,14 +30,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastrl.backends import cpu
+from fastrl import checks
+from fastrl.backends import build
+from fastrl.backends.cpu import check_scales
 
 SOURCE = "token_logprobs.cu"
 CAPABILITY = (9, 0)
@@ -53,11 +55,6 @@ NVCC_FLAGS = (
     "-shared",
 )
 
-_lock = threading.RLock()
-_module: Any = None
-_failure: str | None = None
-
-
 # --- build and load ---------------------------------------------------------------------------------------------------
 
 
@@ -69,7 +66,7 @@ def nvcc() -> str | None:
 
 
 def missing() -> str | None:
-    """Return what a build lacks here and how to get it, or None."""
+    """Return why a build cannot run here and the remedy, or None."""
     if sys.platform != "linux":
         return "the CUDA kernels are built on Linux only; use backend='triton'"
     if importlib.util.find_spec("tvm_ffi") is None:
@@ -77,7 +74,7 @@ def missing() -> str | None:
     if (compiler := nvcc()) is None:
         return "nvcc was not found (install the CUDA toolkit, 12.0 or later, or set CUDA_HOME to its folder)"
     try:
-        cpu.cache_folder()
+        build.cache_folder()
     except RuntimeError as error:
         return str(error)
     return _compiler_fault(compiler)
@@ -102,27 +99,20 @@ def _version(compiler: str) -> str:
 
 
 def _sources() -> list[Path]:
-    folder = cpu.source_folder()
-    files = sorted([*(folder / "cuda").iterdir(), *(folder / "include" / "fastrl").iterdir()])
-    return [file for file in files if file.suffix in (".cu", ".cuh", ".h")]
+    return build.sources("cuda", (".cu", ".cuh", ".h"))
 
 
 def _library(compiler: str) -> Path:
     """Return where the library of these sources, flags and this compiler is kept, built or not."""
-    digest = hashlib.sha256()
     parts = [_version(compiler), *NVCC_FLAGS, platform.machine(), importlib.metadata.version("apache-tvm-ffi")]
-    for file in _sources():
-        parts += [file.name, file.read_text(encoding="utf-8")]
-    for part in parts:
-        digest.update(part.encode() + b"\0")
-    return cpu.cache_folder() / f"fastrl_cuda-{digest.hexdigest()[:20]}.so"
+    return build.library_path("fastrl_cuda", parts, _sources())
 
 
-def _build(compiler: str, library: Path) -> None:
+def _compile(compiler: str, library: Path) -> None:
     """Compile the source and put library and report in place in one step each, the library last."""
     from tvm_ffi import libinfo
 
-    folder = cpu.source_folder()
+    folder = build.source_folder()
     includes = {str(folder / "include"), libinfo.find_include_path(), libinfo.find_dlpack_include_path()}
     runtime = Path(libinfo.find_libtvm_ffi())
     with tempfile.TemporaryDirectory(prefix=f"{library.stem}-", dir=library.parent) as scratch:
@@ -144,53 +134,35 @@ def report_of(library: Path) -> Path:
 
 
 def cuda_library() -> Path:
-    """Return the compiled library, built where it is not in the cache; needs no device.
+    """Return the compiled library, built unless it is in the cache. Needs no device.
 
     Raises:
-        RuntimeError: one line that says what is missing, or what failed, and how to get it.
+        RuntimeError: one line with the missing part or the failure, and the remedy.
     """
     if (reason := missing()) is not None:
         raise RuntimeError(reason)
     compiler = nvcc()
     assert compiler is not None
     try:
-        library = _library(compiler)
-        if not library.exists():
-            library.parent.mkdir(parents=True, exist_ok=True)
-            with cpu.exclusive(library.with_suffix(".lock")):
-                if not library.exists():
-                    _build(compiler, library)
+        return build.build_once(_library(compiler), functools.partial(_compile, compiler))
     except OSError as error:
-        folder = cpu.cache_folder()
+        folder = build.cache_folder()
         raise RuntimeError(f"cannot write the CUDA build to {folder}: {error} (set FASTRL_CACHE_DIR)") from error
     except RuntimeError as error:
-        lines = [line for line in str(error).splitlines() if "error" in line.lower()]
-        detail = " ".join((lines[0] if lines else str(error)).split())
+        detail = build.error_line(str(error))
         raise RuntimeError(f"building the CUDA kernels with {compiler} failed: {detail}") from error
-    return library
+
+
+MODULE = build.KernelModule(cuda_library)
 
 
 def cuda_module() -> Any:
-    """Return the module of CUDA row kernels, built on first use; loading it needs no device.
+    """Return the module of CUDA row kernels, built on first use. Loading it needs no device.
 
     Raises:
         RuntimeError: as `cuda_library`. A failure is remembered for the life of the process.
     """
-    global _module, _failure
-    if _module is None:
-        with _lock:
-            if _failure is not None:
-                raise RuntimeError(_failure)
-            if _module is None:
-                try:
-                    library = cuda_library()
-                except RuntimeError as error:
-                    _failure = str(error)
-                    raise
-                import tvm_ffi
-
-                _module = tvm_ffi.load_module(str(library))
-    return _module
+    return MODULE.get()
 
 
 def cuda_available(device: torch.device, build: bool = False) -> tuple[bool, str]:
@@ -215,7 +187,7 @@ def cuda_available(device: torch.device, build: bool = False) -> tuple[bool, str
             cuda_module()
         except RuntimeError as error:
             return False, str(error)
-    if _module is None and (reason := _failure or missing()) is not None:
+    if MODULE.loaded is None and (reason := MODULE.failure or missing()) is not None:
         return False, reason
     return True, "CUDA row kernels over thread-block clusters, sm_90a; not measured yet, asked for by name only"
 
@@ -224,7 +196,7 @@ def cuda_available(device: torch.device, build: bool = False) -> tuple[bool, str
 
 
 def token_logprobs_fwd(
-    logits: Tensor,  # (N, V), any strides; a copy is made where the vocabulary stride is not 1
+    logits: Tensor,  # (N, V), any strides, copied unless the vocabulary stride is 1
     labels: Tensor,  # (N,) int64 or int32
     inv_temperature: float | Tensor,  # scalar or (N,)
     *,
@@ -238,11 +210,11 @@ def token_logprobs_fwd(
         z = softcap tanh(logit_scale x / softcap) inv_temperature     (softcap 0: logit_scale x inv_temperature)
         logprobs = z_y - logsumexp(z),  entropy = -sum_v p_v log p_v
 
-    Ignored, invalid and infinite rows are those of the other backends: see `fastrl.backends.cpu.token_logprobs_fwd`.
-    `residual`, contiguous and of the dtype of the results, receives what rounding took from `logsumexp`.
+    Ignored, invalid and infinite rows: as `fastrl.backends.cpu.token_logprobs_fwd`.
+    `residual`, contiguous and of the dtype of the results, receives the part that rounding took from `logsumexp`.
 
     Raises:
-        ValueError, TypeError: shapes, devices, dtypes and options that do not fit.
+        ValueError: a scale, a softcap or a vocabulary outside the range of the kernels.
         RuntimeError: the kernels cannot be built or launched here.
     """
     logits = _logits(logits)
@@ -268,34 +240,28 @@ def token_logprobs_bwd(
     logit_scale: float = 1.0,
     softcap: float = 0.0,
     ignore_index: int = -100,
-    out: Tensor | None = None,  # (N, V), the dtype of logits, vocabulary stride 1; may be logits
+    out: Tensor | None = None,  # (N, V), the dtype of logits, vocabulary stride 1, may be logits
 ) -> Tensor:  # (N, V)
     """Return the gradient with respect to `logits`, in their dtype, in `out` where given: one read and one write.
 
         dz_v = g (1[v = y] - p_v) - h p_v (log p_v + H) + l p_v,    dx_v = dz_v dz_v/dx_v
 
     with g, h, l the gradients of the three outputs of `token_logprobs_fwd`, None counting as 0. Ignored rows and rows
-    whose g, h and l are all 0 get exactly 0 without being read; rows whose outputs are NaN get NaN.
+    whose g, h and l are all 0 get exactly 0 without being read. Rows whose outputs are NaN get NaN. `out` is `logits`
+    or shares no memory with them.
 
     Raises:
-        ValueError, TypeError: shapes, devices, dtypes and options that do not fit, or an `out` that overlaps `logits`
-            without being them.
+        ValueError: a scale, a softcap or a vocabulary outside the range of the kernels.
         RuntimeError: the kernels cannot be built or launched here.
     """
-    given, logits = logits, _logits(logits)
-    n = logits.shape[0]
-    result = torch.empty_like(logits) if out is None else cpu.checked_out(out, given)
+    logits = _logits(logits)
+    dtype = checks.wide(logits.dtype)
+    result = torch.empty_like(logits) if out is None else out
     arguments = _shared(logits, labels, inv_temperature, logit_scale, softcap, ignore_index)
-    names = ("logprobs", "entropy", "logsumexp")
-    dtype = cpu.result_dtype(logits)
-    kept = [
-        cpu.checked_rows(name, x, n, logits.device).to(dtype).contiguous()
-        for name, x in zip(names, (logprobs, entropy, logsumexp), strict=True)
-    ]
-    kept.append(cpu.checked_residual(residual, kept[0]))
+    saved = [x.to(dtype).contiguous() for x in (logprobs, entropy, logsumexp, residual)]
     grads = _upstream(logits, grad_logprobs, grad_entropy, grad_logsumexp)
-    if n > 0:
-        cuda_module().token_logprobs_bwd(*arguments, *kept, *grads, result.detach(), _stream(logits))
+    if logits.shape[0] > 0:
+        cuda_module().token_logprobs_bwd(*arguments, *saved, *grads, result.detach(), _stream(logits))
     return result
 
 
@@ -310,23 +276,23 @@ def token_logprobs_fwd_bwd(
     logit_scale: float = 1.0,
     softcap: float = 0.0,
     ignore_index: int = -100,
-    out: Tensor | None = None,  # (N, V), the dtype of logits, vocabulary stride 1; may be logits
+    out: Tensor | None = None,  # (N, V), the dtype of logits, vocabulary stride 1, may be logits
     residual: Tensor | None = None,  # (N,), written
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """Return (logprobs, entropy, logsumexp), (N,) each, and the gradient (N, V): one read and one write of the logits.
 
     For losses whose gradients g, h, l of a row's outputs are known before the outputs are: negative log-likelihood,
-    REINFORCE, an entropy bonus. Everything is, bit for bit, what `token_logprobs_fwd` and then `token_logprobs_bwd`
-    return. Those two run, with a second read, for a row that the shared memory of a cluster does not hold: more than
-    about 900,000 entries of 2 bytes.
+    REINFORCE, an entropy bonus. The bits are the same as from `token_logprobs_fwd` and then
+    `token_logprobs_bwd`. Those two run, with a second read, if the shared memory of a cluster cannot hold the row:
+    more than about 900,000 entries of 2 bytes.
 
     Raises:
-        ValueError, TypeError: as `token_logprobs_bwd`.
+        ValueError: as `token_logprobs_bwd`.
         RuntimeError: the kernels cannot be built or launched here.
     """
-    given, logits = logits, _logits(logits)
+    logits = _logits(logits)
     n, v = logits.shape
-    result = torch.empty_like(logits) if out is None else cpu.checked_out(out, given)
+    result = torch.empty_like(logits) if out is None else out
     arguments = _shared(logits, labels, inv_temperature, logit_scale, softcap, ignore_index)
     results = _results(logits, residual)
     grads = _upstream(logits, grad_logprobs, grad_entropy, grad_logsumexp)
@@ -341,11 +307,11 @@ def token_logprobs_fwd_bwd(
 
 
 def _logits(logits: Tensor) -> Tensor:
-    """Return the logits as (N, V) with adjacent vocabulary entries, or raise."""
-    logits = cpu.checked_logits(logits, "cuda")
+    """Return the logits without their graph and with adjacent vocabulary entries, or raise if a row is too long."""
     if logits.shape[1] > MAX_VOCAB:
         raise ValueError(f"logits must have at most 2^30 entries per row, got {logits.shape[1]}")
-    return logits
+    logits = logits.detach()
+    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
 def _shared(
@@ -357,14 +323,13 @@ def _shared(
     ignore_index: int,
 ) -> tuple[Any, ...]:
     """Return the arguments that forward and backward share, in the kernels' order."""
-    n, device, dtype = logits.shape[0], logits.device, cpu.result_dtype(logits)
-    labels = cpu.checked_labels(labels, n, device)
+    check_scales(logit_scale, softcap)
+    dtype = checks.wide(logits.dtype)
+    labels = labels.detach().long().contiguous()
     if isinstance(inv_temperature, Tensor):
-        per_row = cpu.checked_rows("inv_temperature", inv_temperature, n, device).to(dtype).contiguous()
-        scalar = 1.0
+        per_row, scalar = inv_temperature.detach().to(dtype).contiguous(), 1.0
     else:
-        per_row, scalar = torch.empty(0, dtype=dtype, device=device), float(inv_temperature)
-    cpu.check_head(logit_scale, softcap)
+        per_row, scalar = torch.empty(0, dtype=dtype, device=logits.device), float(inv_temperature)
     slope, factor = math.copysign(1.0, logit_scale), abs(logit_scale)
     if softcap:
         slope, factor = logit_scale / softcap, softcap
@@ -373,19 +338,16 @@ def _shared(
 
 def _results(logits: Tensor, residual: Tensor | None) -> list[Tensor]:
     """Return memory for (logprobs, entropy, logsumexp, residual), the last one the caller's where given."""
-    dtype = cpu.result_dtype(logits)
+    dtype = checks.wide(logits.dtype)
     made = [torch.empty(logits.shape[0], dtype=dtype, device=logits.device) for _ in range(3 + (residual is None))]
-    return made if residual is None else [*made, cpu.checked_residual(residual, made[0])]
+    return made if residual is None else [*made, residual]
 
 
 def _upstream(logits: Tensor, *grads: Tensor | None) -> list[Tensor]:
-    """Return the upstream gradients in the results' dtype, an empty tensor for None, or raise."""
-    n, dtype = logits.shape[0], cpu.result_dtype(logits)
+    """Return the upstream gradients in the results' dtype, an empty tensor for None."""
+    dtype = checks.wide(logits.dtype)
     absent = torch.empty(0, dtype=dtype, device=logits.device)
-    return [
-        absent if grad is None else cpu.checked_rows(name, grad, n, logits.device).to(dtype).contiguous()
-        for name, grad in zip(("grad_logprobs", "grad_entropy", "grad_logsumexp"), grads, strict=True)
-    ]
+    return [absent if grad is None else grad.detach().to(dtype).contiguous() for grad in grads]
 
 
 def _stream(logits: Tensor) -> int:

@@ -1,8 +1,8 @@
 """Memory for results of the size of the vocabulary.
 
 On a CPU every page of a large fresh buffer costs a fault when it is first written: 201 MB in pages of 4 KiB took 67 ms,
-in huge pages of 2 MiB 11 ms, as long as the row kernel that fills them. Linux gives huge pages to who asks
-(`madvise`, where /sys/kernel/mm/transparent_hugepage/enabled says "madvise"; under "always" it gives them anyway).
+in huge pages of 2 MiB 11 ms, as long as the row kernel that fills them. Linux gives huge pages to a process that asks
+(`madvise`, where /sys/kernel/mm/transparent_hugepage/enabled says "madvise". Under "always" it gives them anyway).
 
 The tile of logits that an operation works in is taken from `scratch`, which keeps its memory for the next operation:
 on a GPU torch's allocator does that, on a CPU nothing does, and the faults of 50 MB cost 0.04 to 0.3 of the GEMM that
@@ -47,7 +47,7 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
 def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """Return `empty(shape, dtype, device)`, on a CPU in memory that is kept for the next call.
 
-    At most `SCRATCH_MAX_BYTES` stay with the process; `release` gives them back. Memory is handed out again only when
+    At most `SCRATCH_MAX_BYTES` stay with the process. `release` gives them back. Memory is handed out again only when
     no tensor, view or autograd node uses it any more, so that a result may live as long as any other tensor.
     """
     count = math.prod(shape)
@@ -87,7 +87,7 @@ def _counts_users() -> bool:
 
 
 def ask_for_huge_pages(tensor: Tensor) -> bool:
-    """Ask for huge pages under a large tensor on a Linux CPU, and return whether the system agreed; never raises.
+    """Ask for huge pages under a large tensor on a Linux CPU, and return whether the system agreed. Never raises.
 
     Only pages that lie wholly inside the tensor are asked for, and only those not yet written profit. Anything that is
     not plain memory of this process (another device, a fake tensor) is left alone.

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastrl import checks
+
 TILE_ROWS = 32
 
 
@@ -29,10 +31,6 @@ class _Tile(NamedTuple):
     maximum: Tensor  # (R, 1)
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32
-
-
 def _inverse_temperature(value: float | Tensor, rows: slice, dtype: torch.dtype) -> float | Tensor:
     if not isinstance(value, Tensor):
         return value
@@ -43,7 +41,7 @@ def _inverse_temperature(value: float | Tensor, rows: slice, dtype: torch.dtype)
 def _softmax_tile(
     logits: Tensor, index: Tensor, inverse: float | Tensor, logit_scale: float, softcap: float, derivative: bool
 ) -> _Tile:
-    x = logits.to(_compute_dtype(logits.dtype)) * logit_scale
+    x = logits.to(checks.wide(logits.dtype)) * logit_scale
     chain = None
     if softcap > 0.0:
         squashed = torch.tanh(x / softcap)
@@ -60,7 +58,7 @@ def _softmax_tile(
 
 
 def _log_sum(tile: _Tile) -> Tensor:
-    """Return log sum e; from the others alone where the target is the maximum, which keeps small values."""
+    """Return log sum e, from the others alone if the target is the maximum, which keeps small values."""
     return torch.where(tile.e_target == 1.0, torch.log1p(tile.others), torch.log(tile.others + tile.e_target))
 
 
@@ -86,9 +84,9 @@ def token_logprobs_fwd(
     softcap: float = 0.0,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (logprobs, entropy, logsumexp), each (N,): float32, or float64 for float64 logits; 0 where ignored."""
+    """Return (logprobs, entropy, logsumexp), each (N,): float32, or float64 for float64 logits. 0 if ignored."""
     n, vocabulary = logits.shape
-    dtype = _compute_dtype(logits.dtype)
+    dtype = checks.wide(logits.dtype)
     outputs = tuple(torch.empty(n, dtype=dtype, device=logits.device) for _ in range(3))
     for start in range(0, n, TILE_ROWS):
         rows = slice(start, min(start + TILE_ROWS, n))
@@ -99,7 +97,7 @@ def token_logprobs_fwd(
             inverse = _padded(inverse, slice(0, count))
         tile = _softmax_tile(_padded(logits, rows), index, inverse, logit_scale, softcap, derivative=False)
         log_sum = _log_sum(tile)
-        # log p = -log1p(others / target) keeps its relative precision as p -> 1; the difference is better below 1/2.
+        # log p = -log1p(others / target) keeps its relative precision as p -> 1. The difference is better below 1/2.
         near_one = -torch.log1p(tile.others / tile.e_target)
         logprobs = torch.where(tile.e_target > tile.others, near_one, tile.d_target - log_sum)
         weighted = (tile.e * torch.where(tile.d.isneginf(), 0.0, tile.d)).sum(-1, keepdim=True)
@@ -129,7 +127,7 @@ def token_logprobs_bwd(
 ) -> Tensor:
     """Return d/dlogits (N, V) = [g (onehot - p) - h p (log p + H) + l p] dz/dlogits, written to `out` if given."""
     n, vocabulary = logits.shape
-    dtype = _compute_dtype(logits.dtype)
+    dtype = checks.wide(logits.dtype)
     if out is None:
         out = torch.empty((n, vocabulary), dtype=logits.dtype, device=logits.device)
     for start in range(0, n, TILE_ROWS):
@@ -162,7 +160,7 @@ def token_logprobs_bwd(
     return out
 
 
-# Rows and entries that are gathered at once: what is held beside a chunk is this many times K D or D numbers.
+# Rows and entries that are gathered at once: this many times K D or D numbers are held beside a chunk.
 GATHER_ROWS = 8
 
 
@@ -193,7 +191,7 @@ def list_entries(
 ) -> Columns:
     """Return (counts (N,), indices (N, K), values (N, K), left (N,)) of the entries that matter: `sparse_rows.Lists`.
 
-    The label's entry comes first, the others in falling order of size. Arguments as for the other backends; the whole
+    The label's entry comes first, the others in falling order of size. Arguments as for the other backends. The whole
     row is searched for the largest entries, so `candidates` has no part.
     """
     del candidates
@@ -236,7 +234,7 @@ def _list_tile(
     others = gradient.abs().scatter_(-1, label, 0.0)
     top, index = others.topk(places - 1, dim=-1)
     rest = others.scatter_(-1, index, 0.0).sum(-1, keepdim=True, dtype=torch.float64)
-    # left_after[:, j] is what is left out when the j largest are kept beside the label.
+    # left_after[:, j] is the sum left out when the j largest are kept beside the label.
     smaller = top.double().flip(-1).cumsum(-1).flip(-1)
     left_after = torch.cat((smaller, torch.zeros_like(rest)), -1) + rest
     needed = (left_after > limit).sum(-1, keepdim=True)
@@ -247,7 +245,7 @@ def _list_tile(
     entries = torch.cat((gradient.gather(-1, label), gradient.gather(-1, index)), -1)
     # A comparison with NaN is false, which makes the row dense.
     sparse = (left <= limit) & entries.isfinite().all(-1, keepdim=True) & limit.isfinite()
-    # A label outside the vocabulary, whose row is NaN, is no row without a gradient.
+    # A label outside the vocabulary, whose row is NaN, has a gradient: the row is dense.
     nothing = (scale == 0) & ~entries[:, 0].isnan()
     counts = torch.where(nothing, 0, torch.where(sparse.squeeze(-1), kept.squeeze(-1) + 1, -1))
     indices = torch.where(chosen, torch.cat((label, index), -1), 0)
@@ -271,7 +269,7 @@ def times_matrix(
         listed = torch.arange(width, device=matrix.device) < counts[block].unsqueeze(-1)
         index = torch.where(listed, indices[block, :width], 0).long()
         factors = torch.where(listed, values[block, :width], 0.0)
-        # What stands at unlisted places is multiplied by 0, so it must be finite.
+        # Values at unlisted places are multiplied by 0, so they must be finite.
         entries = torch.where(listed.unsqueeze(-1), matrix[index].to(out.dtype), 0.0)
         out[block] = torch.bmm(factors.unsqueeze(1), entries).squeeze(1)
     return out

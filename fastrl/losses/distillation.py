@@ -9,7 +9,7 @@ Legend: N tokens, D hidden (S student's, T teacher's), V vocabulary, C rows of a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +20,9 @@ from fastrl.backends import choice, memory
 from fastrl.losses.output import LossOutput
 from fastrl.losses.scalars import divisor, result_dtype
 from fastrl.ops.chunks import Chunks
-from fastrl.ops.fused import graph_is_kept, handed_out
+from fastrl.ops.fused import graph_is_kept, release_gradient
 from fastrl.ops.gradients import Gradients
-from fastrl.ops.head import Head, check_head, make_head
+from fastrl.ops.head import HeadOptions, LinearRows
 from fastrl.ops.rows import once_differentiable
 
 IGNORE_INDEX = -100
@@ -102,7 +102,18 @@ def distillation_loss(
     """
     how = _divergence(beta, temperature, top_k)
     labels, poison = _live_labels(mask, student_hidden)
-    student = check_head(student_hidden, student_weight, labels, student_bias, IGNORE_INDEX)
+    if chunk_tokens is None:
+        chunk_tokens = CPU_CHUNK_TOKENS if student_hidden.device.type == "cpu" else GPU_CHUNK_TOKENS
+    options: dict[str, Any] = {"ignore_index": IGNORE_INDEX, "chunk_tokens": chunk_tokens, "backend": "torch"}
+    student = LinearRows.checked(
+        student_hidden,
+        student_weight,
+        labels,
+        bias=student_bias,
+        logit_scale=student_logit_scale,
+        softcap=student_softcap,
+        **options,
+    )
     checks.float_tensor("teacher_hidden", teacher_hidden)
     checks.float_tensor("teacher_weight", teacher_weight)
     if tuple(teacher_hidden.shape[:-1]) != tuple(labels.shape):
@@ -110,32 +121,18 @@ def distillation_loss(
             f"teacher_hidden must be (..., DT) at the student's tokens {tuple(labels.shape)}, "
             f"got shape {tuple(teacher_hidden.shape)}"
         )
-    teacher_bias = None if teacher_bias is None else teacher_bias.detach()
-    teacher = check_head(teacher_hidden.detach(), teacher_weight.detach(), labels, teacher_bias, IGNORE_INDEX)
-    _same_vocabulary(student[1].shape[0], teacher[1].shape[0])
-    checks.same_device("teacher_hidden", teacher[0], student[0].device)
-    if chunk_tokens is None:
-        chunk_tokens = CPU_CHUNK_TOKENS if student[0].device.type == "cpu" else GPU_CHUNK_TOKENS
-    heads = [
-        make_head(
-            hidden, scale, cap, IGNORE_INDEX, chunk_tokens=chunk_tokens, tail_mass=0.0, tp_group=None, backend="torch"
-        )
-        for hidden, scale, cap in (
-            (student[0], student_logit_scale, student_softcap),
-            (teacher[0], teacher_logit_scale, teacher_softcap),
-        )
-    ]
-    total, entropy = _LinearDistillation.apply(
-        _flat(student[0]),
-        student[1],
-        student[3],
-        _flat(teacher[0]),
-        teacher[1],
-        teacher[3],
-        labels.reshape(-1),
-        heads,
-        how,
+    checks.same_device("teacher_hidden", teacher_hidden, student_hidden.device)
+    teacher = LinearRows.checked(
+        teacher_hidden.detach(),
+        teacher_weight.detach(),
+        labels,
+        bias=None if teacher_bias is None else teacher_bias.detach(),
+        logit_scale=teacher_logit_scale,
+        softcap=teacher_softcap,
+        **options,
     )
+    _same_vocabulary(student.weight.shape[0], teacher.weight.shape[0])
+    total, entropy = _LinearDistillation.apply(student.hidden, student.weight, student.bias, student, teacher, how)
     return _output(total, entropy.view(labels.shape), labels, n_tokens, poison)
 
 
@@ -196,13 +193,13 @@ def sampled_distillation_advantages(
 # --- from hidden states -----------------------------------------------------------------------------------------------
 
 
-def _capped(logits: Tensor, head: Head, inverse: float, slope: bool) -> tuple[Tensor, Tensor | float]:
+def _capped(logits: Tensor, head: HeadOptions, inv_temperature: float, slope: bool) -> tuple[Tensor, Tensor | float]:
     """Return (z, dz/dlogits where asked for) of raw logits (C, V), which are overwritten."""
     if head.softcap == 0.0:
-        return logits.mul_(head.logit_scale).mul_(inverse), head.logit_scale * inverse
+        return logits.mul_(head.logit_scale).mul_(inv_temperature), head.logit_scale * inv_temperature
     bent = logits.mul_(head.logit_scale / head.softcap).tanh_()
-    slopes = bent.square().neg_().add_(1.0).mul_(head.logit_scale * inverse) if slope else 1.0
-    return bent.mul_(head.softcap).mul_(inverse), slopes
+    slopes = bent.square().neg_().add_(1.0).mul_(head.logit_scale * inv_temperature) if slope else 1.0
+    return bent.mul_(head.softcap).mul_(inv_temperature), slopes
 
 
 class _LinearDistillation(torch.autograd.Function):
@@ -214,26 +211,22 @@ class _LinearDistillation(torch.autograd.Function):
         hidden: Tensor,  # (N, DS)
         weight: Tensor,  # (V, DS)
         bias: Tensor | None,  # (V,)
-        teacher_hidden: Tensor,  # (N, DT)
-        teacher_weight: Tensor,  # (V, DT)
-        teacher_bias: Tensor | None,  # (V,)
-        labels: Tensor,  # (N,)
-        heads: list[Head],
+        student_rows: LinearRows,  # hidden, weight and bias once more: autograd follows arguments only
+        teacher_rows: LinearRows,
         how: Divergence,
     ) -> tuple[Tensor, Tensor]:
-        inverse = torch.empty(0, device=hidden.device)
-        student = Chunks.of(hidden, weight, bias, labels, inverse, heads[0])
-        teacher = Chunks(teacher_hidden, teacher_weight, teacher_bias, labels, inverse, heads[1], student.live)
+        student = Chunks.of(replace(student_rows, hidden=hidden, weight=weight, bias=bias))
+        teacher = Chunks(teacher_rows, student.live)
         needs_hidden, needs_weight, needs_bias = (needed and how.gradient for needed in ctx.needs_input_grad[:3])
         needs = (needs_hidden, needs_weight, needs_bias)
         gradients = Gradients(student, needs, unscaled=True)
         dtype = result_dtype(hidden)
         total = torch.zeros((), dtype=torch.float64 if hidden.device.type != "mps" else dtype, device=hidden.device)
         entropy = torch.empty(student.live.numel(), dtype=dtype, device=hidden.device)
-        with choice.own_precision(hidden.device):
+        with choice.autocast_disabled(hidden.device):
             for (rows, states, logits), (_, _, teacher_logits) in zip(student, teacher, strict=True):
-                z, slope = _capped(logits, heads[0], 1.0 / how.temperature, any(needs))
-                z_teacher, _ = _capped(teacher_logits, heads[1], 1.0 / how.temperature, False)
+                z, slope = _capped(logits, student_rows.options, 1.0 / how.temperature, any(needs))
+                z_teacher, _ = _capped(teacher_logits, teacher_rows.options, 1.0 / how.temperature, False)
                 result = how.rows(z, z_teacher.to(dtype))
                 total += result.divergence.sum(dtype=total.dtype)
                 entropy[rows] = result.entropy
@@ -252,8 +245,8 @@ class _LinearDistillation(torch.autograd.Function):
         once_differentiable()
         keep, backend = graph_is_kept(), choice.choose("auto", grad_total.device).backend
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        handed = [handed_out(gradient, dtype, grad_total, backend, keep=keep) for gradient, dtype in pairs]
-        return (*handed, None, None, None, None, None, None)
+        released = [release_gradient(gradient, dtype, grad_total, backend, keep=keep) for gradient, dtype in pairs]
+        return (*released, None, None, None)
 
 
 # --- from logits ------------------------------------------------------------------------------------------------------
@@ -298,14 +291,10 @@ class _LogitDistillation(torch.autograd.Function):
         once_differentiable()
         (gradient,) = ctx.saved_tensors
         backend = choice.choose("auto", grad_total.device).backend
-        return handed_out(gradient, ctx.dtype, grad_total, backend, keep=graph_is_kept()), None, None, None, None
+        return release_gradient(gradient, ctx.dtype, grad_total, backend, keep=graph_is_kept()), None, None, None, None
 
 
 # --- small helpers ----------------------------------------------------------------------------------------------------
-
-
-def _flat(hidden: Tensor) -> Tensor:
-    return hidden.reshape(-1, hidden.shape[-1])
 
 
 def _same_vocabulary(student: int, teacher: int) -> None:

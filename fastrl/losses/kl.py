@@ -124,7 +124,7 @@ def _same(name: str, value: Any, like: Tensor | None) -> Tensor:
     if like is not None:
         checks.same_shape(name, value, like.shape)
         checks.same_device(name, value, like.device)
-    wide = torch.float64 if (value if like is None else like).dtype == torch.float64 else torch.float32
+    wide = checks.wide((value if like is None else like).dtype)
     return value.to(wide)
 
 
@@ -273,7 +273,7 @@ class _FullKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ref_logits: Tensor, keep: Tensor, inverse: float, rows: int) -> Tensor:
-        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        wide = checks.wide(logits.dtype)
         value = torch.empty(logits.shape[0], dtype=wide, device=logits.device)
         for part in _tiles(logits.shape[0], rows):
             p, gap = _tile(logits[part], ref_logits[part], keep[part], inverse, wide)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.ops.sparse_rows import Tally
+from fastrl.ops.sparse_rows import SparseStats
 
 
 class LossOutput(NamedTuple):
@@ -35,9 +35,9 @@ def shown(spec: Any) -> str:
     return f"{type(spec).__name__}({', '.join(given)})"
 
 
-def with_tally(output: LossOutput, tally: Tally) -> LossOutput:
-    """Return the output with what the tally counts among the metrics."""
-    return output._replace(metrics={**output.metrics, **tally.metrics()})
+def with_sparse_stats(output: LossOutput, stats: SparseStats) -> LossOutput:
+    """Return the output with what the stats counts among the metrics."""
+    return output._replace(metrics={**output.metrics, **stats.metrics()})
 
 
 def with_path(output: LossOutput, units: float | Tensor) -> LossOutput:

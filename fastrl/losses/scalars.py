@@ -15,7 +15,7 @@ def wide(x: Tensor) -> Tensor:
 
 def result_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of the loss: float64 for float64 inputs, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return checks.wide(x.dtype)
 
 
 def live(x: Tensor, keep: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def value_loss(
     layout = Layout.of(values.shape, values.device, cu_seqlens, "values")
     checks.one_of("aggregate", aggregate, AGGREGATES)
     _check_options(clip, coefficient, old_values, aggregate, constant, group_ids)
-    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+    dtype = checks.wide(values.dtype)
     keep, poison = checks.keep_mask("mask", mask, values.shape, values.device)
     checks.count("n_tokens", n_tokens, keep)
     checks.count("n_sequences", n_sequences, keep)

@@ -6,7 +6,8 @@ Legend: N tokens, L live tokens, C rows of a chunk, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,28 +16,84 @@ from fastrl.backends import choice, memory
 from fastrl.ops import sparse_rows
 from fastrl.ops.chunks import BLOCK_CHUNKS, Chunks, _keep, blocks
 from fastrl.ops.gradients import Gradients
-from fastrl.ops.head import Head
-from fastrl.ops.live_rows import Kept
+from fastrl.ops.head import HeadOptions, LinearRows
+from fastrl.ops.live_rows import ActiveRows
 from fastrl.ops.rows import row_blocks
+
+Coefficients = Callable[[Tensor, Tensor, slice, Tensor], tuple[Tensor, Tensor | None]]
+"""Maps (logprobs, entropy, block, index), (M,) of the rows of a block, to (dL/dlogprobs, dL/dentropy or None).
+
+`block` is the range of the rows among the live rows, `index` their places among all rows.
+"""
+
+
+class FusedPlan(Protocol):
+    """A loss for `FusedFromHidden`: its rows, and their loss and coefficients."""
+
+    @property
+    def rows(self) -> LinearRows:
+        """The vocabulary operation."""
+        ...
+
+    @property
+    def needs(self) -> tuple[bool, bool, bool]:
+        """Which of the gradients of hidden, weight and bias to compute."""
+        ...
+
+    @property
+    def group_sizes(self) -> Sequence[int] | None:
+        """Live rows of each sequence or pair, if the loss couples its tokens."""
+        ...
+
+    @property
+    def order(self) -> Tensor | None:
+        """The live rows (L,) in the order in which to take them, ascending if None."""
+        ...
+
+    @property
+    def stats(self) -> sparse_rows.SparseStats | None:
+        """Receives the numbers of sparse and dense rows."""
+        ...
+
+    def coefficients(
+        self, logprobs: Tensor, entropy: Tensor, block: slice, index: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the `Coefficients` of a block."""
+        ...
+
+    def loss(self, logprobs: Tensor, entropy: Tensor) -> Tensor:
+        """Return the loss of all tokens, a scalar."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Again:
+    """The part of a plan that a second backward needs, without its tensors."""
+
+    options: HeadOptions
+    rounding: str
+    needs: tuple[bool, bool, bool]
+    group_sizes: Sequence[int] | None
+    order: Tensor | None
 
 
 class FusedFromHidden(torch.autograd.Function):
-    """(hidden, weight, bias) -> loss, with the gradient formed in the forward; backward hands it over, scaled.
+    """(hidden, weight, bias) -> loss. The forward forms the gradient, the backward scales it and hands it over.
 
-    The plan says how: `head`, `needs`, `units`, `live`, `allowed`, `rounding` and `coefficients` are those of
-    `fused_gradient`, and `loss` maps (logprobs, entropy) of all tokens to the scalar.
+    The arguments repeat tensors of `plan.rows`, because autograd follows arguments only.
 
     The first backward gives the buffers themselves away, scaled in place: a second copy of the head's gradient would
-    be the largest tensor of the step. Those of float16 inputs wait in float32 and are rounded when they are scaled.
-    Autograd may keep a buffer as `.grad` and add to it later, so nothing here reads it again: a further backward
-    (`retain_graph=True`) forms the gradient anew from the coefficients, to the same bits.
+    be the largest tensor of the step. Gradients of float16 inputs are kept in float32 until they are scaled, and then
+    rounded. Autograd may keep a buffer as `.grad` and add to it later, so nothing here reads it again: a further
+    backward (`retain_graph=True`) forms the gradient anew from the coefficients, to the same bits.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, inverse: Tensor, plan: Any
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: FusedPlan
     ) -> tuple[Tensor, Tensor, Tensor, int]:
         """Return (loss, logprobs (N,), entropy (N,), rows whose logits were formed twice)."""
+        rows = replace(plan.rows, hidden=hidden, weight=weight, bias=bias)
         found: list[tuple[Tensor, Tensor | None]] = []
 
         def coefficients(*block: Any) -> tuple[Tensor, Tensor | None]:
@@ -44,27 +101,16 @@ class FusedFromHidden(torch.autograd.Function):
             return found[-1]
 
         logprobs, entropy, gradients, recomputed = fused_gradient(
-            hidden,
-            weight,
-            bias,
-            labels,
-            inverse,
-            plan.head,
-            plan.needs,
-            coefficients,
-            plan.units,
-            plan.live,
-            plan.allowed,
-            plan.rounding,
-            plan.tally,
+            rows, plan.needs, coefficients, plan.group_sizes, plan.stats, plan.order
         )
         loss = plan.loss(logprobs, entropy)
         if any(plan.needs):
             ctx.gradients = gradients
             ctx.dtypes = tuple(None if x is None else x.dtype for x in (hidden, weight, bias))
-            ctx.how = (plan.head, plan.needs, plan.units, plan.live, plan.rounding)
+            ctx.again = _Again(rows.options, rows.rounding, plan.needs, plan.group_sizes, plan.order)
             g, h = (_joined([block[i] for block in found]) for i in range(2))
-            ctx.save_for_backward(hidden, weight, bias, labels, inverse, plan.allowed, g, h)
+            # The rows themselves are not kept: their tensors must be visible to autograd's hooks and version checks.
+            ctx.save_for_backward(hidden, weight, bias, rows.labels, rows.inv_temperature, rows.allowed, g, h)
         ctx.mark_non_differentiable(logprobs, entropy)
         return loss, logprobs, entropy, recomputed
 
@@ -74,32 +120,25 @@ class FusedFromHidden(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("from_hidden is differentiable once: create_graph=True is not supported")
         gradients, ctx.gradients = ctx.gradients, None
+        again: _Again = ctx.again
         if gradients is None:
-            gradients = _formed_again(*ctx.saved_tensors, *ctx.how)
-        backend = ctx.how[0].backend
-        handed = (handed_out(*given, grads[0], backend) for given in zip(gradients, ctx.dtypes, strict=True))
-        return (*handed, None, None, None)
+            *tensors, allowed, g, h = ctx.saved_tensors
+            gradients = _formed_again(LinearRows(*tensors, again.options, allowed, again.rounding), again, g, h)
+        backend = again.options.backend
+        released = (release_gradient(*given, grads[0], backend) for given in zip(gradients, ctx.dtypes, strict=True))
+        return (*released, None)
 
 
 def _joined(blocks: list[Any]) -> Tensor | None:
-    """Return the coefficients of all live tokens from those of the blocks, or None where the loss has none."""
+    """Join the coefficients of the blocks, or return None if the loss has none."""
     return None if not blocks or blocks[0] is None else torch.cat(blocks)
 
 
 def _formed_again(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    labels: Tensor,  # (N,)
-    inverse: Tensor,  # (N,)
-    allowed: Tensor | None,
+    rows: LinearRows,
+    again: _Again,
     g: Tensor | None,  # (L,)
     h: Tensor | None,  # (L,)
-    head: Head,
-    needs: tuple[bool, bool, bool],
-    units: Sequence[int] | None,
-    live: Tensor | None,
-    rounding: str,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of hidden, weight and bias from dL/dlogprobs and dL/dentropy of the live tokens."""
 
@@ -107,54 +146,41 @@ def _formed_again(
         assert g is not None
         return g[block], None if h is None else h[block]
 
-    return fused_gradient(hidden, weight, bias, labels, inverse, head, needs, known, units, live, allowed, rounding)[2]
-
-
-Coefficients = Callable[[Tensor, Tensor, slice, Tensor], tuple[Tensor, Tensor | None]]
+    return fused_gradient(rows, again.needs, known, again.group_sizes, order=again.order)[2]
 
 
 def fused_gradient(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    labels: Tensor,  # (N,)
-    inverse: Tensor,  # (N,)
-    head: Head,
+    rows: LinearRows,
     needs: tuple[bool, bool, bool],
     coefficients: Coefficients,
-    units: Sequence[int] | None = None,
-    live: Tensor | None = None,  # (L,)
-    allowed: Tensor | None = None,
-    rounding: str = "",
-    tally: sparse_rows.Tally | None = None,
+    group_sizes: Sequence[int] | None = None,
+    stats: sparse_rows.SparseStats | None = None,
+    order: Tensor | None = None,  # (L,)
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None], int]:
     """Return (logprobs (N,), entropy (N,), gradients, recomputed) of a loss, its gradient formed in the forward.
 
     Args:
-        hidden, weight, bias, labels, inverse, head: the vocabulary operation.
+        rows: the vocabulary operation.
         needs: which of the gradients of hidden, weight and bias to compute.
-        coefficients: maps (logprobs, entropy, block, indices), (M,) of the rows of a block, to (dL/dlogprobs,
-            dL/dentropy or None). `block` are the rows' positions among the live rows, `indices` among all.
-        units: live rows of each sequence, where the loss couples the tokens of a sequence; None: every token alone.
-        live: the rows whose label is not ignored, in the order in which to take them; None: as they stand.
-        allowed, rounding: as `check_allowed` and `check_rounding` return them.
-        tally: receives how many rows were sparse and dense, and the largest mass left out, where `tail_mass` > 0.
+        coefficients: the gradient of the loss, see `Coefficients`.
+        group_sizes: live rows of each sequence or pair, if the loss couples its tokens. None: every token alone.
+        stats: receives the numbers of sparse and dense rows and the largest mass left out, if `tail_mass` > 0.
+        order: the rows whose label is not ignored, in the order in which to take them, ascending if None.
 
     Returns:
-        The gradients have the dtypes of their inputs, but for float16: theirs are float32, for the loss scale, which
-        the caller is given only in the backward, to come before the rounding. The last is the number of rows whose
-        logits were formed a second time, because their sequence is longer than `BLOCK_CHUNKS` chunks.
+        The gradients have the dtypes of their inputs. Gradients of float16 inputs are float32: the loss scale is known
+        only in the backward, and must come before the rounding. The last is the number of rows whose logits were
+        formed a second time, because their group is longer than `BLOCK_CHUNKS` chunks.
     """
-    restricted = {"live": live, "allowed": allowed, "rounding": rounding}
-    chunks = Chunks.of(hidden, weight, bias, labels, inverse, head, **restricted, ahead=units is None)
+    chunks = Chunks.of(rows, order=order, ahead=group_sizes is None)
     gradients = Gradients(chunks, needs, unscaled=True)
-    if tally is not None and gradients.sparse is not None:
-        gradients.sparse.tally = tally
+    if stats is not None and gradients.sparse is not None:
+        gradients.sparse.stats = stats
     found = chunks.outputs()
-    with choice.own_precision(hidden.device):
-        recomputed = _form(chunks, gradients, found, coefficients, units)
+    with choice.autocast_disabled(rows.hidden.device):
+        recomputed = _form(chunks, gradients, found, coefficients, group_sizes)
         gradients.flush()
-    # Only here, where the logits are gone: a head's gradient of half precision is made beside the one it was summed in.
+    # Cast here, when the logits are gone: a half-precision head's gradient is a copy beside the float32 sum.
     return chunks.scattered(found[0]), chunks.scattered(found[1]), gradients.cast(), recomputed
 
 
@@ -163,13 +189,14 @@ def _form(
     gradients: Gradients,
     found: tuple[Tensor, Tensor, Tensor, Tensor],
     coefficients: Coefficients,
-    units: Sequence[int] | None,
+    group_sizes: Sequence[int] | None,
 ) -> int:
-    """Fill `found` and `gradients` block by block; return how many rows had their logits formed twice."""
+    """Fill `found` and `gradients` block by block, and return how many rows had their logits formed twice."""
     logprobs, entropy = found[:2]
-    n, size = chunks.live.numel(), chunks.head.chunk_tokens
-    plan = list(blocks(n, size, units))
-    held = min(BLOCK_CHUNKS, max((-(-(b.stop - b.start) // size) for b in plan), default=0)) if units is not None else 1
+    n, size = chunks.live.numel(), chunks.size
+    plan = list(blocks(n, size, group_sizes))
+    longest = max((-(-(b.stop - b.start) // size) for b in plan), default=0)
+    held = 1 if group_sizes is None else min(BLOCK_CHUNKS, longest)
     buffer = chunks.buffer(held) if n else None
     recomputed = 0
     for block in plan:
@@ -189,13 +216,13 @@ def _form(
             within = slice(rows.start - block.start, rows.stop - block.start)
             grads = (g[within], None if h is None else h[within], None)
             # Before the row kernel: an asynchronous device runs it while the host learns how many rows contribute.
-            contributes = Kept(grads[0] != 0 if grads[1] is None else (grads[0] != 0) | (grads[1] != 0))
+            contributes = ActiveRows(grads[0] != 0 if grads[1] is None else (grads[0] != 0) | (grads[1] != 0))
             outputs = (found[0][rows], found[1][rows], found[2][rows], found[3][rows])
             gradients.take(rows, states, logits, outputs, grads, contributes)
     return recomputed
 
 
-# Rows scaled at a time where a half-precision gradient needs a float32 factor.
+# Rows scaled at a time if a half-precision gradient needs a float32 factor.
 SCALE_ROWS = 32
 
 
@@ -204,16 +231,16 @@ ROUNDED_ROWS = 1024
 
 
 def graph_is_kept() -> bool:
-    """Return whether the backward that is running leaves its graph for another one; True where PyTorch cannot tell."""
+    """Return whether the backward that is running keeps its graph for another one. True if PyTorch cannot tell."""
     query = getattr(getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", None)
     return True if query is None else bool(query())
 
 
-def scaled(gradient: Tensor, factor: Tensor, backend: str, *, keep: bool) -> Tensor:
-    """Return gradient * factor in the gradient's dtype; its own memory unless `keep`.
+def scale_gradient(gradient: Tensor, factor: Tensor, backend: str, *, keep: bool) -> Tensor:
+    """Return gradient * factor in the gradient's dtype, in the gradient's memory unless `keep`.
 
-    Nothing is read where the factor is 1 and the memory may be used: on a CPU the host looks, under Triton the kernel
-    does, so that the host does not wait.
+    A factor of 1 reads nothing if the memory may be used. On a CPU the host looks at the factor. Under Triton the
+    kernel does, so that the host does not wait.
     """
     out = memory.empty(gradient.shape, gradient.dtype, gradient.device) if keep else gradient
     if backend == "triton":
@@ -234,18 +261,18 @@ def scaled(gradient: Tensor, factor: Tensor, backend: str, *, keep: bool) -> Ten
     return out
 
 
-def handed_out(
+def release_gradient(
     gradient: Tensor | None, dtype: torch.dtype | None, factor: Tensor, backend: str, *, keep: bool = False
 ) -> Tensor | None:
-    """Return gradient * factor in `dtype`: as `scaled` where it has that dtype, else in new memory.
+    """Return gradient * factor in `dtype`: by `scale_gradient` if it has that dtype, else in new memory.
 
-    Where the dtypes differ the gradient waited in float32 for the factor, and is rounded behind it: 1e-9 is nothing in
-    float16, but not under a loss scale of 65536.
+    If the gradient is float32 and the input float16, multiply first and round last: 1e-9 underflows in float16,
+    1e-9 x 65536 does not.
     """
     if gradient is None or dtype is None:
         return None
     if gradient.dtype == dtype:
-        return scaled(gradient, factor, backend, keep=keep)
+        return scale_gradient(gradient, factor, backend, keep=keep)
     rounded = torch.empty_like(gradient, dtype=dtype)
     for source, target in zip(gradient.split(ROUNDED_ROWS), rounded.split(ROUNDED_ROWS), strict=True):
         torch.mul(source, factor, out=target)
@@ -253,7 +280,7 @@ def handed_out(
 
 
 def parts(blocks: Iterable[tuple[Any, ...]]) -> Iterator[tuple[tuple[Any, ...], slice]]:
-    """Yield what `row_blocks` yields, each with the place of its rows among all rows."""
+    """Yield the blocks of `row_blocks`, each with the place of its rows among all rows."""
     done = 0
     for block in blocks:
         part = slice(done, done + block[0].shape[0])

@@ -10,21 +10,21 @@ import math
 import torch
 from torch import Tensor
 
+from fastrl import checks
 from fastrl.backends import memory
 from fastrl.ops import sparse_rows
 from fastrl.ops.chunks import Chunks
-from fastrl.ops.head import _wide
-from fastrl.ops.live_rows import Kept
+from fastrl.ops.live_rows import ActiveRows
 
-# Rows of a chunk that have a gradient are moved together in this many steps, each with a copy of its share.
+# The rows of a chunk that have a gradient move to its front in this many steps, each with a copy of its share.
 MOVE_STEPS = 32
 
 
-# The head's gradient is added to on a GPU in blocks of this many vocabulary rows, whose product needs room of its own.
+# On a GPU the head's gradient grows in blocks of this many vocabulary rows, as each product needs room of its own.
 GPU_HEAD_ROWS = 16384
 
 
-# Rows of a GEMM over the vocabulary come in multiples of this on a CPU.
+# On a CPU the rows of a GEMM over the vocabulary come in multiples of this; see `_times_weight`.
 CPU_GEMM_ROWS = 8
 
 
@@ -34,9 +34,9 @@ CPU_WIDEN_ROWS = 8192
 
 
 def _for_products(gradient: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return (operand, factor): dlogits (C, V) as the operand of the GEMMs, whose products times the factor are wanted.
+    """Return (operand, factor): dlogits (C, V) as the operand of the GEMMs, and the factor of their products.
 
-    On a GPU the operand has the head's dtype and is cast once for both of them.
+    On a GPU the operand has the head's dtype. It is cast once for both GEMMs.
     """
     if gradient.device.type != "cuda":
         return gradient, None
@@ -44,9 +44,9 @@ def _for_products(gradient: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | No
 
 
 def _as_float16(gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (x, factor) with x * factor = gradient, x in float16 and |x| < 2^14: what is small does not vanish.
+    """Return (x, factor) with x * factor = gradient, x in float16 and |x| < 2^14, so that small entries do not vanish.
 
-    The factor is a power of two, so that nothing is rounded twice. Beside entries that are not finite it is no help.
+    The factor is a power of two, so that nothing is rounded twice. It does not help a gradient with non-finite entries.
     """
     largest = torch.linalg.vector_norm(gradient, math.inf).nan_to_num(nan=1.0, posinf=1.0).clamp(2.0**-100, 2.0**100)
     power = largest / torch.frexp(largest).mantissa
@@ -64,7 +64,7 @@ def _times_weight(gradient: Tensor, weight: Tensor) -> Tensor:
         rest[: count - whole] = gradient[whole:]
         ragged = _times_weight(rest, weight)[: count - whole]
         return torch.cat((_times_weight(gradient[:whole], weight), ragged)) if whole else ragged
-    wide = _wide(weight.dtype)
+    wide = checks.wide(weight.dtype)
     if weight.dtype == wide:
         return gradient @ weight
     if weight.device.type == "cuda":
@@ -79,9 +79,9 @@ def _times_weight(gradient: Tensor, weight: Tensor) -> Tensor:
 
 
 def _add_weight_gradient(total: Tensor, gradient: Tensor, hidden: Tensor, factor: Tensor | None = None) -> None:
-    """Add gradient^T (V, C) @ hidden (C, D) to `total` (V, D), at least float32; both operands of `_for_products`."""
-    # In place and with the vocabulary outermost: 0.89 of the time of the logits' GEMM at C = 256, D = 576, V = 49152;
-    # in vocabulary blocks 0.90, as the transpose (D, V) 1.09.
+    """Add gradient^T (V, C) @ hidden (C, D) to `total` (V, D), at least float32, from operands of `_for_products`."""
+    # In place and with the vocabulary outermost: 0.89 of the time of the logits' GEMM at C = 256, D = 576, V = 49152.
+    # In vocabulary blocks 0.90, as the transpose (D, V) 1.09.
     if hidden.dtype == total.dtype or hidden.device.type != "cuda":
         total.addmm_(gradient.t(), hidden.to(total.dtype))
         return
@@ -92,34 +92,32 @@ def _add_weight_gradient(total: Tensor, gradient: Tensor, hidden: Tensor, factor
 
 
 class Gradients:
-    """The gradients of hidden states, head and bias, gathered chunk by chunk; only those that are asked for.
+    """The gradients of hidden states, head and bias, gathered chunk by chunk, each only if it is asked for.
 
     With `per_live_row` the gradient of the hidden states is (L, D), of the live rows, and not rounded to their dtype.
-    With `unscaled`, which says that a loss scale is yet to multiply them, gradients of float16 stay in float32.
+    `unscaled` says that a loss scale will still multiply the gradients: those for float16 inputs stay in float32.
     """
 
     def __init__(
         self, chunks: Chunks, needs: tuple[bool, bool, bool], per_live_row: bool = False, *, unscaled: bool = False
     ) -> None:
         self.chunks = chunks
+        rows, wide = chunks.rows, chunks.dtype
         self.wanted = any(needs)
-        self.unrounded = unscaled and chunks.hidden.dtype == torch.float16
-        wide = _wide(chunks.hidden.dtype)
+        self.unrounded = unscaled and rows.hidden.dtype == torch.float16
         self.hidden = None
         if needs[0] and per_live_row:
-            self.hidden = chunks.hidden.new_empty((chunks.live.numel(), chunks.hidden.shape[1]), dtype=wide)
+            self.hidden = rows.hidden.new_empty((chunks.live.numel(), rows.hidden.shape[1]), dtype=wide)
         elif needs[0]:
-            dtype = wide if self.unrounded else chunks.hidden.dtype
-            self.hidden = torch.zeros_like(chunks.hidden, dtype=dtype, memory_format=torch.contiguous_format)
-        self.weight = memory.zeros(chunks.weight.shape, wide, chunks.weight.device) if needs[1] else None
-        self.bias = torch.zeros(chunks.weight.shape[0], dtype=wide, device=chunks.weight.device) if needs[2] else None
+            dtype = wide if self.unrounded else rows.hidden.dtype
+            self.hidden = torch.zeros_like(rows.hidden, dtype=dtype, memory_format=torch.contiguous_format)
+        self.weight = memory.zeros(rows.weight.shape, wide, rows.weight.device) if needs[1] else None
+        self.bias = torch.zeros(rows.weight.shape[0], dtype=wide, device=rows.weight.device) if needs[2] else None
         self.per_live_row = per_live_row
         self.sparse = None
-        if chunks.head.tail_mass > 0.0:
-            rule = sparse_rows.rule_for(chunks.head.tail_mass, chunks.weight.shape[0], chunks.weight.device)
-            self.sparse = sparse_rows.Collector(
-                rule, chunks.head.backend, chunks.head.chunk_tokens, chunks.weight, chunks.scalars()
-            )
+        if rows.options.tail_mass > 0.0:
+            rule = sparse_rows.rule_for(rows.options.tail_mass, rows.weight.shape[0], rows.weight.device)
+            self.sparse = sparse_rows.Collector(rule, rows.options.backend, chunks.size, rows.weight, chunks.scalars())
 
     def take(
         self,
@@ -128,22 +126,23 @@ class Gradients:
         logits: Tensor,  # (C, V), overwritten
         outputs: tuple[Tensor, Tensor, Tensor, Tensor],
         grads: tuple[Tensor | None, Tensor | None, Tensor | None],
-        contributes: Kept | None = None,
+        contributes: ActiveRows | None = None,
     ) -> None:
-        """Add one chunk from its logits, what `forward_rows` returned of them, and the gradients of that."""
+        """Add one chunk from its logits, the outputs of `forward_rows`, and the gradients of these outputs."""
         if self.sparse is None:
             self.add(rows, states, self.chunks.backward_rows(rows, logits, outputs, grads), contributes)
             return
         index = self.chunks.live[rows]
-        problem = sparse_rows.Problem(self.chunks.labels[index], self.chunks.inverse[index], outputs, grads)
-        self.sparse.take(self, self._places(rows), states, logits, problem)
+        given = self.chunks.rows
+        inputs = sparse_rows.RowInputs(given.labels[index], given.inv_temperature[index], outputs, grads)
+        self.sparse.take(self, self._places(rows), states, logits, inputs)
 
-    def add(self, rows: slice, states: Tensor, dlogits: Tensor, contributes: Kept | None = None) -> None:
-        """Add one chunk, dlogits (C, V), which is overwritten; all but the rows of `contributes` have no gradient."""
+    def add(self, rows: slice, states: Tensor, dlogits: Tensor, contributes: ActiveRows | None = None) -> None:
+        """Add one chunk, dlogits (C, V), which is overwritten. Rows outside `contributes` have no gradient."""
         index = self._places(rows)
         if contributes is not None:
             kept = contributes.indices()
-            # Moving costs a read and a write of the rows that stay; below this share the GEMMs saved pay for it.
+            # Moving costs a read and a write of the rows that stay. Below this share the GEMMs saved pay for it.
             if kept.numel() <= 0.8 * dlogits.shape[0]:
                 index, states, dlogits = index[kept], states[kept], _moved_up(dlogits, kept)
         self.add_rows(index, states, dlogits)
@@ -158,9 +157,9 @@ class Gradients:
         """Add rows dlogits (C, V), which may be followed by rows of zeros, at their places in `hidden`."""
         if places.numel() == 0:
             return
-        operand, factor = _for_products(dlogits, self.chunks.weight)
+        operand, factor = _for_products(dlogits, self.chunks.rows.weight)
         if self.hidden is not None:
-            product = _times_weight(operand, self.chunks.weight)[: places.numel()]
+            product = _times_weight(operand, self.chunks.rows.weight)[: places.numel()]
             self.hidden[places] = (product if factor is None else product.mul_(factor)).to(self.hidden.dtype)
         if self.weight is not None:
             _add_weight_gradient(self.weight, operand, states, factor)
@@ -168,7 +167,7 @@ class Gradients:
             self.bias += dlogits.sum(0)
 
     def flush(self) -> None:
-        """Add what is held back for a later chunk."""
+        """Add the rows that are held back for a later chunk."""
         if self.sparse is not None:
             self.sparse.flush(self)
 
@@ -176,15 +175,15 @@ class Gradients:
         """Return (dhidden, dweight, dbias) after the last `flush`, in their inputs' dtypes or, `unscaled`, float32."""
         if self.unrounded:
             return self.hidden, self.weight, self.bias
-        weight = None if self.weight is None else self.weight.to(self.chunks.weight.dtype)
-        bias = None if self.bias is None or self.chunks.bias is None else self.bias.to(self.chunks.bias.dtype)
+        weight = None if self.weight is None else self.weight.to(self.chunks.rows.weight.dtype)
+        bias = None if self.bias is None or self.chunks.rows.bias is None else self.bias.to(self.chunks.rows.bias.dtype)
         return self.hidden, weight, bias
 
 
 def _moved_up(rows: Tensor, kept: Tensor) -> Tensor:
     """Return the rows at rising indices `kept`, moved to the front of `rows`: one gather would need a second tile.
 
-    Row i comes from kept[i] >= i, so that no move overwrites what a later one reads.
+    Row i comes from kept[i] >= i, so that no move overwrites a row that a later one reads.
     """
     count, step = kept.numel(), max(1, rows.shape[0] // MOVE_STEPS)
     for start in range(0, count, step):

@@ -31,8 +31,8 @@ GPU_CHUNK_TOKENS = 2048
 
 
 @dataclass(frozen=True)
-class Head:
-    """How logits become log-probs: everything of the vocabulary operation that is not a tensor."""
+class HeadOptions:
+    """How logits become log-probs: all options of the vocabulary operation that are not tensors."""
 
     logit_scale: float
     softcap: float
@@ -41,19 +41,123 @@ class Head:
     backend: str
     tail_mass: float = 0.0
     observe: Callable[[Tensor, Tensor], None] | None = None
-    """Called in the forward with (indices of rows, their logits), for what else is wanted of the logits while they are
-    there; it must leave them as they are."""
+    """Called in the forward with (indices of rows, their logits), to read more from the logits of a chunk. It must not
+    write to them."""
 
 
-def check_head(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return the tensors of the vocabulary operation in one dtype, or raise."""
+@dataclass(frozen=True)
+class LinearRows:
+    """Rows of hidden states, their head and its options: `checked` validates them, inner code trusts them.
+
+    The tensors keep their autograd graph.
+    """
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    labels: Tensor  # (N,)
+    inv_temperature: Tensor  # (N,)
+    options: HeadOptions
+    allowed: Tensor | None = None  # (N, ...) sets, as `check_allowed` returns them
+    rounding: str = ""
+    shape: torch.Size | None = None
+    """The shape of the labels as the caller gave them, None for (N,)."""
+
+    @classmethod
+    def checked(
+        cls,
+        hidden: Tensor,  # (..., D)
+        weight: Tensor,  # (V, D)
+        labels: Tensor,  # (...)
+        *,
+        bias: Tensor | None = None,  # (V,)
+        temperature: float | Tensor | None = 1.0,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        ignore_index: int = -100,
+        chunk_tokens: int | None = None,
+        tail_mass: float = 0.0,
+        tp_group: Any = None,
+        backend: str = "auto",
+        allowed: Tensor | None = None,
+        logits_rounding: str | None = None,
+    ) -> LinearRows:
+        """Return the arguments of `linear_token_logprobs` as rows, hidden states and head in one dtype, or raise."""
+        _check_head(hidden, weight, bias)
+        labels = checks.labels("labels", labels, hidden.shape[:-1], hidden.device, weight.shape[0], ignore_index)
+        check_savable(hidden, weight)
+        options = head_options(
+            hidden.device,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            ignore_index=ignore_index,
+            chunk_tokens=chunk_tokens,
+            tail_mass=tail_mass,
+            tp_group=tp_group,
+            backend=backend,
+        )
+        if options.tail_mass > 0.0 and not (allowed is None and logits_rounding is None):
+            raise ValueError(
+                "tail_mass > 0 is not supported together with allowed= or logits_rounding=: expected tail_mass=0.0, "
+                f"got {options.tail_mass}"
+            )
+        return cls.of(
+            hidden,
+            weight,
+            labels,
+            bias,
+            temperature,
+            options,
+            allowed=check_allowed(allowed, labels, weight.shape[0]),
+            rounding=check_rounding(logits_rounding),
+        )
+
+    @classmethod
+    def of(
+        cls,
+        hidden: Tensor,  # (..., D)
+        weight: Tensor,  # (V, D)
+        labels: Tensor,  # (...)
+        bias: Tensor | None,  # (V,)
+        temperature: Any,
+        options: HeadOptions,
+        *,
+        allowed: Tensor | None = None,
+        rounding: str = "",
+    ) -> LinearRows:
+        """Return checked tensors as rows, in one dtype. Only the temperature is still to be checked."""
+        dtype = torch.promote_types(hidden.dtype, weight.dtype)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        # The bias is widened to the head's dtype, but not rounded to it: it is added to logits that are not rounded.
+        bias = None if bias is None else bias.to(torch.promote_types(bias.dtype, dtype))
+        inv_temperature = _inv_temperature(temperature, labels, checks.wide(dtype))
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return cls(
+            flat, weight, bias, labels.reshape(-1), inv_temperature, options, allowed, rounding, shape=labels.shape
+        )
+
+    @property
+    def needs(self) -> tuple[bool, bool, bool]:
+        """Whether hidden states, head and bias require a gradient."""
+        return self.hidden.requires_grad, self.weight.requires_grad, self.bias is not None and self.bias.requires_grad
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the head or its bias requires a gradient."""
+        return any(self.needs[1:])
+
+    def restored(self, x: Tensor) -> Tensor:
+        """Return a value per row (N,) in the shape of the labels."""
+        return x if self.shape is None else x.view(self.shape)
+
+
+def _check_head(hidden: Any, weight: Any, bias: Any) -> None:
+    """Raise unless hidden states, head and bias fit each other."""
     checks.vocabulary_tensor("hidden", hidden)
     checks.vocabulary_tensor("weight", weight)
     if weight.numel() == 0:
         raise ValueError(
-            f"weight is empty, shape {tuple(weight.shape)}: gather the sharded head first (ZeRO-3: GatheredParameters; "
+            f"weight is empty, shape {tuple(weight.shape)}: gather the sharded head first (ZeRO-3: GatheredParameters, "
             "FSDP: call through the wrapped module's forward)"
         )
     if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
@@ -66,62 +170,41 @@ def check_head(
         checks.vocabulary_tensor("bias", bias)
         checks.same_shape("bias", bias, weight.shape[:1])
         checks.same_device("bias", bias, hidden.device)
-    labels = checks.labels("labels", labels, hidden.shape[:-1], hidden.device, weight.shape[0], ignore_index)
+
+
+def check_savable(hidden: Tensor, weight: Tensor) -> None:
+    """Raise where the backward would need a head that autograd cannot save."""
     trains = torch.is_grad_enabled() and hidden.requires_grad and not torch.compiler.is_compiling()
     if trains and torch.is_inference(weight):
-        raise RuntimeError("weight is an inference tensor and cannot be saved for backward; pass weight.clone()")
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    return hidden.to(dtype), weight.to(dtype), labels, None if bias is None else as_added(bias, dtype)
+        raise RuntimeError("weight is an inference tensor and cannot be saved for backward: pass weight.clone()")
 
 
-def as_added(bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the bias of a head of `dtype`: widened to it, but not rounded, as the logits that it is added to are."""
-    return bias.to(torch.promote_types(bias.dtype, dtype))
-
-
-def make_head(
-    hidden: Tensor,
+def head_options(
+    device: torch.device,
+    *,
     logit_scale: Any,
     softcap: Any,
     ignore_index: int,
-    *,
     chunk_tokens: int | None,
     tail_mass: float,
     tp_group: Any,
     backend: str,
-) -> Head:
-    """Return the validated `Head`."""
+) -> HeadOptions:
+    """Return the validated `HeadOptions`, or raise."""
     tail_mass = sparse_rows.check_tail_mass(tail_mass)
     if tp_group is not None:
         raise ValueError("tp_group is not supported here: gather the head first, or take the log-probs with tp_group")
     scale, cap = head_scalars(logit_scale, softcap)
     if chunk_tokens is None:
-        chunk_tokens = CPU_CHUNK_TOKENS if hidden.device.type == "cpu" else GPU_CHUNK_TOKENS
+        chunk_tokens = CPU_CHUNK_TOKENS if device.type == "cpu" else GPU_CHUNK_TOKENS
     elif isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be an int >= 1 or None, got {chunk_tokens!r}")
-    return Head(scale, cap, ignore_index, chunk_tokens, choice.choose(backend, hidden.device).backend, tail_mass)
+    return HeadOptions(scale, cap, ignore_index, chunk_tokens, choice.choose(backend, device).backend, tail_mass)
 
 
-def check_restrictions(
-    allowed: Tensor | None, logits_rounding: str | None, labels: Tensor, vocabulary: int, head: Head
-) -> tuple[Tensor | None, str]:
-    """Return `allowed` and `logits_rounding` as the kernels take them, or raise."""
-    if head.tail_mass > 0.0 and not (allowed is None and logits_rounding is None):
-        raise ValueError(
-            "tail_mass > 0 is not supported together with allowed= or logits_rounding=: expected tail_mass=0.0, "
-            f"got {head.tail_mass}"
-        )
-    return check_allowed(allowed, labels, vocabulary), check_rounding(logits_rounding)
-
-
-def inverse_temperature(temperature: Any, labels: Tensor, hidden: Tensor) -> Tensor:
-    """Return 1/T per token, (N,), in the dtype of the row kernels."""
-    heat = checks.temperature(temperature, labels.shape, hidden.device)
-    dtype = _wide(hidden.dtype)
-    if isinstance(heat, Tensor):
-        return heat.to(dtype).reciprocal().reshape(-1)
-    return torch.full((labels.numel(),), 1.0 / heat, dtype=dtype, device=hidden.device)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32
+def _inv_temperature(temperature: Any, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return 1/T per token, (N,), or raise."""
+    value = checks.temperature(temperature, labels.shape, labels.device)
+    if isinstance(value, Tensor):
+        return value.to(dtype).reciprocal().reshape(-1)
+    return torch.full((labels.numel(),), 1.0 / value, dtype=dtype, device=labels.device)

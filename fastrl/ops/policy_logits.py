@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl import reference
+from fastrl import checks, reference
 from fastrl.backends import choice, memory
-from fastrl.ops.fused import graph_is_kept, parts, scaled
+from fastrl.ops.fused import graph_is_kept, parts, scale_gradient
 from fastrl.ops.policy import (
     CONSTANTS,
     NUMBERS,
@@ -33,7 +33,7 @@ from fastrl.ops.policy import (
     numbers_of,
     term_outputs,
 )
-from fastrl.ops.rows import Rows, backward_rows, forward_rows, once_differentiable, row_blocks
+from fastrl.ops.rows import LogitRows, backward_rows, forward_rows, once_differentiable, row_blocks
 
 # Surrogates whose derivative does not depend on the log-prob, and those in which it depends on the ratio alone.
 LINEAR = ("reinforce", "nll")
@@ -43,7 +43,7 @@ FUNCTIONS_OF_THE_RATIO = ("clip", "importance", "clipped_weight", "masked_weight
 def policy_logits(
     spec: Any,  # PolicyLoss
     logits: Tensor,  # (..., V)
-    rows: Rows,
+    rows: LogitRows,
     columns: reference.TokenColumns,
     lengths: Tensor,  # (S,)
     *,
@@ -109,7 +109,7 @@ class _Plan:
     """What `_PolicyLogits` needs beside the logits."""
 
     spec: Any  # PolicyLoss
-    rows: Rows
+    rows: LogitRows
     columns: reference.TokenColumns
     lengths: Tensor
     inplace: bool
@@ -140,13 +140,13 @@ class _PolicyLogits(torch.autograd.Function):
         if grads[0] is None:
             return None, None
         (gradient,) = ctx.saved_tensors
-        return scaled(gradient, grads[0], ctx.backend, keep=graph_is_kept()), None
+        return scale_gradient(gradient, grads[0], ctx.backend, keep=graph_is_kept()), None
 
 
 def loss_and_gradient(
     spec: Any,  # PolicyLoss
     logits: Tensor,  # (..., V)
-    rows: Rows,
+    rows: LogitRows,
     columns: reference.TokenColumns,
     out: Tensor | None,  # (..., V) contiguous, or None to write over the logits
 ) -> tuple[Tensor, Tensor, reference.TokenTerms]:
@@ -156,19 +156,25 @@ def loss_and_gradient(
         return _in_one_kernel(spec, logits, rows, columns, gradients)
     if rows.backend == "cuda" and gradient_is_known(spec, columns):
         return _in_a_cluster(spec, logits, rows, columns, gradients)
-    blocks = list(row_blocks(logits.detach(), rows.labels, rows.inverse_rows))
+    blocks = list(row_blocks(logits.detach(), rows.labels, rows.inv_temperature_rows))
     found = [
-        forward_rows(rows.backend, x, labels, rows.inverse if inverse is None else inverse, **rows.scalars())
-        for x, labels, inverse in blocks
+        forward_rows(
+            rows.backend,
+            x,
+            labels,
+            rows.inv_temperature if inv_temperature is None else inv_temperature,
+            **rows.scalars(),
+        )
+        for x, labels, inv_temperature in blocks
     ]
     logprobs, entropy = (_joined([each[i] for each in found]) for i in range(2))
-    terms, g, h = _terms_and_coefficients(spec, logprobs, entropy, columns, choice.beside(rows.backend))
-    for ((x, labels, inverse), part), outputs in zip(parts(blocks), found, strict=True):
+    terms, g, h = _terms_and_coefficients(spec, logprobs, entropy, columns, choice.companion_backend(rows.backend))
+    for ((x, labels, inv_temperature), part), outputs in zip(parts(blocks), found, strict=True):
         backward_rows(
             rows.backend,
             x,
             labels,
-            rows.inverse if inverse is None else inverse,
+            rows.inv_temperature if inv_temperature is None else inv_temperature,
             outputs,
             (g[part], None if h is None else h[part], None),
             **rows.scalars(),
@@ -205,7 +211,7 @@ def gradient_is_known(spec: Any, columns: reference.TokenColumns) -> bool:
 
 
 def _in_a_cluster(
-    spec: Any, logits: Tensor, rows: Rows, columns: reference.TokenColumns, gradients: Tensor | None
+    spec: Any, logits: Tensor, rows: LogitRows, columns: reference.TokenColumns, gradients: Tensor | None
 ) -> tuple[Tensor, Tensor, reference.TokenTerms]:
     """Return what `loss_and_gradient` returns, through the CUDA kernel that reads and writes the logits once."""
     from fastrl.backends import cuda
@@ -214,12 +220,12 @@ def _in_a_cluster(
     anything = torch.zeros_like(columns.advantages)
     _, g, h = _terms_and_coefficients(spec, anything, anything, columns)
     found = []
-    for block, part in parts(row_blocks(logits.detach(), rows.labels, rows.inverse_rows)):
-        x, labels, inverse = block
+    for block, part in parts(row_blocks(logits.detach(), rows.labels, rows.inv_temperature_rows)):
+        x, labels, inv_temperature = block
         results, _ = cuda.token_logprobs_fwd_bwd(
             x,
             labels,
-            rows.inverse if inverse is None else inverse,
+            rows.inv_temperature if inv_temperature is None else inv_temperature,
             g[part],
             None if h is None else h[part],
             **rows.scalars(),
@@ -231,7 +237,7 @@ def _in_a_cluster(
 
 
 def _in_one_kernel(
-    spec: Any, logits: Tensor, rows: Rows, columns: reference.TokenColumns, gradients: Tensor | None
+    spec: Any, logits: Tensor, rows: LogitRows, columns: reference.TokenColumns, gradients: Tensor | None
 ) -> tuple[Tensor, Tensor, reference.TokenTerms]:
     """Return what `loss_and_gradient` returns, through the Triton kernel."""
     values = [getattr(columns, name) for name in CONSTANTS]
@@ -242,22 +248,22 @@ def _through_kernel(
     axes: Any,  # PolicyAxes
     numbers: Any,  # PolicyNumbers
     logits: Tensor,  # (..., V)
-    rows: Rows,
+    rows: LogitRows,
     values: Sequence[Tensor | None],  # (N,) each, named by `CONSTANTS`
     gradients: Tensor | None,  # (N, V), or None to write over the logits
 ) -> tuple[Tensor, Tensor, reference.TokenTerms]:
     from fastrl_kernels import policy_logits as kernels
 
     found = []
-    for block, part in parts(row_blocks(logits.detach(), rows.labels, rows.inverse_rows, *values)):
-        x, labels, inverse, *given = block
+    for block, part in parts(row_blocks(logits.detach(), rows.labels, rows.inv_temperature_rows, *values)):
+        x, labels, inv_temperature, *given = block
         found.append(
             kernels.policy_logits_fwd(
                 axes,
                 numbers,
                 x,
                 labels,
-                rows.inverse if inverse is None else inverse,
+                rows.inv_temperature if inv_temperature is None else inv_temperature,
                 kernel_columns(given),
                 out=x if gradients is None else gradients[part],
                 **rows.scalars(),
@@ -278,7 +284,7 @@ def _through_kernel(
 
 
 def _in_a_graph(
-    spec: Any, logits: Tensor, rows: Rows, columns: reference.TokenColumns, lengths: Tensor
+    spec: Any, logits: Tensor, rows: LogitRows, columns: reference.TokenColumns, lengths: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, reference.TokenTerms]:
     """Return what `policy_logits` returns with `inplace`, inside `torch.compile`."""
     gradient = logits.detach()
@@ -286,10 +292,10 @@ def _in_a_graph(
     results = _policy_logits_(
         gradient,
         rows.labels,
-        rows.inverse_rows,
+        rows.inv_temperature_rows,
         list(constants.values()),
         ",".join(constants),
-        rows.inverse,
+        rows.inv_temperature,
         rows.logit_scale,
         rows.softcap,
         rows.ignore_index,
@@ -340,10 +346,10 @@ _with_known_gradient.register_autograd(_backward, setup_context=_setup_context)
 def _policy_logits_(
     logits: Tensor,  # (..., V)
     labels: Tensor,  # (...)
-    inverse_rows: Tensor | None,  # (...)
+    inv_temperature_rows: Tensor | None,  # (...)
     constants: Sequence[Tensor],  # (N,) each
     names: str,
-    inverse: float,
+    inv_temperature: float,
     logit_scale: float,
     softcap: float,
     ignore_index: int,
@@ -353,7 +359,7 @@ def _policy_logits_(
     from fastrl_kernels import policy
 
     given = dict(zip(names.split(","), constants, strict=True))
-    rows = Rows(labels, inverse, inverse_rows, logit_scale, softcap, ignore_index, "triton")
+    rows = LogitRows(labels, inv_temperature, inv_temperature_rows, logit_scale, softcap, ignore_index, "triton")
     logprobs, entropy, terms = _through_kernel(
         policy.PolicyAxes(*axes.split(",")),
         policy.PolicyNumbers(**dict(zip(NUMBERS, numbers, strict=True))),
@@ -383,18 +389,16 @@ def _policy_logits_(
 def _(
     logits: Tensor,
     labels: Tensor,
-    inverse_rows: Tensor | None,
+    inv_temperature_rows: Tensor | None,
     constants: Sequence[Tensor],
     names: str,
-    inverse: float,
+    inv_temperature: float,
     logit_scale: float,
     softcap: float,
     ignore_index: int,
     axes: str,
     numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    row = torch.empty(
-        labels.numel(), dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32, device=logits.device
-    )
+    row = torch.empty(labels.numel(), dtype=checks.wide(logits.dtype), device=logits.device)
     surrogate, _, kl, *_ = axes.split(",")
     return torch.empty_like(row), row, *term_outputs(row, surrogate, kl, numbers)

@@ -1,13 +1,14 @@
-"""What metrics and weights ask of a row of logits beside its log-prob: argmax, its hit, log sum p^2, the mean logit.
+"""Statistics of a row of logits for metrics and weights: argmax, whether the label hits it, log sum p^2, mean logit.
 
 One read of the logits. No statistic has a gradient: a backward pass that reaches `log_sum_squared_probs` or
-`mean_logits` raises instead of adding zeros. Beside them stands `round_logits`, which has one, straight through.
+`mean_logits` raises instead of adding zeros. `round_logits` is here too. Its gradient is straight through.
 
 Legend: N tokens, D hidden, V vocabulary, R rows of a tile.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from fastrl import checks
 from fastrl.backends import choice
 from fastrl.ops.chunks import Chunks
-from fastrl.ops.head import check_head, inverse_temperature, make_head
+from fastrl.ops.head import LinearRows
 from fastrl.ops.rows import head_scalars, row_blocks
 
 # Rows of a tile of the PyTorch rows: one shape for every reduction, so that a row's bits do not depend on its batch.
@@ -27,13 +28,13 @@ class RowStatistics(NamedTuple):
     """Statistics of rows of logits z, each of the shape of the labels, none differentiable."""
 
     is_top1: Tensor
-    """bool: no entry is larger than the label's; False where ignored. `argmax == labels` also breaks ties."""
+    """bool: no entry is larger than the label's. False if ignored. `argmax == labels` also breaks ties."""
     log_sum_squared_probs: Tensor
-    """log sum_v p_v^2, in nats; 0 where ignored."""
+    """log sum_v p_v^2, in nats. 0 if ignored."""
     argmax: Tensor
-    """int64: the largest entry, the lowest id among equals; -1 where ignored or where the row is NaN."""
+    """int64: the largest entry, the lowest id among equals. -1 if ignored or if the row is NaN."""
     mean_logits: Tensor
-    """Mean of z over the vocabulary; 0 where ignored."""
+    """Mean of z over the vocabulary. 0 if ignored."""
 
 
 def row_statistics(
@@ -48,7 +49,8 @@ def row_statistics(
 ) -> RowStatistics:
     """Return argmax, whether the label hits it, log sum p^2 and the mean logit of every row, in one read.
 
-        z = softcap tanh(logit_scale logits / softcap) / temperature;  p = softmax(z)
+        z = softcap tanh(logit_scale logits / softcap) / temperature
+        p = softmax(z)
 
     Args:
         logits: (..., V) float32, bfloat16, float16 or float64, of any strides. -inf entries have probability 0.
@@ -57,17 +59,17 @@ def row_statistics(
         logit_scale: factor on the logits, before the softcap.
         softcap: bound c of c tanh(x / c), or None.
         ignore_index: label of rows to leave out, whatever their logits hold.
-        backend: "auto", "torch" or "triton"; a named backend is used or refused.
+        backend: "auto", "torch" or "triton". A named backend is used or refused.
 
     Returns:
-        `RowStatistics`; its floats are float32 (float64 for float64 logits). Largest is decided on the logits as given
-        (times the sign of `logit_scale`): scale, softcap and temperature keep their order, their rounding would not. A
-        row that holds NaN, or whose sum of exponentials is not positive and finite, is NaN in the floats, -1 in
-        `argmax` and False in `is_top1`. No gradient: a backward pass that reaches a float output raises RuntimeError;
-        detach it (or pass detached logits, as `torch.compile` needs).
+        `RowStatistics`, its floats in float32 (float64 for float64 logits). The largest entry is found among the
+        logits as given, times the sign of `logit_scale`: scale, softcap and temperature keep their order, but the
+        rounding of these steps need not. A row that holds NaN, or whose sum of exponentials is not positive and
+        finite, is NaN in the floats, -1 in `argmax` and False in `is_top1`. No gradient: a backward pass that reaches
+        a float output raises RuntimeError. Detach it, or pass detached logits, as `torch.compile` needs.
 
     Raises:
-        ValueError: shapes, devices, options, label values (on a CPU or inside `checked()`; elsewhere the row is NaN).
+        ValueError: shapes, devices, options, label values (on a CPU or inside `checked()`, elsewhere the row is NaN).
         TypeError: dtypes and tensor kinds that cannot be used.
         RuntimeError: a named backend that cannot run here, with the reason.
     """
@@ -76,12 +78,14 @@ def row_statistics(
         raise ValueError(f"logits must be (..., V) with V >= 1, got {tuple(logits.shape)}")
     labels = checks.labels("labels", labels, logits.shape[:-1], logits.device, logits.shape[-1], ignore_index)
     scale, cap = head_scalars(logit_scale, softcap)
-    heat = checks.temperature(temperature, labels.shape, logits.device)
+    temperature = checks.temperature(temperature, labels.shape, logits.device)
     chosen = choice.choose_row_statistics(backend, logits.device).backend
-    wide = _wide(logits.dtype)
-    inverse_rows = heat.to(wide).reciprocal() if isinstance(heat, Tensor) else None
-    inverse = 1.0 if isinstance(heat, Tensor) else 1.0 / heat
-    return RowStatistics(*_row_statistics(logits, labels, inverse_rows, inverse, scale, cap, ignore_index, chosen))
+    wide = checks.wide(logits.dtype)
+    inv_temperature_rows = temperature.to(wide).reciprocal() if isinstance(temperature, Tensor) else None
+    inv_temperature = 1.0 if isinstance(temperature, Tensor) else 1.0 / temperature
+    return RowStatistics(
+        *_row_statistics(logits, labels, inv_temperature_rows, inv_temperature, scale, cap, ignore_index, chosen)
+    )
 
 
 def linear_row_statistics(
@@ -101,36 +105,37 @@ def linear_row_statistics(
 
     Args:
         hidden: (..., D) hidden states, float32, bfloat16, float16 or float64.
-        weight: (V, D) LM head. A dtype other than that of `hidden` is promoted as PyTorch promotes.
+        weight: (V, D) LM head. `hidden` and `weight` are promoted to the wider dtype, as PyTorch promotes.
         labels: (...) int64 or int32, aligned with the hidden states: nothing is shifted here.
-        bias: (V,) or None; -inf entries ban a token.
+        bias: (V,) or None. An entry of -inf bans a token.
         temperature, logit_scale, softcap, ignore_index, backend: as `row_statistics`.
-        chunk_tokens: rows of a chunk; 256 on a CPU and 2048 elsewhere unless given.
+        chunk_tokens: rows of a chunk. Default: 256 on a CPU, 2048 elsewhere.
 
     Returns:
-        `RowStatistics`, without gradient as there. One GEMM of the live rows, in chunks of a fixed number of rows;
-        extra memory is one chunk of float32 logits (float64 for float64 inputs).
+        `RowStatistics`, without gradient as there. One GEMM of the live rows, in chunks of a fixed number of
+        rows. Extra memory: one chunk of float32 logits (float64 for float64 inputs).
 
     Raises:
         ValueError, TypeError, RuntimeError: as `row_statistics`, and for heads that hold no values or are sharded.
     """
-    hidden, weight, labels, bias = check_head(hidden, weight, labels, bias, ignore_index)
-    head = make_head(
+    rows = LinearRows.checked(
         hidden,
-        logit_scale,
-        softcap,
-        ignore_index,
+        weight,
+        labels,
+        bias=bias,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        ignore_index=ignore_index,
         chunk_tokens=chunk_tokens,
-        tail_mass=0.0,
-        tp_group=None,
-        backend=choice.choose_row_statistics(backend, hidden.device).backend,
+        backend="torch",
     )
-    inverse = inverse_temperature(temperature, labels, hidden)
-    with torch.no_grad(), choice.own_precision(hidden.device):
-        chunks = Chunks.of(hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1), inverse, head)
-        results = _linear_rows(chunks)
-    sources = [x for x in (hidden, weight, bias) if x is not None and x.requires_grad]
-    top1, log_sum_squared, argmax, mean = (x.view(labels.shape) for x in results)
+    chosen = choice.choose_row_statistics(backend, rows.hidden.device).backend
+    rows = replace(rows, options=replace(rows.options, backend=chosen))
+    with torch.no_grad(), choice.autocast_disabled(rows.hidden.device):
+        results = _linear_rows(Chunks.of(rows))
+    sources = [x for x in (rows.hidden, rows.weight, rows.bias) if x is not None and x.requires_grad]
+    top1, log_sum_squared, argmax, mean = (rows.restored(x) for x in results)
     if sources and torch.is_grad_enabled():
         log_sum_squared, mean = _NoGradient.apply(log_sum_squared, mean, *sources)
     return RowStatistics(top1, log_sum_squared, argmax, mean)
@@ -138,13 +143,12 @@ def linear_row_statistics(
 
 def _linear_rows(chunks: Chunks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the statistics of all rows (N,), their logits formed chunk by chunk."""
-    n, device = chunks.labels.numel(), chunks.hidden.device
-    results = _ignored_rows(n, _wide(chunks.hidden.dtype), device)
-    for rows, _, logits in chunks:
-        index = chunks.live[rows]
-        values = _forward_rows(
-            chunks.head.backend, logits, chunks.labels[index], chunks.inverse[index], **chunks.scalars()
-        )
+    rows = chunks.rows
+    results = _ignored_rows(rows.labels.numel(), chunks.dtype, rows.hidden.device)
+    for part, _, logits in chunks:
+        index = chunks.live[part]
+        labels, inv_temperature = rows.labels[index], rows.inv_temperature[index]
+        values = _forward_rows(rows.options.backend, logits, labels, inv_temperature, **chunks.scalars())
         for result, value in zip(results, values, strict=True):
             result[index] = value
     return results
@@ -160,19 +164,15 @@ def _ignored_rows(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Ten
     )
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32
-
-
 def _forward_rows(
-    backend: str, logits: Tensor, labels: Tensor, inverse: float | Tensor, **scalars: Any
+    backend: str, logits: Tensor, labels: Tensor, inv_temperature: float | Tensor, **scalars: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the statistics of rows, (N,) each, from a chosen backend."""
     if backend == "triton":
         from fastrl_kernels.row_statistics import row_statistics_fwd
 
-        return row_statistics_fwd(logits, labels, inverse, **scalars)
-    return row_statistics_rows(logits, labels, inverse, **scalars)
+        return row_statistics_fwd(logits, labels, inv_temperature, **scalars)
+    return row_statistics_rows(logits, labels, inv_temperature, **scalars)
 
 
 def row_statistics_rows(
@@ -186,7 +186,7 @@ def row_statistics_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (is_top1, log_sum_squared_probs, argmax, mean_logits), each (N,), in plain PyTorch."""
     n, vocabulary = logits.shape
-    results = _ignored_rows(n, _wide(logits.dtype), logits.device)
+    results = _ignored_rows(n, checks.wide(logits.dtype), logits.device)
     for start in range(0, n, TILE_ROWS):
         rows = slice(start, min(start + TILE_ROWS, n))
         count = rows.stop - rows.start
@@ -215,7 +215,7 @@ def _tile_statistics(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the statistics of a tile, (R,) each, NaN in the floats where a row is no distribution."""
-    x = logits.to(_wide(logits.dtype))
+    x = logits.to(checks.wide(logits.dtype))
     ordered = x if logit_scale > 0 else -x
     # PyTorch gives the first of equal entries, and NaN where there is one.
     largest, argmax = ordered.max(-1, keepdim=True)
@@ -243,25 +243,25 @@ def _tile_statistics(
 def _row_statistics(
     logits: Tensor,
     labels: Tensor,
-    inverse_rows: Tensor | None,
-    inverse: float,
+    inv_temperature_rows: Tensor | None,
+    inv_temperature: float,
     logit_scale: float,
     softcap: float,
     ignore_index: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with choice.own_precision(logits.device):
+    with choice.autocast_disabled(logits.device):
         parts = [
             _forward_rows(
                 backend,
                 rows,
                 row_labels,
-                inverse if row_inverse is None else row_inverse,
+                inv_temperature if row_inv_temperature is None else row_inv_temperature,
                 logit_scale=logit_scale,
                 softcap=softcap,
                 ignore_index=ignore_index,
             )
-            for rows, row_labels, row_inverse in row_blocks(logits, labels, inverse_rows)
+            for rows, row_labels, row_inv_temperature in row_blocks(logits, labels, inv_temperature_rows)
         ]
     outputs = parts[0] if len(parts) == 1 else tuple(torch.cat(column) for column in zip(*parts, strict=True))
     first, second, third, fourth = (x.view(labels.shape) for x in outputs)
@@ -269,20 +269,11 @@ def _row_statistics(
 
 
 @_row_statistics.register_fake
-def _(
-    logits: Tensor,
-    labels: Tensor,
-    inverse_rows: Tensor | None,
-    inverse: float,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(logits: Tensor, labels: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def like(dtype: torch.dtype) -> Tensor:
         return torch.empty(labels.shape, dtype=dtype, device=logits.device)
 
-    dtype = _wide(logits.dtype)
+    dtype = checks.wide(logits.dtype)
     return like(torch.bool), like(dtype), like(torch.int64), like(dtype)
 
 
@@ -324,17 +315,17 @@ def round_logits(
 ) -> Tensor:
     """Return logits rounded as an inference engine that stores them in bfloat16 rounds them, in their own dtype.
 
-    An engine whose head writes bfloat16 logits samples from the rounded ones: the log-probs that it reports differ from
-    those of float32 logits by up to 2^-8 of a logit, 0.06 at a logit of 16. Rounding alike takes that difference out of
-    the importance ratio. Pass the result to `token_logprobs`; the temperature comes after the rounding.
+    An engine whose head writes bfloat16 logits samples from the rounded logits. Its log-probs differ from log-probs of
+    float32 logits by up to 2^-8 of a logit, 0.06 at a logit of 16. Equal rounding takes that difference out of the
+    importance ratio. Pass the result to `token_logprobs`. The temperature comes after the rounding.
 
     Args:
         logits: float32, bfloat16, float16 or float64, of any shape, as the head writes them.
-        rounding: "none" returns `logits` themselves; "bf16" rounds to nearest, ties to even.
+        rounding: "none" returns `logits` themselves. "bf16" rounds to nearest, ties to even.
 
     Returns:
-        A tensor of the shape and dtype of `logits`. The gradient is straight through: that of the result, unrounded.
-        Rounding makes a copy of the logits.
+        A tensor of the shape and dtype of `logits`. The gradient passes straight through, unrounded. Rounding
+        makes a copy of the logits.
 
     Raises:
         ValueError: another `rounding`.

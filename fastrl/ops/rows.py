@@ -25,18 +25,20 @@ class TokenLogprobs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rows:
-    """How rows of logits become log-probs: everything of the vocabulary operation but the logits, validated."""
+class LogitRows:
+    """How rows of logits become log-probs: all arguments of the vocabulary operation but the logits, validated."""
 
     labels: Tensor  # (...)
-    inverse: float
-    """1/T, where `inverse_rows` is None."""
-    inverse_rows: Tensor | None  # (...)
+    inv_temperature: float
+    """1/T, where `inv_temperature_rows` is None."""
+    inv_temperature_rows: Tensor | None  # (...)
     logit_scale: float
     softcap: float
     """0.0 for none."""
     ignore_index: int
     backend: str
+    allowed: Tensor | None = None  # (N, ...) sets, as `check_allowed` returns them
+    rounding: str = ""
 
     def scalars(self) -> dict[str, Any]:
         """Return the keyword arguments of the row kernels."""
@@ -52,21 +54,21 @@ def checked_rows(
     softcap: float | None,
     ignore_index: int,
     backend: str,
-) -> Rows:
-    """Return the arguments of `token_logprobs` as `Rows`, or raise what it raises."""
+) -> LogitRows:
+    """Return the arguments of `token_logprobs` as `LogitRows`, or raise as it does."""
     checks.vocabulary_tensor("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits must be (..., V) with V >= 1, got {tuple(logits.shape)}")
     labels = checks.labels("labels", labels, logits.shape[:-1], logits.device, logits.shape[-1], ignore_index)
     scale, cap = head_scalars(logit_scale, softcap)
-    heat = checks.temperature(temperature, labels.shape, logits.device)
+    temperature = checks.temperature(temperature, labels.shape, logits.device)
     chosen = choice.choose(backend, logits.device).backend
-    inverse, inverse_rows = _inverse(heat, logits.dtype)
-    return Rows(labels, inverse, inverse_rows, scale, cap, ignore_index, chosen)
+    inv_temperature, inv_temperature_rows = _inverse(temperature, logits.dtype)
+    return LogitRows(labels, inv_temperature, inv_temperature_rows, scale, cap, ignore_index, chosen)
 
 
 def head_scalars(logit_scale: Any, softcap: Any) -> tuple[float, float]:
-    """Return (logit_scale, softcap) as floats, 0.0 standing for no softcap, or raise."""
+    """Return (logit_scale, softcap) as floats, or raise; 0.0 stands for no softcap."""
     scale = checks.plain_float("logit_scale", logit_scale)
     if scale == 0.0:
         raise ValueError("logit_scale must not be 0")
@@ -87,11 +89,12 @@ def row_blocks(
 ) -> Iterator[tuple[Any, ...]]:
     """Yield views (N, V) of the logits with the matching (N,) rows of the others, without copying the logits.
 
-    One block where the leading dimensions can be viewed as one; else one block per index of the first dimension, as for
-    `logits[:, :-1]`.
+    One block if the leading dimensions can be viewed as one. Otherwise one block per index of the first dimension, as
+    for `logits[:, :-1]`.
     """
     vocabulary = logits.shape[-1]
     flat = tuple(None if x is None else x.reshape(-1) for x in others)
+    # PyTorch tells whether strides allow a view only by trying.
     try:
         yield (logits.view(-1, vocabulary), *flat)
         return
@@ -104,38 +107,38 @@ def row_blocks(
 
 
 def forward_rows(
-    backend: str, logits: Tensor, labels: Tensor, inverse: float | Tensor, **scalars: Any
+    backend: str, logits: Tensor, labels: Tensor, inv_temperature: float | Tensor, **scalars: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (logprobs, entropy, logsumexp, residual) of rows, (N,) each; residual (0,) if the backend has none."""
+    """Return (logprobs, entropy, logsumexp, residual) of rows, (N,) each. residual is (0,) if the backend has none."""
     kernels = choice.row_kernels(backend)
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    if not choice.keeps_residual(backend):
-        outputs = kernels.token_logprobs_fwd(logits, labels, inverse, **scalars)
+    dtype = checks.wide(logits.dtype)
+    if not choice.needs_lse_residual(backend):
+        outputs = kernels.token_logprobs_fwd(logits, labels, inv_temperature, **scalars)
         return (*outputs, torch.empty(0, dtype=dtype, device=logits.device))
     residual = torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
-    return (*kernels.token_logprobs_fwd(logits, labels, inverse, residual=residual, **scalars), residual)
+    return (*kernels.token_logprobs_fwd(logits, labels, inv_temperature, residual=residual, **scalars), residual)
 
 
 def backward_rows(
     backend: str,
     logits: Tensor,
     labels: Tensor,
-    inverse: float | Tensor,
+    inv_temperature: float | Tensor,
     outputs: tuple[Tensor, Tensor, Tensor, Tensor],
     grads: tuple[Tensor | None, Tensor | None, Tensor | None],
     **scalars: Any,
 ) -> Tensor:
-    """Return the gradient of rows from what `forward_rows` returned; `out=` among the scalars takes it."""
+    """Return the gradient of rows from the outputs of `forward_rows`, in the memory of `out=` if it is given."""
     kernels = choice.row_kernels(backend)
-    if choice.keeps_residual(backend):
+    if choice.needs_lse_residual(backend):
         scalars["residual"] = outputs[3]
-    return kernels.token_logprobs_bwd(logits, labels, inverse, *outputs[:3], *grads, **scalars)
+    return kernels.token_logprobs_bwd(logits, labels, inv_temperature, *outputs[:3], *grads, **scalars)
 
 
 def once_differentiable() -> None:
     """Raise inside a backward pass that is itself recorded."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            "fastrl operations are differentiable once: create_graph=True is not supported; "
+            "fastrl operations are differentiable once: create_graph=True is not supported, "
             "use fastrl.reference for second derivatives"
         )

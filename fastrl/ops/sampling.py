@@ -1,9 +1,8 @@
-"""What an inference engine does to a row of logits before the softmax: it may round it, and ban tokens from it.
+"""The steps of an inference engine between logits and softmax: it may round a row, and ban tokens from it.
 
-The log-probs that an engine reports as "processed" are those of what it sampled from: the tokens that a grammar, top-k
-or top-p left, and logits of the precision in which its head writes them. Rows are prepared alike here, in a tile that
-is ours to write: rounded as the head writes them, then scaled and capped, then with -inf at the banned entries. The row
-kernels of every backend take a row from there: -inf has probability 0 and gradient 0.
+An engine's "processed" log-probs are over the tokens that a grammar, top-k or top-p left, from logits in the precision
+in which its head writes them. We apply the engine's steps to a scratch copy of the logits: round, scale, softcap, set
+disallowed entries to -inf. The row kernels of every backend go on from there: -inf has probability 0 and gradient 0.
 
 Legend: N tokens, V vocabulary, R rows of a tile, W = ceil(V / 32) words of a bitmask, K ids of a set.
 """
@@ -19,18 +18,18 @@ from torch import Tensor
 
 from fastrl import checks
 from fastrl.backends import choice, memory
-from fastrl.ops.rows import backward_rows, forward_rows, once_differentiable, row_blocks
+from fastrl.ops.rows import LogitRows, backward_rows, forward_rows, row_blocks
 from fastrl.ops.segments import running_sum
 
 ROUNDINGS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Rows whose set is written out as V booleans at once.
+# Rows whose sets are expanded to V booleans at once.
 SET_ROWS = 32
-# Rows of logits that are copied, to be prepared, at once.
+# Rows of logits in a scratch copy.
 TILE_ROWS = 64
 
 
 def check_rounding(logits_rounding: Any) -> str:
-    """Return the rounding as a string, "" standing for none, or raise."""
+    """Return the rounding as a string, "" for none, or raise."""
     checks.one_of("logits_rounding", logits_rounding, (None, *ROUNDINGS))
     return logits_rounding or ""
 
@@ -56,19 +55,19 @@ def check_allowed(allowed: Any, labels: Tensor, vocabulary: int) -> Tensor | Non
     if allowed.dtype == torch.int64 and checks.checks_values(allowed) and allowed.numel():
         low, high = int(allowed.min()), int(allowed.max())
         if low < -1 or high >= vocabulary:
-            raise ValueError(f"allowed must hold ids in [0, V={vocabulary}), padded with -1; got {low} to {high}")
+            raise ValueError(f"allowed must hold ids in [0, V={vocabulary}), padded with -1, got {low} to {high}")
     return allowed.reshape(-1, allowed.shape[-1])
 
 
 def check_labels_are_allowed(logprobs: Tensor) -> None:
-    """Raise inside `checked()` if a label is outside its set, which elsewhere shows as a log-prob of -inf."""
+    """Raise inside `checked()` if a label is outside its set. Elsewhere its log-prob of -inf shows it."""
     if checks.is_checked() and bool(logprobs.isneginf().any()):
         where = logprobs.isneginf().nonzero()[:4].tolist()
-        raise ValueError(f"labels must be in their allowed sets; the log-prob is -inf at {where}")
+        raise ValueError(f"labels must be in their allowed sets: the log-prob is -inf at {where}")
 
 
-def banned(allowed: Tensor, vocabulary: int) -> Tensor:
-    """Return the complement of sets (R, ...) as (R, V) bool; ids outside the vocabulary stand for nothing."""
+def disallowed(allowed: Tensor, vocabulary: int) -> Tensor:
+    """Return the complement of sets (R, ...) as (R, V) bool. Ids outside the vocabulary are padding."""
     if allowed.dtype == torch.bool:
         return ~allowed
     if allowed.dtype == torch.int32:
@@ -80,7 +79,7 @@ def banned(allowed: Tensor, vocabulary: int) -> Tensor:
     return result.scatter_(1, torch.where(outside, vocabulary, allowed), False)[:, :vocabulary]
 
 
-def prepare(
+def apply_sampling(
     tile: Tensor,  # (R, V), overwritten
     allowed: Tensor | None,  # (N, ...)
     index: Tensor,  # (R,) the rows among all N
@@ -88,7 +87,7 @@ def prepare(
     logit_scale: float,
     softcap: float,
 ) -> None:
-    """Round the logits of a tile and, where sets are given, cap them and put -inf at what is banned."""
+    """Round the logits of a tile. If sets are given, also cap them and set disallowed entries to -inf."""
     for start in range(0, tile.shape[0], SET_ROWS):
         rows = tile[start : start + SET_ROWS]
         if rounding:
@@ -97,13 +96,13 @@ def prepare(
             continue
         if softcap > 0.0:
             rows.mul_(logit_scale / softcap).tanh_().mul_(softcap)
-        # What is yet to be multiplied by a negative scale is smallest at +inf.
+        # The kernels still multiply by the scale: under a negative one +inf is the smallest.
         nothing = math.inf if softcap == 0.0 and logit_scale < 0.0 else -math.inf
-        rows.masked_fill_(banned(allowed[index[start : start + SET_ROWS]], tile.shape[1]), nothing)
+        rows.masked_fill_(disallowed(allowed[index[start : start + SET_ROWS]], tile.shape[1]), nothing)
 
 
 def kernel_scalars(allowed: Tensor | None, logit_scale: float, softcap: float, ignore_index: int) -> dict[str, Any]:
-    """Return the scalars of the row kernels for prepared rows: capped ones are scaled already."""
+    """Return the scalars of the row kernels for prepared rows. Capped rows are scaled already."""
     if allowed is not None and softcap > 0.0:
         logit_scale, softcap = 1.0, 0.0
     return {"logit_scale": logit_scale, "softcap": softcap, "ignore_index": ignore_index}
@@ -113,7 +112,7 @@ def prepared_backward_rows(
     backend: str,
     tile: Tensor,  # (R, V) prepared, overwritten
     labels: Tensor,  # (R,)
-    inverse: float | Tensor,  # scalar or (R,)
+    inv_temperature: float | Tensor,  # scalar or (R,)
     outputs: tuple[Tensor, Tensor, Tensor, Tensor],
     grads: tuple[Tensor | None, Tensor | None, Tensor | None],
     allowed: Tensor | None,
@@ -121,83 +120,73 @@ def prepared_backward_rows(
     softcap: float,
     ignore_index: int,
 ) -> Tensor:
-    """Turn prepared rows into the gradient of the logits that they were made from, in place.
+    """Turn prepared rows into the gradient of the original logits, in place.
 
-    Rounding is passed straight through. A label outside its set has a log-prob of -inf and gives no gradient to it.
+    The gradient passes straight through the rounding. A label outside its set gets no gradient.
     """
     scalars = kernel_scalars(allowed, logit_scale, softcap, ignore_index)
     if allowed is not None and grads[0] is not None:
         grads = (torch.where(outputs[0].isneginf(), 0.0, grads[0]), *grads[1:])
     if allowed is None or softcap == 0.0:
-        return backward_rows(backend, tile, labels, inverse, outputs, grads, **scalars, out=tile)
+        return backward_rows(backend, tile, labels, inv_temperature, outputs, grads, **scalars, out=tile)
     for start in range(0, tile.shape[0], SET_ROWS):
         at = slice(start, start + SET_ROWS)
         rows = tile[at]
-        # 1 - tanh^2, which of a banned entry is 0.
+        # 1 - tanh^2, which is 0 for a disallowed entry.
         slope = (rows / softcap).square_().neg_().add_(1.0).clamp_(min=0.0).mul_(logit_scale)
         residual = outputs[3][at] if outputs[3].numel() else outputs[3]
         of_rows = (outputs[0][at], outputs[1][at], outputs[2][at], residual)
         first, second, third = (None if g is None else g[at] for g in grads)
-        factor = inverse[at] if isinstance(inverse, Tensor) else inverse
+        factor = inv_temperature[at] if isinstance(inv_temperature, Tensor) else inv_temperature
         backward_rows(backend, rows, labels[at], factor, of_rows, (first, second, third), **scalars, out=rows)
         rows.mul_(slope)
     return tile
 
 
-def restricted_token_logprobs(
+def restricted_forward(
     logits: Tensor,  # (..., V)
-    labels: Tensor,  # (...)
-    temperature: float | Tensor,
-    allowed: Any,
-    logits_rounding: Any,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    """Return (logprobs, entropy, logsumexp), each of the shape of `labels`; the other arguments are checked already."""
-    rounding = check_rounding(logits_rounding)
-    sets = check_allowed(allowed, labels, logits.shape[-1])
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    if isinstance(temperature, Tensor):
-        inverse = temperature.to(dtype).reciprocal().reshape(-1)
-    else:
-        inverse = torch.full((labels.numel(),), 1.0 / temperature, dtype=dtype, device=logits.device)
-    how = (rounding, logit_scale, softcap, ignore_index, backend)
-    outputs = prepared_token_logprobs(logits, labels.reshape(-1), inverse, sets, *how)[:3]
-    if sets is not None:
-        check_labels_are_allowed(outputs[0].view(labels.shape))
-    return tuple(x.view(labels.shape) for x in outputs)
-
-
-@torch.library.custom_op("fastrl::prepared_token_logprobs", mutates_args=())
-def prepared_token_logprobs(
-    logits: Tensor,  # (..., V)
-    labels: Tensor,  # (N,)
-    inverse: Tensor,  # (N,)
-    allowed: Tensor | None,  # (N, ...)
-    rounding: str,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    backend: str,
+    rows: LogitRows,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (logprobs, entropy, logsumexp, residual) of rows that are rounded and restricted to sets."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    """Return (logprobs, entropy, logsumexp, residual), (N,) each, of rows that are rounded or restricted to sets."""
+    dtype = checks.wide(logits.dtype)
+    labels, inv_temperature = _flat(rows)
     parts = [torch.empty((4, 0), dtype=dtype, device=logits.device)]
-    scalars = kernel_scalars(allowed, logit_scale, softcap, ignore_index)
-    keeps = choice.keeps_residual(backend)
-    with choice.own_precision(logits.device):
-        for index, tile in _tiles(logits, dtype):
-            prepare(tile, allowed, index, rounding, logit_scale, softcap)
-            found = forward_rows(backend, tile, labels[index], inverse[index], **scalars)
-            parts.append(torch.stack(found if keeps else (*found[:3], found[0])))
+    scalars = kernel_scalars(rows.allowed, rows.logit_scale, rows.softcap, rows.ignore_index)
+    has_residual = choice.needs_lse_residual(rows.backend)
+    for index, tile in _tiles(logits, dtype):
+        apply_sampling(tile, rows.allowed, index, rows.rounding, rows.logit_scale, rows.softcap)
+        found = forward_rows(rows.backend, tile, labels[index], inv_temperature[index], **scalars)
+        parts.append(torch.stack(found if has_residual else (*found[:3], found[0])))
     first, second, third, fourth = torch.cat(parts, 1).unbind(0)
-    return first.clone(), second.clone(), third.clone(), fourth.clone() if keeps else fourth.new_empty(0)
+    return first.clone(), second.clone(), third.clone(), fourth.clone() if has_residual else fourth.new_empty(0)
+
+
+def restricted_backward(
+    logits: Tensor,  # (..., V)
+    rows: LogitRows,
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],  # (N,) each
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],  # (N,) each
+    out: Tensor,  # (N, V), written
+) -> None:
+    """Write the gradient of the logits from the results of `restricted_forward` and their gradients."""
+    labels, inv_temperature = _flat(rows)
+    scalars = (rows.logit_scale, rows.softcap, rows.ignore_index)
+    for index, tile in _tiles(logits, inv_temperature.dtype):
+        apply_sampling(tile, rows.allowed, index, rows.rounding, rows.logit_scale, rows.softcap)
+        logprobs, entropy, logsumexp, residual = (x[index] if x.numel() else x for x in outputs)
+        g, h, ell = (None if grad is None else grad[index] for grad in grads)
+        of_rows = (labels[index], inv_temperature[index], (logprobs, entropy, logsumexp, residual), (g, h, ell))
+        out[index] = prepared_backward_rows(rows.backend, tile, *of_rows, rows.allowed, *scalars).to(out.dtype)
+
+
+def _flat(rows: LogitRows) -> tuple[Tensor, Tensor]:
+    """Return (labels, 1/T), (N,) each."""
+    assert rows.inv_temperature_rows is not None
+    return rows.labels.reshape(-1), rows.inv_temperature_rows.reshape(-1)
 
 
 def _tiles(logits: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (indices, copy in `dtype`) of consecutive rows; the next copy overwrites the last."""
+    """Yield (indices, copy in `dtype`) of consecutive rows. The next copy overwrites the last."""
     vocabulary = logits.shape[-1]
     n = logits.numel() // vocabulary
     room = memory.empty((min(n, TILE_ROWS), vocabulary), dtype, logits.device)
@@ -205,101 +194,6 @@ def _tiles(logits: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]
         for start in range(0, index.numel(), TILE_ROWS):
             part = index[start : start + TILE_ROWS]
             yield part, room[: part.numel()].copy_(rows[start : start + TILE_ROWS])
-
-
-@prepared_token_logprobs.register_fake
-def _(
-    logits: Tensor,
-    labels: Tensor,
-    inverse: Tensor,
-    allowed: Tensor | None,
-    rounding: str,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    first, second, third, fourth = (torch.empty_like(inverse) for _ in range(4))
-    return first, second, third, fourth if choice.keeps_residual(backend) else inverse.new_empty(0)
-
-
-@torch.library.custom_op("fastrl::prepared_token_logprobs_backward", mutates_args=())
-def _prepared_backward(
-    logits: Tensor,
-    labels: Tensor,
-    inverse: Tensor,
-    allowed: Tensor | None,
-    logprobs: Tensor,
-    entropy: Tensor,
-    logsumexp: Tensor,
-    residual: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_logsumexp: Tensor | None,
-    rounding: str,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    backend: str,
-) -> Tensor:
-    gradient = memory.empty(logits.shape, logits.dtype, logits.device)
-    numbers = (logit_scale, softcap, ignore_index)
-    grads = (grad_logprobs, grad_entropy, grad_logsumexp)
-    with choice.own_precision(logits.device):
-        for index, tile in _tiles(logits, inverse.dtype):
-            prepare(tile, allowed, index, rounding, logit_scale, softcap)
-            of_rows = (
-                logprobs[index],
-                entropy[index],
-                logsumexp[index],
-                residual[index] if residual.numel() else residual,
-            )
-            first, second, third = (None if g is None else g[index] for g in grads)
-            done = prepared_backward_rows(
-                backend, tile, labels[index], inverse[index], of_rows, (first, second, third), allowed, *numbers
-            )
-            gradient.view(-1, logits.shape[-1])[index] = done.to(gradient.dtype)
-    return gradient
-
-
-@_prepared_backward.register_fake
-def _(
-    logits: Tensor,
-    labels: Tensor,
-    inverse: Tensor,
-    allowed: Tensor | None,
-    logprobs: Tensor,
-    entropy: Tensor,
-    logsumexp: Tensor,
-    residual: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_logsumexp: Tensor | None,
-    rounding: str,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    backend: str,
-) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, labels, inverse, allowed, *ctx.scalars = inputs
-    ctx.save_for_backward(logits, labels, inverse, allowed, *output)
-    ctx.mark_non_differentiable(output[3])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    once_differentiable()
-    nothing = (None,) * (3 + len(ctx.scalars))
-    if not ctx.needs_input_grad[0] or all(g is None for g in grads):
-        return (None, *nothing)
-    return (_prepared_backward(*ctx.saved_tensors, *grads[:3], *ctx.scalars), *nothing)
-
-
-prepared_token_logprobs.register_autograd(_backward, setup_context=_setup_context)
 
 
 def top_k_top_p_allowed(
@@ -313,13 +207,13 @@ def top_k_top_p_allowed(
         kept by top-k:   z_v >= the k-th largest z
         kept by top-p:   z_v >= the largest t such that the probabilities of {v: z_v >= t} add up to at least p
 
-    of z = logits / temperature and, for top-p, the softmax over what top-k left. Entries that are equal are kept or
-    left out together, so that the set does not depend on their order; engines that sort break such ties somehow.
+    of z = logits / temperature and, for top-p, the softmax over the entries that top-k left. Equal entries are kept or
+    left out together, so that the set does not depend on their order. Engines that sort break such ties somehow.
 
     Args:
         logits: (..., V) as the sampler sees them: scaled and capped. -inf entries are never kept.
-        top_k: number of entries, at least 1; None keeps all.
-        top_p: probability in (0, 1]; None, or 1, keeps all.
+        top_k: number of entries, at least 1. None keeps all.
+        top_p: probability in (0, 1]. None, or 1, keeps all.
         temperature: a float, or a tensor broadcastable to the leading shape, > 0.
 
     Raises:
@@ -332,17 +226,17 @@ def top_k_top_p_allowed(
         raise ValueError(f"top_k must be an int >= 1 or None, got {top_k!r}")
     if top_p is not None:
         checks.plain_float("top_p", top_p, low=0.0, high=1.0, open_low=True)
-    heat = checks.temperature(temperature, logits.shape[:-1], logits.device)
+    temperature = checks.temperature(temperature, logits.shape[:-1], logits.device)
     flat = logits.detach().reshape(-1, logits.shape[-1])
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    if isinstance(heat, Tensor):
-        heats = heat.to(dtype).reshape(-1, 1)
+    dtype = checks.wide(logits.dtype)
+    if isinstance(temperature, Tensor):
+        temperatures = temperature.to(dtype).reshape(-1, 1)
     else:
-        heats = torch.full((flat.shape[0], 1), heat, dtype=dtype, device=logits.device)
+        temperatures = torch.full((flat.shape[0], 1), temperature, dtype=dtype, device=logits.device)
     kept = torch.empty(flat.shape, dtype=torch.bool, device=logits.device)
     for start in range(0, flat.shape[0], SET_ROWS):
         rows = slice(start, start + SET_ROWS)
-        kept[rows] = _kept(flat[rows].to(dtype) / heats[rows], top_k, top_p)
+        kept[rows] = _kept(flat[rows].to(dtype) / temperatures[rows], top_k, top_p)
     return kept.view(logits.shape)
 
 

@@ -22,27 +22,27 @@ def segment_sum(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Return the sums (S,) over consecutive segments, 0 for an empty one; stands in for `reference.segment_sum`.
+    """Return the sums (S,) over consecutive segments, 0 for an empty one: `reference.segment_sum`.
 
     Sums are accumulated in float64 in an order that depends on the length of a segment only, and zeros behind the end
     of a segment change no bit, so that padded and packed sequences have the same sum. No host synchronisation.
 
     Args:
         x: (N,) float32 or float64.
-        lengths: (S,) on the device of `x`; the caller has checked them.
-        backend: "auto" takes Triton on GPUs and PyTorch elsewhere; "torch" and "triton" are used or refused.
+        lengths: (S,) on the device of `x`, checked by the caller.
+        backend: "auto" takes Triton on GPUs and PyTorch elsewhere. "torch" and "triton" are used or refused.
 
     Returns:
-        (S,) in the dtype of `x`, differentiable (any number of times): the gradient of an element is that of its sum.
+        (S,) in the dtype of `x`, differentiable any number of times: each element gets the gradient of its sum.
     """
     if not choice.kernel_runs(backend, x.device):
         return reference.segment_sum(x, lengths)
     return _segment_sum(x, F.pad(lengths.cumsum(0), (1, 0)))
 
 
-def sums_beside(backend: str) -> reference.SegmentSum:
-    """Return `segment_sum` as it runs beside vocabulary rows of a chosen backend."""
-    return partial(segment_sum, backend=choice.beside(backend))
+def segment_sum_for(backend: str) -> reference.SegmentSum:
+    """Return `segment_sum` on the backend that goes with row kernels of a chosen backend."""
+    return partial(segment_sum, backend=choice.companion_backend(backend))
 
 
 def reverse_scan(
@@ -53,16 +53,16 @@ def reverse_scan(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Return x (N,) with x_t = b_t + c_t x_{t+1} inside each sequence, x = b at its last token; not differentiated.
+    """Return x (N,) with x_t = b_t + c_t x_{t+1} inside each sequence, x = b at its last token. Not differentiated.
 
-    Where c_t is 0, what stands behind t does not matter, NaN neither. Terms of 0 behind the end of a sequence change no
-    bit. The kernel accumulates in float64, PyTorch in the dtype of `b`. No host synchronisation.
+    If c_t is 0, the values behind t do not matter, not even NaN. Terms of 0 behind the end of a sequence change no bit.
+    The kernel accumulates in float64, PyTorch in the dtype of `b`. No host synchronisation.
 
     Args:
         b: (N,) float32 or float64: the terms.
         c: (N,) as `b`: the factors.
-        lengths: (S,) on the device of `b`; the caller has checked them.
-        reach: an upper bound of the lengths; the kernel does not need it.
+        lengths: (S,) on the device of `b`, checked by the caller.
+        reach: an upper bound of the lengths. The kernel does not need it.
         backend: as for `segment_sum`.
     """
     b, c = b.detach(), c.detach()
@@ -76,13 +76,14 @@ def reverse_scan(
 def running_sum(x: Tensor) -> Tensor:  # (..., L) -> (..., L)
     """Return x.cumsum(-1) of float32 or float64, not differentiated, the same bits each time on every device.
 
-    PyTorch's cumulative sum of floats on a GPU is none of its deterministic algorithms, and raises where they are asked
+    PyTorch's cumulative sum of floats on a GPU is not deterministic, and raises if deterministic algorithms are asked
     for. No host synchronisation.
     """
     if x.numel() == 0:
         return x.detach().clone()
     if x.device.type == "cpu":
         return x.detach().cumsum(-1)
+    # A running sum is the reverse scan of the flipped terms with factors of 1.
     length = x.shape[-1]
     terms = x.detach().flip(-1)
     factors = torch.ones_like(terms)

@@ -1,15 +1,15 @@
-"""Rows of the logits' gradient as short lists of entries, with a bound on what is left out.
+"""Rows of the logits' gradient as short lists of entries, with a bound on the rest.
 
     dz_v = g (1[v = y] - p_v) - h p_v (log p_v + H) + l p_v,    dx_v = dz_v dz_v/dx_v
 
-A row's list holds the label's entry and the entries of largest |dx|. What it leaves out is measured while the row is
-read: the sum of |dx| over the other entries, relative to the row's scale (|g| + |h| + |l|) |logit_scale| / T. It is at
-most `tail_mass`, or the row is dense. Where only the log-prob has a gradient and there is no softcap, that is the
-probability outside the list. So with W the head and x the hidden states, in any norm,
+A row's list holds the label's entry and the entries of largest |dx|. The kernel sums |dx| over the other entries while
+it reads the row, relative to the row's scale (|g| + |h| + |l|) |logit_scale| / T. This sum, `left`, is at most
+`tail_mass`, or the row is dense. If only the log-prob has a gradient and there is no softcap, it is the probability
+outside the list. So with W the head and x the hidden states, in any norm,
 
     error of dhidden_t <= left_t scale_t max_v |W_v|,    error of dW <= sum_t left_t scale_t |x_t|
 
-docs/sparse-rows.md derives both and shows what they come to.
+docs/sparse-rows.md derives both and measures them.
 
 Legend: C rows of a chunk, L live rows, K places of a row, M candidates of a row, D hidden, V vocabulary.
 """
@@ -28,10 +28,10 @@ from torch import Tensor
 from fastrl import checks
 from fastrl.ops.rows import backward_rows
 
-# Device type -> (largest tail_mass, places of a row, entries down to which the smallest are dropped) in rising order;
-# the last band takes every larger one. An entry costs a row of D numbers read for dX, and two read and one written for
-# dW; a dense row two passes over the head. Entries up to the last number cost nothing that was measurable on a CPU, and
-# took the error of dW from 2e-5 to 4e-6.
+# Device type -> (largest tail_mass, places of a row, entries down to which the smallest are dropped) in rising order.
+# The last band takes every larger tail_mass. An entry costs a row of D numbers read for dX, and two read and one
+# written for dW. A dense row costs two passes over the head. Entries up to the last number had no measurable cost on a
+# CPU, and took the error of dW from 2e-5 to 4e-6.
 PLACES = {
     "cpu": ((1.0, 1024, 64),),
     "other": ((3e-4, 128, 16), (1.0, 256, 16)),
@@ -66,29 +66,29 @@ class Rule:
 class Lists(NamedTuple):
     """The lists of some rows. Places beyond a row's count hold anything."""
 
-    counts: Tensor  # (C,) int32; 0 for rows without a gradient, -1 for dense rows
+    counts: Tensor  # (C,) int32, 0 for rows without a gradient, -1 for dense rows
     indices: Tensor  # (C, K) int32
     values: Tensor  # (C, K)
-    left: Tensor  # (C,) float64, sum of |gradient| left out relative to the row's scale; 0 for dense rows
+    left: Tensor  # (C,) float64, sum of |gradient| left out relative to the row's scale, 0 for dense rows
 
 
-class Problem(NamedTuple):
-    """What the gradient of some rows is formed from beside their logits: the arguments of `backward_rows`."""
+class RowInputs(NamedTuple):
+    """The inputs of the gradient of some rows beside their logits: the arguments of `backward_rows`."""
 
     labels: Tensor  # (C,)
-    inverse: Tensor  # (C,)
+    inv_temperature: Tensor  # (C,)
     outputs: tuple[Tensor, Tensor, Tensor, Tensor]  # (C,) each, the last (0,) where the backend keeps none
     grads: tuple[Tensor | None, Tensor | None, Tensor | None]  # (C,) each
 
-    def at(self, rows: Tensor) -> Problem:
-        """Return the problem of the rows at some indices."""
+    def at(self, rows: Tensor) -> RowInputs:
+        """Return the inputs of some rows."""
         logprobs, entropy, logsumexp, residual = (x[rows] if x.numel() else x for x in self.outputs)
         first, second, third = (None if grad is None else grad[rows] for grad in self.grads)
         outputs, grads = (logprobs, entropy, logsumexp, residual), (first, second, third)
-        return Problem(self.labels[rows], self.inverse[rows], outputs, grads)
+        return RowInputs(self.labels[rows], self.inv_temperature[rows], outputs, grads)
 
 
-class Tally:
+class SparseStats:
     """Counts over the rows that have a gradient, as tensors on the device that change as rows are counted."""
 
     def __init__(self, device: torch.device) -> None:
@@ -111,27 +111,27 @@ class Tally:
     def metrics(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return name -> (sum, count): the share of sparse rows, and the largest mass that one left out.
 
-        They are the tally's own tensors: what a backward counts later shows in them.
+        These are the tensors of the object itself: they show the rows that a later backward counts.
         """
         return {"sparse/rows": (self.sparse, self.rows), "sparse/left_max": (self.left, torch.ones_like(self.left))}
 
 
-_counting: ContextVar[Tally | None] = ContextVar("fastrl_tally", default=None)
+_current_stats: ContextVar[SparseStats | None] = ContextVar("fastrl_sparse_stats", default=None)
 
 
-def counting() -> Tally | None:
-    """Return the tally that counts rows here, or None."""
-    return _counting.get()
+def current_sparse_stats() -> SparseStats | None:
+    """Return the statistics that collect here, or None."""
+    return _current_stats.get()
 
 
 @contextmanager
-def counted(tally: Tally | None) -> Iterator[None]:
-    """Count the rows of every gradient that is formed inside, and of those that backwards of operations inside form."""
-    before = _counting.set(tally)
+def collect_sparse_stats(stats: SparseStats | None) -> Iterator[None]:
+    """Count the rows of every gradient that is formed inside, also later, by the backward of an operation inside."""
+    before = _current_stats.set(stats)
     try:
         yield
     finally:
-        _counting.reset(before)
+        _current_stats.reset(before)
 
 
 def check_tail_mass(tail_mass: Any) -> float:
@@ -163,7 +163,7 @@ def _kernels(backend: str) -> _Kernels:
         from fastrl.backends import cpu
 
         return _Kernels(cpu.sparse_rows, cpu.sparse_times_matrix, cpu.sparse_accumulate)
-    if backend in ("triton", "cuda"):  # there are no lists in CUDA: those of Triton come with PyTorch for the device
+    if backend in ("triton", "cuda"):  # CUDA has no lists: Triton's come with PyTorch for the device
         from fastrl_kernels import sparse_rows as module
     else:
         from fastrl.backends import torch_rows as module
@@ -173,20 +173,20 @@ def _kernels(backend: str) -> _Kernels:
 def find(
     backend: str,
     logits: Tensor,  # (C, V) float32 or float64
-    problem: Problem,
+    inputs: RowInputs,
     rule: Rule,
     **scalars: Any,
 ) -> Lists:
-    """Return the entries of each row's gradient that matter, or that the row is dense; the logits are only read.
+    """Return the entries of each row's gradient that matter, or that the row is dense. Only reads the logits.
 
-    `scalars` are those of `backward_rows`: logit_scale, softcap, ignore_index.
+    `scalars`: logit_scale, softcap and ignore_index, as for `backward_rows`.
     """
     found = _kernels(backend).list_entries(
         logits,
-        problem.labels,
-        problem.inverse,
-        problem.outputs,
-        problem.grads,
+        inputs.labels,
+        inputs.inv_temperature,
+        inputs.outputs,
+        inputs.grads,
         tail_mass=rule.tail_mass,
         places=rule.places,
         threshold=rule.threshold,
@@ -215,7 +215,7 @@ def accumulate(
 
 
 class Accumulators(Protocol):
-    """The sums that `Collector` adds to; None for a gradient that is not asked for."""
+    """The sums that `Collector` adds to, None for a gradient that is not asked for."""
 
     hidden: Tensor | None  # (rows, D)
     weight: Tensor | None  # (V, D)
@@ -227,7 +227,7 @@ class Accumulators(Protocol):
 
 
 class Collector:
-    """Takes chunks of logits with what reaches their outputs, and adds to the gradients of hidden, head and bias.
+    """Takes chunks of logits with the gradients of their outputs, and adds to the gradients of hidden, head and bias.
 
     Sparse rows go by their lists. Dense rows are gathered over the chunks until they fill one, so that a few of them
     cost a few rows of the two GEMMs. The order of all sums is fixed: the same input gives the same bits.
@@ -238,20 +238,20 @@ class Collector:
         self.backend = backend
         self.weight = weight  # (V, D)
         self.scalars = scalars
-        self.tally = counting() or Tally(weight.device)
+        self.stats = current_sparse_stats() or SparseStats(weight.device)
         self._room = -(-room // HELD_ROWS_MULTIPLE) * HELD_ROWS_MULTIPLE
         self._count = 0
         self._buffer: Tensor | None = None
         self._held: list[tuple[Tensor, Tensor]] = []
 
-    def take(self, sums: Accumulators, places: Tensor, states: Tensor, logits: Tensor, problem: Problem) -> None:
+    def take(self, sums: Accumulators, places: Tensor, states: Tensor, logits: Tensor, inputs: RowInputs) -> None:
         """Add some chunks: their hidden states (C, D) and logits (C, V), which may be overwritten."""
-        lists = find(self.backend, logits, problem, self.rule, **self.scalars)
-        self.tally.add(lists)
+        lists = find(self.backend, logits, inputs, self.rule, **self.scalars)
+        self.stats.add(lists)
         # The one host synchronisation of a chunk on a GPU: the GEMMs of the dense rows have a size.
         dense = (lists.counts < 0).nonzero().squeeze(-1)
         if dense.numel() == places.numel():
-            sums.add_rows(places, states, self._gradient(logits, problem))
+            sums.add_rows(places, states, self._gradient(logits, inputs))
             return
         if sums.hidden is not None:
             sums.hidden[places] = times_matrix(self.backend, lists, self.weight).to(sums.hidden.dtype)
@@ -260,7 +260,7 @@ class Collector:
         for some in dense.split(self._room) if dense.numel() else ():
             if self._count + some.numel() > self._room:
                 self.flush(sums)
-            self._hold(places[some], states[some], logits, some, problem.at(some))
+            self._hold(places[some], states[some], logits, some, inputs.at(some))
 
     def flush(self, sums: Accumulators) -> None:
         """Add the dense rows that are held."""
@@ -275,16 +275,16 @@ class Collector:
         sums.add_rows(places, states, self._buffer[:whole])
         self._count, self._held = 0, []
 
-    def _hold(self, places: Tensor, states: Tensor, logits: Tensor, dense: Tensor, problem: Problem) -> None:
+    def _hold(self, places: Tensor, states: Tensor, logits: Tensor, dense: Tensor, inputs: RowInputs) -> None:
         if self._buffer is None:
             self._buffer = torch.empty((self._room, logits.shape[1]), dtype=logits.dtype, device=logits.device)
         rows = self._buffer[self._count : self._count + dense.numel()]
         torch.index_select(logits, 0, dense, out=rows)
-        self._gradient(rows, problem)
+        self._gradient(rows, inputs)
         self._held.append((places, states))
         self._count += dense.numel()
 
-    def _gradient(self, logits: Tensor, problem: Problem) -> Tensor:
+    def _gradient(self, logits: Tensor, inputs: RowInputs) -> Tensor:
         """Turn logits into their gradient, in place."""
-        labels, inverse, outputs, grads = problem
-        return backward_rows(self.backend, logits, labels, inverse, outputs, grads, **self.scalars, out=logits)
+        labels, inv_temperature, outputs, grads = inputs
+        return backward_rows(self.backend, logits, labels, inv_temperature, outputs, grads, **self.scalars, out=logits)

@@ -1,24 +1,34 @@
-"""Per-token log-prob, entropy and logsumexp where every rank of a group holds some rows of the LM head.
+"""Per-token log-prob, entropy and logsumexp if every rank of a group holds some rows of the LM head.
 
-Rank r holds rows [start_r, stop_r) of the head, in rank order, any number of them, none included; hidden states and
-labels (ids of the whole vocabulary) are the same on every rank. Each rank reduces its part of a row's logits to four
-numbers, one collective gathers those of the whole call, and every rank merges them in rank order: all ranks hold the
-same bits. The row kernels run unchanged, on the softmax over the part: with P_r the share of the probability that the
-part holds and q_v the softmax within it, p_v = P_r q_v, so that
+Rank r holds rows [start_r, stop_r) of the head, in rank order: any number of them, also none. Hidden states and labels
+(ids of the whole vocabulary) are the same on every rank. Each rank reduces its part of a row's logits to four numbers.
+One collective gathers the numbers of the whole call, and every rank merges them in rank order: all ranks hold the same
+bits. The row kernels run unchanged, on the softmax over the part. Let P_r be the share of the probability that the part
+holds and q_v the softmax within it. Then p_v = P_r q_v, so that
 
     g (1[v = y] - p_v) - h p_v (log p_v + H) + l p_v = g 1[v = y] - h' q_v (log q_v + H_r) + l' q_v
     h' = P_r h,    l' = P_r (l - g - h (log P_r + H - H_r)),    H_r the entropy of q
 
 and the label's entry, which needs 1 - p_y to its relative precision, is written by the rank that holds it.
 
-Collectives of a call: one of a dozen integers (sizes, and what must be equal on all ranks), one of 4 float64 per live
-token; in the backward, where the hidden states need a gradient, an all-to-all and an all-gather that sum dX in rank
-order. They carry what a ring all-reduce carries, and unlike its result that of a token depends neither on where the
-token stands in the batch nor on the algorithm that the communication library picks. The head's gradients stay local.
+Collectives of a call:
 
-GEMM units, each of 2 N V_r D flop: 1 forward; 1 + 3 training; over a frozen head 2 for functions of the log-probs, and
-3 for those of the entropies too with `keep_units=False`. Not 2: h' and l' need the shares of all parts, which no part
-knows while its logits are there, so that dX takes them again, or two products, of q_v and of q_v log q_v.
+    forward     a dozen integers (sizes, and the values that must be equal on all ranks)
+    forward     4 float64 per live token
+    backward    an all-to-all and an all-gather that sum dX in rank order, if the hidden states need a gradient
+
+The last two move as many bytes as a ring all-reduce. Unlike there, the sum for a token depends neither on its place in
+the batch nor on the algorithm that the communication library picks. The head's gradients stay local.
+
+GEMM units, each of 2 N V_r D flop:
+
+    forward only                                              1
+    training                                                  1 + 3
+    frozen head, function of the log-probs                    2
+    frozen head, any output, with `keep_token_grads=False`    3
+
+The last path cannot take 2: h' and l' need the shares of all parts, which no part knows while its logits are there. dX
+takes the logits again, or would take two products, with q_v and with q_v log q_v.
 
 Legend: N tokens, L live tokens, D hidden, V vocabulary, V_r rows of the head on this rank, R ranks, C rows of a chunk.
 """
@@ -39,10 +49,10 @@ from fastrl import checks
 from fastrl.backends import choice
 from fastrl.ops.chunks import Chunks
 from fastrl.ops.gradients import Gradients, _times_weight
-from fastrl.ops.head import Head, _wide, as_added, inverse_temperature, make_head
+from fastrl.ops.head import HeadOptions, LinearRows, check_savable, head_options
 from fastrl.ops.rows import TokenLogprobs, backward_rows, forward_rows, once_differentiable
 
-# Label of the rows that the row kernels are to leave out; labels within a part are never negative.
+# Label of the rows that the row kernels leave out: labels within a part are never negative.
 LEFT_OUT = -1
 
 
@@ -52,15 +62,15 @@ class Merged(NamedTuple):
     logprobs: Tensor  # (N,)
     entropy: Tensor  # (N,)
     logsumexp: Tensor  # (N,)
-    log_share: Tensor  # (R, N) log of the share of the probability that each part holds; -inf where it holds none
+    log_share: Tensor  # (R, N) log of the share of the probability that each part holds, -inf if it holds none
 
 
 class PartRows(NamedTuple):
-    """What the backward of a part of some rows needs, (N,) each."""
+    """The results of a part of some rows that its backward needs, (N,) each."""
 
     label: Tensor  # the largest entry, on which the row kernels run, or LEFT_OUT where there is no finite one
     slope: Tensor  # du_y/dx_y where the part holds y, else 0
-    logprobs: Tensor  # what `forward_rows` returned
+    logprobs: Tensor  # these four from `forward_rows`
     entropy: Tensor
     logsumexp: Tensor
     residual: Tensor  # (0,) where the backend has none
@@ -93,64 +103,63 @@ def linear_token_logprobs_parallel(
     chunk_tokens: int | None = None,
     tail_mass: float = 0.0,
     backend: str = "auto",
-    keep_units: bool = True,
+    keep_token_grads: bool = True,
 ) -> TokenLogprobs:
-    """Return what `linear_token_logprobs` returns for the head whose rows the ranks of `group` hold in rank order.
+    """Return the results of `linear_token_logprobs` for a head whose rows the ranks of `group` hold in rank order.
 
     Every rank of the group must call this, and run the backward through it, with the same hidden states, labels and
-    options; what the ranks disagree on is refused on all of them, where it can be seen without comparing the hidden
-    states. The gradient of `hidden` is complete on every rank, with the same bits: do not reduce it again. Under
+    options. If ranks disagree, all of them raise, as far as this shows without a comparison of the hidden states. The
+    gradient of `hidden` is complete on every rank, with the same bits: do not reduce it again. Under
     sequence parallelism gather the hidden states first, and let the backward of that gather keep each rank's slice.
 
     Args:
         hidden: (..., D) hidden states.
-        weight: (V_r, D) rows of the head on this rank; V_r may differ between ranks and be 0. A DTensor is taken where
-            it is sharded along dimension 0 over a 1-D mesh of the ranks of `group`.
+        weight: (V_r, D) rows of the head on this rank. V_r may differ between ranks and be 0. A DTensor must be sharded
+            along dimension 0 over a 1-D mesh of the ranks of `group`.
         labels: (...) ids of the whole vocabulary, V = sum of V_r.
         group: the `torch.distributed` process group.
         bias: (V_r,) the entries of the bias that belong to `weight`, on every rank or on none.
-        temperature, logit_scale, softcap, ignore_index, chunk_tokens, backend, keep_units: as `linear_token_logprobs`.
+        temperature, logit_scale, softcap, ignore_index, chunk_tokens, backend: as `linear_token_logprobs`.
+        keep_token_grads: as `linear_token_logprobs`.
         tail_mass: 0.0, the exact gradient, is the only value offered.
 
     Returns:
         `TokenLogprobs` with the same bits on every rank, differentiable once with respect to `hidden`, `weight` and
-        `bias`. Extra memory: one chunk of logits, C V_r 4 bytes; the head's gradient, V_r D 4 bytes until it is cast;
-        in the backward two copies of dX, 2 N D 4 bytes; with `keep_units` and a frozen head N D 4 bytes kept by the
-        forward.
+        `bias`. Extra memory in bytes: one chunk of logits, C V_r 4. The head's gradient, V_r D 4 until it is cast. In
+        the backward two copies of dX, 2 N D 4. With `keep_token_grads` and a frozen head the forward keeps N D 4.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as `linear_token_logprobs`; on every rank when one of them raises.
+        ValueError, TypeError, RuntimeError: as `linear_token_logprobs`. If one rank raises, all do.
     """
     rank, ranks = _place(group)
     refused: Exception | None = None
-    call = None
+    rows = None
+    options = {
+        "temperature": temperature,
+        "logit_scale": logit_scale,
+        "softcap": softcap,
+        "ignore_index": ignore_index,
+        "chunk_tokens": chunk_tokens,
+        "tail_mass": tail_mass,
+        "backend": backend,
+    }
     try:
-        options = {"chunk_tokens": chunk_tokens, "tail_mass": tail_mass, "backend": backend}
-        call = _checked(group, hidden, weight, labels, bias, temperature, logit_scale, softcap, ignore_index, options)
+        rows = _checked(group, (hidden, weight, labels, bias), options)
     except (TypeError, ValueError, RuntimeError) as error:
         refused = error
+    # Also with a refused argument: the other ranks wait in this collective.
     device = _collective_device(group, hidden, weight, labels)
-    sizes = _agree(call, refused, labels, group, device)
-    assert call is not None
+    sizes = _agree(rows, refused, group, device)
+    assert rows is not None
     start, vocabulary = sum(sizes[:rank]), sum(sizes)
     if vocabulary == 0:
         raise ValueError("weight is empty on every rank of tp_group: the parts of the head must add up to V >= 1 rows")
-    checks.labels("labels", labels, call.hidden.shape[:-1], call.hidden.device, vocabulary, ignore_index)
+    checks.labels("labels", labels, labels.shape, rows.hidden.device, vocabulary, ignore_index)
     part = Part(start, start + sizes[rank], vocabulary, rank, ranks, group)
-    plan = _Plan(call.head, part, keep_units and _keeps_units(call))
-    flat = call.hidden.reshape(-1, call.hidden.shape[-1])
-    outputs = _VocabParallel.apply(flat, call.weight, call.bias, labels.reshape(-1), call.inverse, plan)
-    return TokenLogprobs(*(x.view(labels.shape) for x in outputs))
-
-
-class _Call(NamedTuple):
-    """The checked arguments of a call, in one dtype."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    inverse: Tensor  # (N,)
-    head: Head
+    keep = keep_token_grads and torch.is_grad_enabled() and rows.hidden.requires_grad and not rows.trains_head
+    plan = _Plan(rows.options, part, keep)
+    outputs = _VocabParallel.apply(rows.hidden, rows.weight, rows.bias, rows.labels, rows.inv_temperature, plan)
+    return TokenLogprobs(*(rows.restored(x) for x in outputs))
 
 
 def _place(group: Any) -> tuple[int, int]:
@@ -167,17 +176,13 @@ def _place(group: Any) -> tuple[int, int]:
 
 def _checked(
     group: Any,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    temperature: Any,
-    logit_scale: Any,
-    softcap: Any,
-    ignore_index: int,
+    tensors: tuple[
+        Tensor, Tensor, Tensor, Tensor | None
+    ],  # hidden (..., D), weight (V_r, D), labels (...), bias (V_r,)
     options: dict[str, Any],
-) -> _Call:
-    """Return the arguments of this rank, or raise; label values wait until the size of the vocabulary is known."""
+) -> LinearRows:
+    """Return the rows of this rank, or raise. Label values are checked once the size of the vocabulary is known."""
+    hidden, weight, labels, bias = tensors
     if options["tail_mass"] != 0.0:
         raise ValueError(f"tail_mass must be 0.0 (the exact gradient) with tp_group, got {options['tail_mass']!r}")
     checks.vocabulary_tensor("hidden", hidden)
@@ -197,17 +202,16 @@ def _checked(
         raise TypeError(f"labels must be an int64 or int32 tensor, got {getattr(labels, 'dtype', type(labels))}")
     checks.same_shape("labels", labels, hidden.shape[:-1])
     checks.same_device("labels", labels, hidden.device)
-    if torch.is_inference(weight) and torch.is_grad_enabled() and hidden.requires_grad:
-        raise RuntimeError("weight is an inference tensor and cannot be saved for backward; pass weight.clone()")
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    hidden, weight = hidden.to(dtype), weight.to(dtype)
-    head = make_head(hidden, logit_scale, softcap, operator.index(ignore_index), tp_group=None, **options)
-    inverse = inverse_temperature(temperature, labels, hidden)
-    return _Call(hidden, weight, None if bias is None else as_added(bias, dtype), inverse, head)
+    check_savable(hidden, weight)
+    ignore_index = operator.index(options["ignore_index"])
+    temperature = options["temperature"]
+    others = {name: value for name, value in options.items() if name not in ("temperature", "ignore_index")}
+    chosen = head_options(hidden.device, ignore_index=ignore_index, tp_group=None, **others)
+    return LinearRows.of(hidden, weight, labels, bias, temperature, chosen)
 
 
 def _local(name: str, value: Any, group: Any) -> Any:
-    """Return the rows of a DTensor that this rank holds, or `value` itself; raise unless they lie in group order."""
+    """Return the rows of a DTensor that this rank holds, or `value` itself. Raise unless they lie in group order."""
     if type(value).__name__ != "DTensor":
         return value
     mesh, placements = value.device_mesh, value.placements
@@ -237,16 +241,16 @@ _SHARED = (
 )
 
 
-def _agree(call: _Call | None, refused: Exception | None, labels: Any, group: Any, device: torch.device) -> list[int]:
-    """Return the rows of the head on every rank; raise on all ranks if one was refused or they differ.
+def _agree(rows: LinearRows | None, refused: Exception | None, group: Any, device: torch.device) -> list[int]:
+    """Return the number of rows of the head on every rank. Raise on all ranks if one was refused or they differ.
 
     Without this a rank that raises, or that needs a collective which the others do not, would leave them waiting.
     """
     size, shared = 0, [0] * len(_SHARED)
-    if call is not None:
-        size, shared = call.weight.shape[0], _shared_values(call, labels)
+    if rows is not None:
+        size, shared = rows.weight.shape[0], _shared_values(rows)
     rank, ranks = _place(group)
-    mine = torch.tensor([int(call is not None), size, *shared], dtype=torch.int64, device=device)
+    mine = torch.tensor([int(rows is not None), size, *shared], dtype=torch.int64, device=device)
     every = _gathered(mine, group, ranks).tolist()
     if refused is not None:
         raise refused
@@ -263,22 +267,22 @@ def _agree(call: _Call | None, refused: Exception | None, labels: Any, group: An
     return [row[1] for row in every]
 
 
-def _shared_values(call: _Call, labels: Tensor) -> list[int]:
-    """Return one integer for each of `_SHARED`; tensors of numbers per token go in as a checksum."""
-    trains = torch.is_grad_enabled() and call.hidden.requires_grad
-    flat = labels.reshape(-1).long()
+def _shared_values(rows: LinearRows) -> list[int]:
+    """Return one integer for each of `_SHARED`. Tensors of numbers per token go in as a checksum."""
+    trains = torch.is_grad_enabled() and rows.hidden.requires_grad
+    flat = rows.labels.long()
     position = torch.arange(1, 2 * flat.numel(), 2, device=flat.device) if flat.numel() else flat
-    temperature = call.inverse.double().view(torch.int64)
+    temperature = rows.inv_temperature.double().view(torch.int64)
     sums = torch.stack(((flat * position).sum(), (temperature * position).sum())).tolist()
     return [
         flat.numel(),
-        call.hidden.shape[-1],
-        checks.FLOAT_DTYPES.index(call.hidden.dtype),
+        rows.hidden.shape[-1],
+        checks.FLOAT_DTYPES.index(rows.hidden.dtype),
         int(trains),
-        int(call.bias is not None),
-        _bits(call.head.logit_scale),
-        _bits(call.head.softcap),
-        call.head.ignore_index,
+        int(rows.bias is not None),
+        _bits(rows.options.logit_scale),
+        _bits(rows.options.softcap),
+        rows.options.ignore_index,
         *sums,
     ]
 
@@ -297,32 +301,29 @@ def _collective_device(group: Any, *arguments: Any) -> torch.device:
     return torch.device("cpu")
 
 
-def _keeps_units(call: _Call) -> bool:
-    """Return whether the forward keeps the gradient of the log-prob with respect to the hidden states."""
-    trains_head = call.weight.requires_grad or (call.bias is not None and call.bias.requires_grad)
-    return torch.is_grad_enabled() and call.hidden.requires_grad and not trains_head
-
-
 def merge_shards(
     statistics: Tensor,  # (R, N, 4)
-    inverse: Tensor | None = None,  # (N,)
+    inv_temperature: Tensor | None = None,  # (N,)
 ) -> Merged:
     """Return log-prob, entropy and logsumexp of rows from the statistics of the parts of their vocabulary.
 
     With u the logits before 1/T, m their maximum over the part and the sums over the part's entries, the columns are
 
-        m;  sum_{v != y} e^((u_v - m)/T);  sum_v e^((u_v - m)/T) (u_v - m)/T;  u_y where the part holds y, else -inf
+        m
+        sum_{v != y} e^((u_v - m)/T)
+        sum_v e^((u_v - m)/T) (u_v - m)/T
+        u_y if the part holds y, else -inf
 
     The label stays out of the first sum, so that log p_y = -log(1 + others / e_y) keeps its relative precision as
     p_y -> 1. A part without a finite entry is (-inf, 0, 0, -inf). Parts are added in their order, row by row: the bits
     of a row depend on nothing but its statistics. A row without a finite entry in any part is NaN.
 
     Args:
-        statistics: of the R parts; computed with in float64.
-        inverse: 1/T per row; 1 unless given.
+        statistics: of the R parts. The arithmetic is in float64.
+        inv_temperature: 1/T per row, 1 unless given.
     """
     maximum, others, weighted, target = statistics.double().unbind(-1)
-    factor = torch.ones_like(maximum[0]) if inverse is None else inverse.double()
+    factor = torch.ones_like(maximum[0]) if inv_temperature is None else inv_temperature.double()
     top, label = maximum.amax(0), target.amax(0)
     # Not where all parts are -inf: there -inf - -inf makes the NaN that such a row is.
     absent = maximum.isneginf() & ~top.isneginf()
@@ -347,11 +348,11 @@ def merge_shards(
 
 def part_statistics(
     logits: Tensor,  # (C, V_r)
-    target: Tensor,  # (C,) label minus the part's first row; outside [0, V_r) where another part holds it
-    inverse: Tensor,  # (C,)
-    head: Head,
+    target: Tensor,  # (C,) label minus the part's first row, outside [0, V_r) if another part holds it
+    inv_temperature: Tensor,  # (C,)
+    head: HeadOptions,
 ) -> tuple[Tensor, PartRows]:
-    """Return the statistics (C, 4) of one part of some rows, and what its backward needs.
+    """Return the statistics (C, 4) of one part of some rows, and the results that its backward needs.
 
     The row kernels run with the largest entry as the label: its log-prob is -log of the part's sum, to relative
     precision.
@@ -359,11 +360,11 @@ def part_statistics(
     extreme, label = logits.max(-1) if head.logit_scale > 0 else logits.min(-1)
     top, _ = _before_temperature(extreme, head)
     label = torch.where(top.isneginf(), LEFT_OUT, label)
-    outputs = forward_rows(head.backend, logits, label, inverse, **_scalars(head))
+    outputs = forward_rows(head.backend, logits, label, inv_temperature, **_scalars(head))
     held = (target >= 0) & (target < logits.shape[1])
     entry, slope = _before_temperature(logits.gather(-1, _index(target, held)).squeeze(-1), head)
     log_sum = -outputs[0].double()
-    e_label = ((entry - top) * inverse.double()).exp()
+    e_label = ((entry - top) * inv_temperature.double()).exp()
     # Where the label is the largest entry, S - 1 has the precision of the kernel's sum of the other entries.
     without = torch.where(entry == top, log_sum.expm1(), log_sum.exp() - e_label)
     others = torch.where(held, without, log_sum.exp())
@@ -378,8 +379,8 @@ def part_statistics(
     return torch.stack(statistics, -1), PartRows(label, torch.where(held, slope, 0.0), *outputs)
 
 
-def _before_temperature(x: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """Return (u, du/dx) of some logits in float64, u being what is divided by the temperature."""
+def _before_temperature(x: Tensor, head: HeadOptions) -> tuple[Tensor, Tensor]:
+    """Return (u, du/dx) of some logits in float64, where u / T is the logit after scale and softcap."""
     u = x.double() * head.logit_scale
     if head.softcap == 0.0:
         return u, torch.full_like(u, head.logit_scale)
@@ -391,24 +392,24 @@ def _index(target: Tensor, held: Tensor) -> Tensor:
     return torch.where(held, target, 0).long().unsqueeze(-1)
 
 
-def _scalars(head: Head) -> dict[str, Any]:
+def _scalars(head: HeadOptions) -> dict[str, Any]:
     return {"logit_scale": head.logit_scale, "softcap": head.softcap, "ignore_index": LEFT_OUT}
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What `_VocabParallel` needs beside its tensors."""
+    """The arguments of `_VocabParallel` that are not tensors."""
 
-    head: Head
+    options: HeadOptions
     part: Part
-    unit: bool
+    keep_token_grads: bool
 
 
 class _Rows(NamedTuple):
     """Live rows as the part sees them, (L,) each."""
 
     target: Tensor  # label minus the part's first row
-    inverse: Tensor
+    inv_temperature: Tensor
     part: PartRows
     logprobs: Tensor
     entropy: Tensor
@@ -416,19 +417,19 @@ class _Rows(NamedTuple):
 
     @classmethod
     def of(cls, tensors: list[Tensor]) -> _Rows:
-        """Return the rows from what `tensors` returned."""
-        target, inverse, logprobs, entropy, log_share, *part = tensors
-        return cls(target, inverse, PartRows(*part), logprobs, entropy, log_share)
+        """Return the rows from the tuple of `tensors`."""
+        target, inv_temperature, logprobs, entropy, log_share, *part = tensors
+        return cls(target, inv_temperature, PartRows(*part), logprobs, entropy, log_share)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return all tensors, in an order of its own."""
-        return self.target, self.inverse, self.logprobs, self.entropy, self.log_share, *self.part
+        return self.target, self.inv_temperature, self.logprobs, self.entropy, self.log_share, *self.part
 
     def at(self, index: Tensor | slice) -> _Rows:
         """Return some of the rows."""
         part = PartRows(*(x[index] if x.numel() else x for x in self.part))
         merged = (x[index] for x in (self.logprobs, self.entropy, self.log_share))
-        return _Rows(self.target[index], self.inverse[index], part, *merged)
+        return _Rows(self.target[index], self.inv_temperature[index], part, *merged)
 
     def upstream(self, g: Tensor | None, h: Tensor | None, ell: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
         """Return (h', l', dL/dx_y) of the module's formula from the gradients of the three outputs."""
@@ -442,15 +443,19 @@ class _Rows(NamedTuple):
             within = self.log_share + self.entropy - self.part.entropy.double()
             constant = constant - torch.where(share == 0, 0.0, h * within)
             entry = entry - torch.where(p == 0, 0.0, h * p * (self.logprobs + self.entropy))
-        return None if h is None else h * share, constant * share, entry * self.part.slope * self.inverse.double()
+        return (
+            None if h is None else h * share,
+            constant * share,
+            entry * self.part.slope * self.inv_temperature.double(),
+        )
 
-    def dlogits(self, logits: Tensor, head: Head, h: Tensor | None, ell: Tensor, entry: Tensor) -> Tensor:
+    def dlogits(self, logits: Tensor, head: HeadOptions, h: Tensor | None, ell: Tensor, entry: Tensor) -> Tensor:
         """Turn the logits (C, V_r) into their gradient, in place, from h', l' and the label's entry, (C,) each."""
         dtype = logits.dtype
         outputs = (self.part.logprobs, self.part.entropy, self.part.logsumexp, self.part.residual)
         grads = (None, None if h is None else h.to(dtype), ell.to(dtype))
         result = backward_rows(
-            head.backend, logits, self.part.label, self.inverse, outputs, grads, **_scalars(head), out=logits
+            head.backend, logits, self.part.label, self.inv_temperature, outputs, grads, **_scalars(head), out=logits
         )
         held = (self.target >= 0) & (self.target < logits.shape[1])
         index = _index(self.target, held)
@@ -463,23 +468,29 @@ class _VocabParallel(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, inverse: Tensor, plan: _Plan
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        inv_temperature: Tensor,
+        plan: _Plan,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        head, part = plan.head, plan.part
-        with torch.autocast(hidden.device.type, enabled=False):
-            chunks = Chunks.of(hidden, weight, bias, labels, inverse, head)
-            target, row_inverse = labels[chunks.live].long() - part.start, inverse[chunks.live]
-            statistics, local, units = _scan(chunks, target, row_inverse, plan)
-        merged = merge_shards(_gathered(statistics, part.group, part.ranks), row_inverse)
+        options, part = plan.options, plan.part
+        with choice.autocast_disabled(hidden.device):
+            chunks = Chunks.of(LinearRows(hidden, weight, bias, labels, inv_temperature, options))
+            target, row_inv_temperature = labels[chunks.live].long() - part.start, inv_temperature[chunks.live]
+            statistics, local, token_grads = _scan(chunks, target, row_inv_temperature, plan)
+        merged = merge_shards(_gathered(statistics, part.group, part.ranks), row_inv_temperature)
         label = target + part.start
         # Reached only where values are not checked: an id that no rank holds.
         unheld = (label < 0) | (label >= part.vocabulary)
         merged = Merged(*(torch.where(unheld, math.nan, x) for x in merged))
-        rows = _Rows(target, row_inverse, local, merged.logprobs, merged.entropy, merged.log_share[part.rank])
+        rows = _Rows(target, row_inv_temperature, local, merged.logprobs, merged.entropy, merged.log_share[part.rank])
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, bias, labels, inverse, chunks.live, units, *rows.tensors())
-        logprobs, entropy, logsumexp = (chunks.scattered(x.to(_wide(hidden.dtype))) for x in merged[:3])
+        ctx.save_for_backward(hidden, weight, bias, labels, inv_temperature, chunks.live, token_grads, *rows.tensors())
+        logprobs, entropy, logsumexp = (chunks.scattered(x.to(checks.wide(hidden.dtype))) for x in merged[:3])
         return logprobs, entropy, logsumexp
 
     @staticmethod
@@ -488,14 +499,14 @@ class _VocabParallel(torch.autograd.Function):
         needs = tuple(bool(x) for x in ctx.needs_input_grad[:3])
         if not any(needs) or all(g is None for g in grads):
             return (None,) * 6
-        hidden, weight, bias, labels, inverse, live, units, *saved = ctx.saved_tensors
+        hidden, weight, bias, labels, inv_temperature, live, token_grads, *saved = ctx.saved_tensors
         plan, rows = ctx.plan, _Rows.of(saved)
-        chunks = Chunks(hidden, weight, bias, labels, inverse, plan.head, live)
+        chunks = Chunks(LinearRows(hidden, weight, bias, labels, inv_temperature, plan.options), live)
         g, h, ell = (None if x is None else x[live].double() for x in grads)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with choice.autocast_disabled(hidden.device):
             partial = _room(chunks, plan.part.ranks) if needs[0] else None
-            if plan.unit and g is not None and h is None and ell is None and partial is not None:
-                _scale_units(partial, units, weight, rows, g)
+            if plan.keep_token_grads and g is not None and h is None and ell is None and partial is not None:
+                _scale_token_grads(partial, token_grads, weight, rows, g)
                 dweight = dbias = None
             else:
                 dweight, dbias = _accumulate(chunks, rows, (g, h, ell), (needs[1], needs[2]), partial)
@@ -505,53 +516,59 @@ class _VocabParallel(torch.autograd.Function):
         return dhidden, dweight, dbias, None, None, None
 
 
-def _scan(chunks: Chunks, target: Tensor, inverse: Tensor, plan: _Plan) -> tuple[Tensor, PartRows, Tensor]:
-    """Return the statistics (L, 4) of this part, what `part_statistics` keeps of them, and the unit gradients (L, D).
+def _scan(chunks: Chunks, target: Tensor, inv_temperature: Tensor, plan: _Plan) -> tuple[Tensor, PartRows, Tensor]:
+    """Return the statistics (L, 4) of this part, its `PartRows`, and the token gradients (L, D).
 
-    A unit gradient is that of log q_y if the part holds y, else that of minus the part's logsumexp.
+    A token gradient is d log q_y / d hidden if the part holds y, else minus the gradient of the part's logsumexp.
     """
-    n, dtype, device = chunks.live.numel(), _wide(chunks.hidden.dtype), chunks.hidden.device
+    n, dtype, device = chunks.live.numel(), chunks.dtype, chunks.rows.hidden.device
     statistics = torch.zeros((n, 4), dtype=torch.float64, device=device)
     statistics[:, 0] = statistics[:, 3] = -math.inf
     label = torch.full((n,), LEFT_OUT, device=device)
     slope = torch.zeros(n, dtype=torch.float64, device=device)
     first, second, third = (torch.zeros(n, dtype=dtype, device=device) for _ in range(3))
-    residual = torch.zeros(n if choice.keeps_residual(plan.head.backend) else 0, dtype=dtype, device=device)
+    residual = torch.zeros(n if choice.needs_lse_residual(plan.options.backend) else 0, dtype=dtype, device=device)
     kept = PartRows(label, slope, first, second, third, residual)
-    units = torch.zeros((n if plan.unit else 0, chunks.hidden.shape[1]), dtype=dtype, device=device)
-    if chunks.weight.shape[0] == 0:
-        return statistics, kept, units
+    token_grads = torch.zeros(
+        (n if plan.keep_token_grads else 0, chunks.rows.hidden.shape[1]), dtype=dtype, device=device
+    )
+    if chunks.rows.weight.shape[0] == 0:
+        return statistics, kept, token_grads
     for at, _, logits in chunks:
-        found, values = part_statistics(logits, target[at], inverse[at], plan.head)
+        found, values = part_statistics(logits, target[at], inv_temperature[at], plan.options)
         statistics[at] = found
         for out, value in zip(kept, values, strict=True):
             if out.numel():
                 out[at] = value
-        if plan.unit:
+        if plan.keep_token_grads:
             # Within the part alone the label's entry is 1 - q_y = others / S, and P_r = 1.
-            e_label = torch.where(found[:, 3].isneginf(), 0.0, ((found[:, 3] - found[:, 0]) * inverse[at]).exp())
-            entry = found[:, 1] / (found[:, 1] + e_label) * values.slope * inverse[at]
+            e_label = torch.where(
+                found[:, 3].isneginf(), 0.0, ((found[:, 3] - found[:, 0]) * inv_temperature[at]).exp()
+            )
+            entry = found[:, 1] / (found[:, 1] + e_label) * values.slope * inv_temperature[at]
             entry = torch.where(values.label == LEFT_OUT, 0.0, entry)
             nothing = torch.zeros_like(entry)
-            rows = _Rows(target[at], inverse[at], values, nothing, nothing, nothing)
-            units[at] = _times_weight(rows.dlogits(logits, plan.head, None, nothing - 1.0, entry), chunks.weight)
-    return statistics, kept, units
+            rows = _Rows(target[at], inv_temperature[at], values, nothing, nothing, nothing)
+            token_grads[at] = _times_weight(
+                rows.dlogits(logits, plan.options, None, nothing - 1.0, entry), chunks.rows.weight
+            )
+    return statistics, kept, token_grads
 
 
-def _scale_units(partial: Tensor, units: Tensor, weight: Tensor, rows: _Rows, g: Tensor) -> None:
-    """Write this part's share of dX from the unit gradients.
+def _scale_token_grads(partial: Tensor, token_grads: Tensor, weight: Tensor, rows: _Rows, g: Tensor) -> None:
+    """Write this part's share of dX from the token gradients.
 
     1[v = y] - P q_v = P (1[v = y] - q_v) + (1 - P) 1[v = y], of which no term loses precision as p_y -> 1.
     """
-    n = units.shape[0]
+    n = token_grads.shape[0]
     share = rows.log_share.exp()
-    partial[:n] = (g * share).to(units.dtype).unsqueeze(-1) * units
+    partial[:n] = (g * share).to(token_grads.dtype).unsqueeze(-1) * token_grads
     if weight.shape[0] == 0:
         return
     held = (rows.target >= 0) & (rows.target < weight.shape[0])
-    missing = torch.where(held, -torch.expm1(rows.log_share) * g * rows.part.slope * rows.inverse.double(), 0.0)
+    missing = torch.where(held, -torch.expm1(rows.log_share) * g * rows.part.slope * rows.inv_temperature.double(), 0.0)
     partial[:n].addcmul_(
-        missing.to(units.dtype).unsqueeze(-1), weight[_index(rows.target, held).squeeze(-1)].to(units.dtype)
+        missing.to(token_grads.dtype).unsqueeze(-1), weight[_index(rows.target, held).squeeze(-1)].to(token_grads.dtype)
     )
 
 
@@ -562,17 +579,17 @@ def _accumulate(
     needs: tuple[bool, bool],
     partial: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return (dweight, dbias) of this part, the logits formed again; add its share of dX to `partial`."""
+    """Form the logits again, return (dweight, dbias) of this part and add its share of dX to `partial`."""
     nonzero = torch.stack([x != 0 for x in grads if x is not None]).any(0)
     # Rows without a gradient are left out here, and only here: the collectives see all live rows on every rank.
     active = nonzero.nonzero().squeeze(-1)
     chosen, some = replace(chunks, live=chunks.live[active]), rows.at(active)
     h, ell, entry = some.upstream(*(None if x is None else x[active] for x in grads))
     gradients = Gradients(chosen, (False, *needs))
-    for at, states, logits in chosen if chunks.weight.shape[0] else ():
-        dlogits = some.at(at).dlogits(logits, chunks.head, None if h is None else h[at], ell[at], entry[at])
+    for at, states, logits in chosen if chunks.rows.weight.shape[0] else ():
+        dlogits = some.at(at).dlogits(logits, chunks.rows.options, None if h is None else h[at], ell[at], entry[at])
         if partial is not None:
-            partial[active[at]] = _times_weight(dlogits, chunks.weight)
+            partial[active[at]] = _times_weight(dlogits, chunks.rows.weight)
         gradients.add(at, states, dlogits)
     _, dweight, dbias = gradients.cast()
     return dweight, dbias
@@ -595,7 +612,7 @@ def _gathered(
 def _room(chunks: Chunks, ranks: int) -> Tensor:
     """Return zeros for the gradient of the live rows, (L, D) padded to a number of rows that the ranks can share."""
     rows = -(-chunks.live.numel() // ranks) * ranks
-    return torch.zeros((rows, chunks.hidden.shape[1]), dtype=_wide(chunks.hidden.dtype), device=chunks.hidden.device)
+    return torch.zeros((rows, chunks.rows.hidden.shape[1]), dtype=chunks.dtype, device=chunks.rows.hidden.device)
 
 
 def _summed(partial: Tensor, part: Part, dtype: torch.dtype) -> Tensor:

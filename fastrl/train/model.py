@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrl.backends.cpu import cache_folder
+from fastrl.backends.build import cache_folder
 
 SMOLLM2 = "smollm2"
 

@@ -184,7 +184,7 @@ def test_losses_over_sequences_sum_with_the_kernel(name: str, monkeypatch: pytes
 
     exact = evaluate({k: v.double() if v.is_floating_point() else v for k, v in tokens.items()})
     eager = evaluate(tokens)
-    monkeypatch.setattr(policy_loss, "sums_beside", lambda _: kernel_sum)
+    monkeypatch.setattr(policy_loss, "segment_sum_for", lambda _: kernel_sum)
     monkeypatch.setattr(policy_loss, "fused_policy_terms", interpreted)
     padded = evaluate(tokens)
     for part, a, b, c in zip(("loss", "gradient"), padded, exact, eager, strict=True):

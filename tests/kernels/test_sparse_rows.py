@@ -182,7 +182,7 @@ def test_a_row_that_takes_more_entries_than_there_are_places_is_dense(places: in
     labels = torch.full((n,), 10)
     inverse, scalars = torch.ones(n), {"logit_scale": 1.0, "softcap": 0.0, "ignore_index": -100}
     outputs = sparse_rows_outputs(backend, logits, labels)
-    problem = sparse_rows.Problem(labels, inverse, outputs, (torch.ones(n), None, None))
+    problem = sparse_rows.RowInputs(labels, inverse, outputs, (torch.ones(n), None, None))
     rule = sparse_rows.Rule(1e-3, places, 2.0**-10, 4 * places, 1)
     assert sparse_rows.find(backend, logits, problem, rule, **scalars).counts.tolist() == [places - 1, places, -1, -1]
 

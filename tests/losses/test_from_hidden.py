@@ -20,7 +20,8 @@ from fastrl.ops.fused import ROUNDED_ROWS
 from fastrl.ops.gradients import CPU_WIDEN_ROWS
 
 # `fastrl.ops` holds the function of this name too.
-module = import_module("fastrl.ops.linear_token_logprobs")
+chunks = import_module("fastrl.ops.chunks")
+gradients_module = import_module("fastrl.ops.gradients")
 
 
 @pytest.mark.parametrize("name", ["dapo", "gspo"])
@@ -143,7 +144,7 @@ def test_float16_operands_of_a_gpu_keep_small_gradients() -> None:
     torch.manual_seed(0)
     for size in (1e-30, 3e-12, 1.0, 1e5, 2.0**100):
         gradient = size * torch.randn(5, 70)
-        operand, factor = module._as_float16(gradient)
+        operand, factor = gradients_module._as_float16(gradient)
         assert operand.dtype == torch.float16
         assert float(torch.log2(factor)).is_integer()
         largest = gradient.abs().max()
@@ -151,7 +152,7 @@ def test_float16_operands_of_a_gpu_keep_small_gradients() -> None:
     gradient = torch.randn(5, 70)
     gradient[1, 2], gradient[3] = torch.inf, torch.nan
     for given in (gradient, torch.zeros(5, 70)):
-        operand, factor = module._as_float16(given)
+        operand, factor = gradients_module._as_float16(given)
         back = operand.float() * factor
         assert torch.equal(back.isfinite(), given.isfinite())
         clean = given.isfinite()
@@ -174,7 +175,8 @@ def test_reported_units_are_the_products_that_ran(
 
         return call
 
-    for function, of in (("chunk_logits", 0), ("_times_weight", 0), ("_add_weight_gradient", 1)):
+    products = ((chunks, "chunk_logits", 0), (gradients_module, "_times_weight", 0))
+    for module, function, of in (*products, (gradients_module, "_add_weight_gradient", 1)):
         monkeypatch.setattr(module, function, counted(getattr(module, function), of))
     hidden, weight = torch.randn(2, 8, 4), torch.randn(7, 4)
     hidden.requires_grad_("hidden" in needs)
@@ -191,17 +193,21 @@ def test_reported_units_are_the_products_that_ran(
     assert sum(rows) / 16 == units == output.metrics["path/gemm_units"][0].item()
 
 
-def test_keep_units_changes_the_path_and_not_the_gradient() -> None:
+def test_keep_token_grads_changes_the_path_and_not_the_gradient() -> None:
     hidden, weight, labels = torch.randn(20, 8), torch.randn(30, 8), torch.randint(0, 30, (20,))
     gradients = []
-    for keep_units in (True, False):
+    for option in ({"keep_token_grads": True}, {"keep_token_grads": False}, {"keep_units": False}, {}):
         leaf = hidden.clone().requires_grad_()
-        outputs = linear_token_logprobs(leaf, weight, labels, chunk_tokens=8, keep_units=keep_units)
+        outputs = linear_token_logprobs(leaf, weight, labels, chunk_tokens=8, **option)
         (outputs.logprobs.sum() + 0.5 * outputs.entropy.sum()).backward()
         gradients.append(leaf.grad)
-    assert torch.equal(*gradients)
-    with pytest.raises(TypeError, match="keep_units must be True or False"):
-        linear_token_logprobs(hidden, weight, labels, keep_units=None)  # type: ignore[arg-type]
+    assert all(torch.equal(gradients[0], other) for other in gradients[1:])
+    for name in ("keep_token_grads", "keep_units"):
+        for bad in (1, "yes"):
+            with pytest.raises(TypeError, match=f"{name} must be True or False"):
+                linear_token_logprobs(hidden, weight, labels, **{name: bad})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expected one of them, got both"):
+        linear_token_logprobs(hidden, weight, labels, keep_token_grads=True, keep_units=True)
 
 
 @pytest.mark.parametrize("rounding", [None, "bf16"])

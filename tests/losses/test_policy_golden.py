@@ -135,7 +135,7 @@ def test_policy_in_float32_is_as_accurate_as_eager(case: Case, backend: str, mon
         eager = evaluate(torch.float32)
     if backend == "triton":
         monkeypatch.setattr(policy_loss, "fused_policy_terms", interpreted)
-        monkeypatch.setattr(policy_loss, "sums_beside", lambda _: kernel_sum)
+        monkeypatch.setattr(policy_loss, "segment_sum_for", lambda _: kernel_sum)
     for (name, want), (_, plain), (_, got) in zip(exact, eager, evaluate(torch.float32), strict=True):
         assert_as_accurate(name, got, want, plain)
 

@@ -274,8 +274,8 @@ def test_bad_arguments_name_what_was_expected(arguments: dict, error: type, mess
 
 def test_opcheck() -> None:
     hidden, weight, bias, labels = draw(9, 8, 30)
-    inverse = torch.ones(9)
-    leaves = (hidden.requires_grad_(), weight.requires_grad_(), labels, bias.requires_grad_(), inverse)
+    inv_temperature = torch.ones(9)
+    leaves = (hidden.requires_grad_(), weight.requires_grad_(), labels, bias.requires_grad_(), inv_temperature)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     arguments = (*leaves, 1.0, 0.0, -100, 4, "torch", 0.0, False)
     torch.library.opcheck(torch.ops.fastrl.linear_token_logprobs.default, arguments, test_utils=checks)

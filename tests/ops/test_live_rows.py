@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -10,11 +9,9 @@ import torch
 from torch import Tensor
 
 from fastrl import PolicyLoss, linear_token_logprobs
-from fastrl.ops import live_rows
+from fastrl.ops import chunks, gradients, live_rows
 from fastrl.ops.row_statistics import linear_row_statistics
 
-# `fastrl.ops` holds the function of this name too.
-module = import_module("fastrl.ops.linear_token_logprobs")
 B, T, D, V, C = 6, 11, 8, 30, 16
 
 
@@ -34,7 +31,7 @@ class Recorder:
                 recorder.events.append("wait")
                 return int(self._number)
 
-        def noted(name: str) -> Any:
+        def noted(module: Any, name: str) -> Any:
             function = getattr(module, name)
 
             def call(*arguments: Any, **options: Any) -> Any:
@@ -44,9 +41,11 @@ class Recorder:
             return call
 
         monkeypatch.setattr(live_rows, "is_asynchronous", lambda device: True)
-        monkeypatch.setattr(live_rows, "HostNumber", Number)
-        for name in ("chunk_logits", "forward_rows", "prepared_backward_rows", "_times_weight", "_add_weight_gradient"):
-            monkeypatch.setattr(module, name, noted(name))
+        monkeypatch.setattr(live_rows, "PendingCount", Number)
+        for name in ("chunk_logits", "forward_rows", "prepared_backward_rows"):
+            monkeypatch.setattr(chunks, name, noted(chunks, name))
+        for name in ("_times_weight", "_add_weight_gradient"):
+            monkeypatch.setattr(gradients, name, noted(gradients, name))
 
 
 def leaves() -> tuple[Tensor, Tensor, Tensor]:
@@ -136,4 +135,4 @@ def test_kept_rows_come_first_in_rising_order(keep: list[bool]) -> None:
     mask = torch.tensor(keep, dtype=torch.bool)
     order = live_rows.kept_first(mask)
     assert order.tolist() == sorted(range(len(keep)), key=lambda i: not keep[i])
-    assert torch.equal(order[: int(mask.sum())], live_rows.Kept(mask).indices())
+    assert torch.equal(order[: int(mask.sum())], live_rows.ActiveRows(mask).indices())

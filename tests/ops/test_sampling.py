@@ -13,7 +13,7 @@ from vocabulary_cases import BACKENDS, upstream
 
 import fastrl
 from fastrl import TokenLogprobs, linear_token_logprobs, reference, token_logprobs, top_k_top_p_allowed
-from fastrl.ops.sampling import TILE_ROWS, banned
+from fastrl.ops.sampling import TILE_ROWS, disallowed
 
 NAMES = ("logprobs", "entropy", "logsumexp")
 OPTIONS = {
@@ -140,8 +140,8 @@ def test_forms_of_a_set_agree(vocabulary: int) -> None:
     mask = torch.rand(5, vocabulary, generator=torch.Generator().manual_seed(vocabulary)) < 0.5
     mask[0] = True
     for form in FORMS:
-        assert torch.equal(banned(in_form(mask, form), vocabulary), ~mask)
-    assert bool(banned(torch.tensor([[-1, vocabulary, 2**40]]), vocabulary).all())
+        assert torch.equal(disallowed(in_form(mask, form), vocabulary), ~mask)
+    assert bool(disallowed(torch.tensor([[-1, vocabulary, 2**40]]), vocabulary).all())
 
 
 @pytest.mark.parametrize(("rounding", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
@@ -216,7 +216,7 @@ def test_no_copy_of_all_logits() -> None:
             ValueError,
             r"int64 ids and must be \(4, 'K'\), got \(3, 2\)",
         ),
-        ({"allowed": torch.full((4, 1), 9)}, ValueError, r"ids in \[0, V=9\), padded with -1; got 9 to 9"),
+        ({"allowed": torch.full((4, 1), 9)}, ValueError, r"ids in \[0, V=9\), padded with -1, got 9 to 9"),
         ({"logits_rounding": "fp8"}, ValueError, "logits_rounding must be one of None, 'bf16', 'fp16', got 'fp8'"),
     ],
 )

@@ -27,7 +27,7 @@ from fastrl.ops import sparse_rows
 from fastrl.ops.chunks import Chunks
 from fastrl.ops.fused import fused_gradient
 from fastrl.ops.gradients import Gradients
-from fastrl.ops.head import inverse_temperature, make_head
+from fastrl.ops.head import LinearRows
 from fastrl_kernels import sparse_rows as kernels
 
 
@@ -309,8 +309,7 @@ def test_dense_rows_of_several_chunks_share_their_gemms() -> None:
     hidden = hidden / hidden.norm(dim=-1, keepdim=True) * 25
     hidden[::16] *= 0.01
     labels = (hidden @ weight.t()).argmax(-1)
-    head = make_head(hidden, 1.0, None, -100, chunk_tokens=16, tail_mass=0.01, tp_group=None, backend="torch")
-    chunks = Chunks.of(hidden, weight, None, labels, inverse_temperature(1.0, labels, hidden), head)
+    chunks = Chunks.of(LinearRows.checked(hidden, weight, labels, chunk_tokens=16, tail_mass=0.01, backend="torch"))
     held = Gradients(chunks, (True, True, False))
     shapes = []
     add = held.add_rows
@@ -320,7 +319,7 @@ def test_dense_rows_of_several_chunks_share_their_gemms() -> None:
         held.take(rows, states, logits, outputs, (torch.ones_like(outputs[0]), None, None))
     held.flush()
     assert shapes == [(16, vocabulary)]  # filled up with rows of zeros
-    assert (int(held.sparse.tally.sparse), int(held.sparse.tally.dense)) == (150, 10)
+    assert (int(held.sparse.stats.sparse), int(held.sparse.stats.dense)) == (150, 10)
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ kernels cannot be built here")
@@ -340,29 +339,19 @@ def test_memory_is_two_chunks_beside_the_gradients(frozen: bool) -> None:
 
 def test_the_fused_gradient_is_that_of_the_operation() -> None:
     hidden, weight, bias, labels = draw_head(40)
-    head = make_head(hidden, 1.0, None, -100, chunk_tokens=16, tail_mass=TAIL_MASS, tp_group=None, backend="torch")
+    rows = LinearRows.checked(hidden, weight, labels, bias=bias, chunk_tokens=16, tail_mass=TAIL_MASS, backend="torch")
     g = torch.linspace(0.5, 1.5, 40)
-    tally = sparse_rows.Tally(hidden.device)
-    inverse = inverse_temperature(1.0, labels, hidden)
-    _, _, got, _ = fused_gradient(
-        hidden,
-        weight,
-        bias,
-        labels,
-        inverse,
-        head,
-        (True, True, True),
-        lambda lp, e, block, at: (g[at], None),
-        tally=tally,
-    )
+    stats = sparse_rows.SparseStats(hidden.device)
+    every = (True, True, True)
+    _, _, got, _ = fused_gradient(rows, every, lambda lp, e, block, at: (g[at], None), stats=stats)
     want = gradients(
         (hidden, weight, bias, labels), "hidden weight bias", backend="torch", chunk_tokens=16, tail_mass=TAIL_MASS
     )[1]
     assert all(torch.equal(a, b) for a, b in zip(got, want.values(), strict=True))
-    assert int(tally.sparse) + int(tally.dense) == int((labels != -100).sum())
-    assert int(tally.sparse) > 0
-    assert int(tally.dense) > 0
-    assert 0 < float(tally.left) <= TAIL_MASS
+    assert int(stats.sparse) + int(stats.dense) == int((labels != -100).sum())
+    assert int(stats.sparse) > 0
+    assert int(stats.dense) > 0
+    assert 0 < float(stats.left) <= TAIL_MASS
 
 
 @pytest.mark.parametrize(
@@ -443,7 +432,7 @@ def test_metrics_of_every_path(loss: str, frozen: bool) -> None:
     assert 0 < sparse < rows
     assert 0 < largest <= TAIL_MASS
     assert one == 1
-    assert sparse_rows.counting() is None
+    assert sparse_rows.current_sparse_stats() is None
 
 
 @pytest.mark.parametrize("preset", ["dapo", "gspo"])

@@ -20,21 +20,23 @@ from torch import Tensor
 from vocabulary_cases import BACKENDS, patterns, upstream
 
 from fastrl import PolicyLoss, PreferenceLoss, linear_token_logprobs, reference
-from fastrl.ops.head import Head
+from fastrl.ops.head import HeadOptions
 from fastrl.ops.vocab_parallel import linear_token_logprobs_parallel, merge_shards, part_statistics
 
 NAMES = ("logprobs", "entropy", "logsumexp", "hidden", "weight", "bias")
-PRODUCTS = (("linear_token_logprobs", "chunk_logits"), ("vocab_parallel", "_times_weight"))
+PRODUCTS = (("chunks", "chunk_logits"), ("vocab_parallel", "_times_weight"))
 # Rows of a vocabulary of 10 on every rank: uneven, one entry, none at either end and between.
 SIZES = {2: [(6, 4), (1, 9), (0, 10), (10, 0)], 3: [(7, 0, 3), (0, 9, 1), (3, 4, 3)]}
 
 
-def statistics_of(logits: Tensor, labels: Tensor, inverse: Tensor, bounds: list[int], head: Head) -> Tensor:
+def statistics_of(
+    logits: Tensor, labels: Tensor, inv_temperature: Tensor, bounds: list[int], head: HeadOptions
+) -> Tensor:
     """Return the statistics (R, N, 4) of the parts of logits between consecutive bounds."""
     absent = torch.tensor([-math.inf, 0.0, 0.0, -math.inf], dtype=torch.float64).expand(len(labels), 4)
     return torch.stack(
         [
-            part_statistics(logits[:, a:b].contiguous(), labels - a, inverse, head)[0] if b > a else absent
+            part_statistics(logits[:, a:b].contiguous(), labels - a, inv_temperature, head)[0] if b > a else absent
             for a, b in pairwise(bounds)
         ]
     )
@@ -43,9 +45,9 @@ def statistics_of(logits: Tensor, labels: Tensor, inverse: Tensor, bounds: list[
 def judge_merge(logits: Tensor, labels: Tensor, bounds: list[int], backend: str, **options: Any) -> Tensor:
     """Hold the merge of the parts against the reference on whole rows; return its log-probs."""
     temperature = options.get("temperature", 1.0)
-    inverse = (1.0 / torch.as_tensor(temperature, dtype=logits.dtype)).expand(len(labels))
-    head = Head(options.get("logit_scale", 1.0), options.get("softcap") or 0.0, -100, 8, backend)
-    merged = merge_shards(statistics_of(logits, labels, inverse, bounds, head), inverse)
+    inv_temperature = (1.0 / torch.as_tensor(temperature, dtype=logits.dtype)).expand(len(labels))
+    head = HeadOptions(options.get("logit_scale", 1.0), options.get("softcap") or 0.0, -100, 8, backend)
+    merged = merge_shards(statistics_of(logits, labels, inv_temperature, bounds, head), inv_temperature)
     want = reference.token_logprobs(logits.double(), labels, **options)
     eager = reference.token_logprobs(logits, labels, **options)
     for name, got, exact, plain in zip(NAMES, merged, want, eager, strict=False):
@@ -97,10 +99,10 @@ def test_a_row_without_a_finite_entry_is_nan() -> None:
 def test_merge_of_a_row_does_not_depend_on_the_rows_around_it() -> None:
     generator = torch.Generator().manual_seed(0)
     statistics = torch.rand(3, 50, 4, generator=generator)
-    inverse = torch.rand(50, generator=generator) + 0.5
-    whole = merge_shards(statistics, inverse)
+    inv_temperature = torch.rand(50, generator=generator) + 0.5
+    whole = merge_shards(statistics, inv_temperature)
     for i in (0, 17, 49):
-        alone = merge_shards(statistics[:, i : i + 1], inverse[i : i + 1])
+        alone = merge_shards(statistics[:, i : i + 1], inv_temperature[i : i + 1])
         assert all(torch.equal(a[..., i : i + 1], b) for a, b in zip(whole, alone, strict=True))
 
 
@@ -166,7 +168,7 @@ def judge(
     """Hold a run against the whole head in one process; outputs and dX must be the same bits on every rank."""
     grads = upstream(tensors[0].shape[0]) if grads is None else grads
     got = run(rank, sizes, tensors, grads, needs, **options)
-    for key in ("chunk_tokens", "backend", "keep_units"):
+    for key in ("chunk_tokens", "backend", "keep_token_grads"):
         options.pop(key, None)
     low = tensors[0].dtype
     plain = torch.float64 if low == torch.float64 else torch.float32
@@ -220,11 +222,11 @@ def check_each_output_alone(rank: int, world: int) -> None:
                 judge(rank, SIZES[world][0], draw(13, 6, 10), needs, grads, backend=backend, chunk_tokens=4)
 
 
-def check_keep_units(rank: int, world: int) -> None:
+def check_keep_token_grads(rank: int, world: int) -> None:
     """Without them every output forms the logits again: 3 units for an entropy bonus over a frozen head, 2 without."""
     for which in range(3):
         grads = tuple(g if i == which else None for i, g in enumerate(upstream(13)))
-        judge(rank, SIZES[world][0], draw(13, 6, 10), "hidden", grads, keep_units=False, chunk_tokens=4)
+        judge(rank, SIZES[world][0], draw(13, 6, 10), "hidden", grads, keep_token_grads=False, chunk_tokens=4)
     sizes, (hidden, weight, _, labels) = SIZES[world][0], draw(13, 6, 10)
     inputs = {"advantages": torch.ones(13), "mask": labels >= 0, "cu_seqlens": torch.tensor([0, 6, 13])}
     found, rows = {}, []

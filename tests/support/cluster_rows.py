@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastrl.backends import choice, cpu, cuda
+from fastrl import checks
+from fastrl.backends import build, choice, cuda
 
 SOURCE = Path(__file__).parent / "csrc" / "cluster_rows.cc"
 # As for csrc/cpu: no contraction, NaN and infinities are inputs.
@@ -32,7 +33,7 @@ def module() -> Any:
         "cluster_rows",
         cpp_files=[str(SOURCE)],
         extra_cflags=list(FLAGS),
-        extra_include_paths=[str(cpu.source_folder() / "include")],
+        extra_include_paths=[str(build.source_folder() / "include")],
         build_directory=folder,
     )
     return tvm_ffi.load_module(built)
@@ -77,7 +78,7 @@ def run(
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return (logprobs, entropy, logsumexp, residual, gradient), as the kernels of csrc/cuda compute them."""
-    n, dtype = logits.shape[0], cpu.result_dtype(logits)
+    n, dtype = logits.shape[0], checks.wide(logits.dtype)
     inverse = torch.as_tensor(inv_temperature, dtype=dtype).expand(n).contiguous()
     results = [torch.full((n,), math.nan, dtype=dtype) for _ in range(4)]
     gradient = torch.full(logits.shape, math.nan, dtype=logits.dtype) if out is None else out
@@ -115,7 +116,6 @@ def on_the_host() -> Iterator[HostModule]:
     host = HostModule()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "cuda_module", lambda: host)
-        patch.setattr(cuda, "_logits", cpu.checked_logits)
         patch.setattr(cuda, "_stream", lambda logits: 0)
         patch.setattr(choice, "cuda_available", lambda device: (True, "loops on a CPU"))
         yield host

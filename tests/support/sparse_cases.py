@@ -63,7 +63,7 @@ def find(
     scalars = {"logit_scale": logit_scale, "softcap": softcap, "ignore_index": -100}
     outputs = forward_rows(backend, tile, labels, inverse, **scalars)
     rule = sparse_rows.rule_for(tail_mass, logits.shape[1], tile.device)
-    problem = sparse_rows.Problem(labels, inverse, outputs, grads)
+    problem = sparse_rows.RowInputs(labels, inverse, outputs, grads)
     lists = sparse_rows.find(backend, tile, problem, rule, **scalars)
     assert torch.equal(tile.cpu().nan_to_num(), logits.nan_to_num())
     gradient = backward_rows(backend, tile, labels, inverse, outputs, grads, **scalars)

@@ -6,19 +6,19 @@ Legend: N tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastrl.checks import MASKED_LABEL
+from fastrl.checks import MASKED_LABEL, wide
 from fastrl.integrations.common.proof import FirstUse, prove, sampled_tokens
 from fastrl.integrations.trl import _seams
 from fastrl.integrations.trl._prediction import Prediction, attach, pending
 from fastrl.ops.chunks import Chunks, chunk_logits
 from fastrl.ops.gradients import Gradients
-from fastrl.ops.head import Head, check_head, inverse_temperature, make_head
+from fastrl.ops.head import LinearRows
 from fastrl.ops.row_statistics import row_statistics
 
 ALL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -43,11 +43,13 @@ class Request:
     """Whether logits are rounded to `compute_dtype`, as TRL's own tiles are."""
     ignored: int = MASKED_LABEL
 
-    def head(self, hidden: Tensor) -> Head:
+    def rows(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore_index: int = MASKED_LABEL
+    ) -> LinearRows:
         """Return the vocabulary operation, validated."""
-        return make_head(
-            hidden, self.logit_scale, self.softcap, MASKED_LABEL, chunk_tokens=None, tail_mass=0.0, tp_group=None,
-            backend="auto",
+        return LinearRows.checked(
+            hidden, weight, targets, bias=bias, temperature=self.temperature, logit_scale=self.logit_scale,
+            softcap=self.softcap, ignore_index=ignore_index,
         )  # fmt: skip
 
     def cast(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -83,10 +85,8 @@ class Request:
 
     def chunks(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Chunks:
         """Return the rows, cut into chunks; where logits are rounded, `formed` adds the bias."""
-        hidden, weight, targets, bias = check_head(*self.cast(hidden, weight, bias)[:2], targets, bias, MASKED_LABEL)
-        inverse = inverse_temperature(self.temperature, targets, hidden)
-        bias = None if self.rounded else bias
-        return Chunks.of(hidden, weight, bias, targets, inverse, self.head(hidden))
+        rows = self.rows(*self.cast(hidden, weight, bias)[:2], bias, targets)
+        return Chunks.of(replace(rows, bias=None) if self.rounded else rows)
 
 
 def request_of(
@@ -276,7 +276,7 @@ def _predicted(
 def _largest_logits(states: Tensor, weight: Tensor, bias: Tensor | None, request: Request) -> Tensor:
     """Return the largest absolute finite logit of each row (K,), after scale, softcap and temperature."""
     hidden, weight, bias = request.cast(states, weight, bias)
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    dtype = wide(hidden.dtype)
     out = torch.empty((hidden.shape[0], weight.shape[0]), dtype=dtype, device=hidden.device)
     logits = chunk_logits(hidden, weight, bias, out) * request.logit_scale
     if request.softcap:

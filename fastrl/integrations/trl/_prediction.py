@@ -20,10 +20,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastrl.checks import MASKED_LABEL, wide
 from fastrl.integrations.common.proof import AdapterMismatchError
 from fastrl.losses.policy.loss import PolicyLoss
 from fastrl.ops.fused import Coefficients, fused_gradient
-from fastrl.ops.head import check_head, inverse_temperature
 
 # Roundings, of the largest coefficient of the batch, that two ways to compute the coefficients may differ by. The terms
 # that one sums can be far larger than it is: those of discopop, divided by its temperature, took 190.
@@ -257,7 +257,7 @@ class _Release(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *gradients: Tensor | None) -> Tensor:
         ctx.save_for_backward(*gradients)
-        return hidden.new_zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+        return hidden.new_zeros((), dtype=wide(hidden.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -269,24 +269,22 @@ def fused_pass(
     call: tuple[Tensor, Tensor, Tensor | None, Tensor, Any],
     wanted: Sequence[str],
     coefficients: Coefficients,
-    units: Sequence[int] | None = None,
+    group_sizes: Sequence[int] | None = None,
 ) -> tuple[Fused, float]:
     """Return the fused pass of a loss given by its coefficients, and the GEMM units that it took."""
     hidden, weight, bias, targets, request = call
     needs = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
-    checked = check_head(
-        hidden.detach(), weight.detach(), targets, None if bias is None else bias.detach(), request.ignored
-    )
-    inverse = inverse_temperature(request.temperature, targets, hidden)
-    columns = request.columns(targets.numel(), wanted, inverse)
+    fixed_bias = None if bias is None else bias.detach()
+    rows = request.rows(hidden.detach(), weight.detach(), fixed_bias, targets, request.ignored)
+    columns = request.columns(targets.numel(), wanted, rows.inv_temperature)
 
     def observe(index: Tensor, logits: Tensor) -> None:
         request.observe(columns, index, logits, targets[index])
 
-    head = replace(request.head(hidden), observe=observe if wanted else None)
+    options = replace(rows.options, ignore_index=MASKED_LABEL, observe=observe if wanted else None)
     with torch.no_grad():
         logprobs, entropy, gradients, recomputed = fused_gradient(
-            checked[0], checked[1], checked[3], checked[2], inverse, head, needs, coefficients, units
+            replace(rows, options=options), needs, coefficients, group_sizes
         )
     handle = _Release.apply(hidden, weight, bias, *gradients)
     units_taken = 1.0 + needs[0] + needs[1] + recomputed / max(targets.numel(), 1)

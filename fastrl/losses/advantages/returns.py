@@ -36,7 +36,7 @@ class TokenBatch:
     def __init__(self, rewards: Any, mask: Any, cu_seqlens: Tensor | None) -> None:
         checks.float_tensor("token_rewards", rewards)
         self.layout = Layout.of(rewards.shape, rewards.device, cu_seqlens, "token_rewards")
-        self.result_dtype = rewards.dtype if rewards.dtype == torch.float64 else torch.float32
+        self.result_dtype = checks.wide(rewards.dtype)
         self.dtype = torch.float64 if rewards.device.type != "mps" else torch.float32
         keep, poison = checks.keep_mask("mask", mask, self.layout.shape, self.layout.device)
         self.mask = keep.reshape(-1)
@@ -97,7 +97,7 @@ def masked_whiten(
 
 def whitened(x: Tensor, keep: Tensor, eps: float) -> Tensor:
     """Return all of `x` shifted and scaled by the statistics of its live entries (`keep`, bool), no checks."""
-    dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+    dtype = checks.wide(x.dtype)
     if x.numel() == 0:
         return x.to(dtype)
     wide = x.to(torch.float64 if x.device.type != "mps" else torch.float32)

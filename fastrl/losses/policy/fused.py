@@ -15,37 +15,53 @@ import torch
 from torch import Tensor
 
 from fastrl import reference
-from fastrl.backends.choice import beside
+from fastrl.backends.choice import companion_backend
 from fastrl.losses.layout import Layout
-from fastrl.losses.output import LossOutput, with_path, with_tally
+from fastrl.losses.output import LossOutput, with_path, with_sparse_stats
 from fastrl.losses.policy.inputs import Batch
 from fastrl.losses.policy.metrics import policy_metrics
 from fastrl.ops.fused import FusedFromHidden
-from fastrl.ops.head import Head
+from fastrl.ops.head import LinearRows
 from fastrl.ops.policy import fused_policy_terms
 from fastrl.ops.sampling import check_labels_are_allowed
-from fastrl.ops.segments import sums_beside
-from fastrl.ops.sparse_rows import Tally
+from fastrl.ops.segments import segment_sum_for
+from fastrl.ops.sparse_rows import SparseStats
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What `FusedFromHidden` needs beside its tensors."""
+    """The loss as `FusedFromHidden` takes it."""
 
     spec: Any  # PolicyLoss
-    head: Head
-    needs: tuple[bool, bool, bool]
     layout: Layout
-    mask: Tensor
+    batch: Batch
+    rows: LinearRows
+    needs: tuple[bool, bool, bool]
     columns: reference.TokenColumns
-    units: Sequence[int] | None
-    """Live tokens of each sequence, where the loss couples them."""
-    unit_lengths: Tensor | None  # (S,) int64, the units where the device has them
-    allowed: Tensor | None
-    rounding: str
-    live: Tensor | None = None
-    tally: Tally | None = None
-    """How many rows took the short way, filled in the forward."""
+    group_sizes: Sequence[int] | None
+    """Live tokens of each sequence, if the loss couples them."""
+    group_lengths: Tensor | None  # (S,) int64, `group_sizes` on the device
+    stats: SparseStats
+    """The numbers of sparse and dense rows, counted in the forward."""
+    order: None = None
+
+    @classmethod
+    def of(cls, spec: Any, layout: Layout, batch: Batch, rows: LinearRows) -> _Plan:
+        """Return the plan of a batch. The host waits for the lengths if the loss couples the tokens of a sequence."""
+        grad = torch.is_grad_enabled()
+        needs = (grad and rows.needs[0], grad and rows.needs[1], grad and rows.needs[2])
+        sums = segment_sum_for(rows.options.backend)
+        lengths = None
+        if spec.couples_sequences:
+            lengths = sums(batch.mask.to(rows.inv_temperature.dtype), layout.lengths).long()
+        sizes = None if lengths is None else lengths.tolist()
+        columns = spec.columns(layout, batch, None, sums)
+        return cls(spec, layout, batch, rows, needs, columns, sizes, lengths, SparseStats(rows.hidden.device))
+
+    @property
+    def backend(self) -> str:
+        """The backend of the rows."""
+        return self.rows.options.backend
 
     def coefficients(
         self, logprobs: Tensor, entropy: Tensor, block: slice, index: Tensor
@@ -53,69 +69,48 @@ class _Plan:
         """Return (dL/dlogprobs, dL/dentropy or None) of the live tokens of a block."""
         columns = self.columns.at(index)
         lengths = None
-        if self.units is not None:
-            assert self.unit_lengths is not None
-            ends = list(accumulate(self.units))
+        if self.group_sizes is not None:
+            assert self.group_lengths is not None
+            ends = list(accumulate(self.group_sizes))
             first, last = bisect_left(ends, block.start + 1), bisect_left(ends, block.stop)
-            lengths = self.unit_lengths[first : last + 1]
-        return policy_gradient_coefficients(self.spec, logprobs, entropy, columns, lengths, self.head.backend)
+            lengths = self.group_lengths[first : last + 1]
+        return policy_gradient_coefficients(self.spec, logprobs, entropy, columns, lengths, self.backend)
 
     def terms(self, logprobs: Tensor, entropy: Tensor) -> reference.TokenTerms:
         """Return the token arithmetic over all tokens."""
         columns = self.columns
-        if self.units is not None:
-            sums = sums_beside(self.head.backend)
-            columns = reference.pooled_columns(self.spec, logprobs, columns, self.mask, self.layout.lengths, sums)
-        return fused_policy_terms(self.spec, logprobs, entropy, columns, backend=beside(self.head.backend))
+        if self.group_sizes is not None:
+            sums = segment_sum_for(self.backend)
+            columns = reference.pooled_columns(self.spec, logprobs, columns, self.batch.mask, self.layout.lengths, sums)
+        return fused_policy_terms(self.spec, logprobs, entropy, columns, backend=companion_backend(self.backend))
 
     def loss(self, logprobs: Tensor, entropy: Tensor) -> Tensor:
         """Return the loss of all tokens."""
         contribution = self.terms(logprobs, entropy).contribution
-        return reference.total(contribution, self.layout.lengths, sums_beside(self.head.backend))
+        return reference.total(contribution, self.layout.lengths, segment_sum_for(self.backend))
+
+    def gemm_units(self, recomputed: int) -> Tensor | float:
+        """Return the GEMM units that ran, as a mean over live tokens."""
+        live = 1 if self.group_sizes is None else max(1, sum(self.group_sizes))
+        dense: Tensor | float = 1.0
+        if self.rows.options.tail_mass > 0.0:
+            dense = (self.stats.dense / self.batch.mask.sum().clamp(min=1)).float()
+        return 1.0 + (self.needs[0] + self.needs[1]) * dense + recomputed / live
 
 
-def fused_from_hidden(
-    spec: Any,  # PolicyLoss
-    layout: Layout,
-    batch: Batch,
-    hidden: Tensor,  # (..., D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    labels: Tensor,
-    inverse: Tensor,  # (N,)
-    head: Head,
-    allowed: Tensor | None = None,
-    rounding: str = "",
-) -> LossOutput:
+def fused_from_hidden(spec: Any, layout: Layout, batch: Batch, rows: LinearRows) -> LossOutput:
     """Return the loss with its gradient formed in the forward."""
-    grad = torch.is_grad_enabled()
-    trained = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
-    needs = (grad and trained[0], grad and trained[1], grad and trained[2])
-    units = unit_lengths = None
-    sums = sums_beside(head.backend)
-    if spec.couples_sequences:
-        unit_lengths = sums(batch.mask.to(inverse.dtype), layout.lengths).long()
-        units = unit_lengths.tolist()
-    columns = spec.columns(layout, batch, None, sums)
-    tally = Tally(hidden.device)
-    plan = _Plan(spec, head, needs, layout, batch.mask, columns, units, unit_lengths, allowed, rounding, tally=tally)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    loss, logprobs, entropy, recomputed = FusedFromHidden.apply(flat, weight, bias, labels.reshape(-1), inverse, plan)
-    if allowed is not None:
+    plan = _Plan.of(spec, layout, batch, rows)
+    loss, logprobs, entropy, recomputed = FusedFromHidden.apply(rows.hidden, rows.weight, rows.bias, plan)
+    if rows.allowed is not None:
         check_labels_are_allowed(layout.restore(logprobs))
     with torch.no_grad():
         terms = plan.terms(logprobs, entropy)
-        metrics = policy_metrics(spec, batch, logprobs, entropy, columns, terms)
+        metrics = policy_metrics(spec, batch, logprobs, entropy, plan.columns, terms)
     output = LossOutput(loss, metrics, layout.restore(logprobs), layout.restore(entropy))
-    live = max(1, sum(units) if units is not None else 1)
-    dense = _dense_share(head, batch.mask, tally)
-    output = with_path(output, 1.0 + (needs[0] + needs[1]) * dense + recomputed / live)
-    return output if head.tail_mass == 0.0 or not any(needs) else with_tally(output, tally)
-
-
-def _dense_share(head: Head, mask: Tensor, tally: Tally) -> Tensor | float:
-    """Return the share of live tokens that went through the GEMMs of the gradients."""
-    return 1.0 if head.tail_mass == 0.0 else (tally.dense / mask.sum().clamp(min=1)).float()
+    output = with_path(output, plan.gemm_units(recomputed))
+    sparse = rows.options.tail_mass > 0.0 and any(plan.needs)
+    return with_sparse_stats(output, plan.stats) if sparse else output
 
 
 def policy_gradient_coefficients(
@@ -131,9 +126,11 @@ def policy_gradient_coefficients(
         leaf = logprobs.detach().requires_grad_()
         if lengths is not None:
             every = torch.ones_like(leaf, dtype=torch.bool)
-            columns = reference.pooled_columns(spec, leaf, columns, every, lengths, sums_beside(backend))
+            columns = reference.pooled_columns(spec, leaf, columns, every, lengths, segment_sum_for(backend))
         leaf_entropy = entropy.detach().requires_grad_() if spec.uses_entropy else None
-        contribution = fused_policy_terms(spec, leaf, leaf_entropy, columns, backend=beside(backend)).contribution
+        contribution = fused_policy_terms(
+            spec, leaf, leaf_entropy, columns, backend=companion_backend(backend)
+        ).contribution
         if leaf_entropy is None:
             return torch.autograd.grad(contribution.sum(), leaf)[0], None
         g, h = torch.autograd.grad(contribution.sum(), (leaf, leaf_entropy))

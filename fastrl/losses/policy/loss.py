@@ -16,22 +16,22 @@ import torch
 from torch import Tensor
 
 from fastrl import checks, reference
-from fastrl.backends.choice import beside, choose, outside_graphs
+from fastrl.backends.choice import choose, companion_backend, graph_break
 from fastrl.losses.layout import Layout
-from fastrl.losses.output import LossOutput, with_path, with_tally
+from fastrl.losses.output import LossOutput, with_path, with_sparse_stats
 from fastrl.losses.policy.axes import PolicyAxes
 from fastrl.losses.policy.correction import RolloutCorrection
 from fastrl.losses.policy.fused import fused_from_hidden
 from fastrl.losses.policy.inputs import Batch, _check_inputs, _check_names, _named_inputs
 from fastrl.losses.policy.metrics import policy_metrics
 from fastrl.losses.policy.presets import PRESETS, preset_fields
-from fastrl.ops.head import check_head, check_restrictions, inverse_temperature, make_head
+from fastrl.ops.head import LinearRows
 from fastrl.ops.linear_token_logprobs import linear_token_logprobs
 from fastrl.ops.policy import fused_policy_terms
 from fastrl.ops.policy_logits import policy_logits
 from fastrl.ops.rows import checked_rows
-from fastrl.ops.segments import sums_beside
-from fastrl.ops.sparse_rows import Tally, counted
+from fastrl.ops.segments import segment_sum_for
+from fastrl.ops.sparse_rows import SparseStats, collect_sparse_stats
 from fastrl.ops.token_logprobs import token_logprobs
 
 
@@ -131,7 +131,7 @@ class PolicyLoss(PolicyAxes):
         """Return what the call returns, beside vocabulary rows of a chosen backend."""
         checks.float_tensor("logprobs", logprobs)
         layout = Layout.of(logprobs.shape, logprobs.device, inputs.pop("cu_seqlens", None))
-        batch = self._batch(layout, _wide(logprobs.dtype), **_named_inputs(inputs))
+        batch = self._batch(layout, checks.wide(logprobs.dtype), **_named_inputs(inputs))
         flat_entropy = None if entropy is None else layout.tokens("entropy", checks.float_tensor("entropy", entropy))
         if self.uses_entropy and flat_entropy is None:
             raise ValueError(f"entropy_coef={self.entropy_coef} needs entropy=, per token")
@@ -198,8 +198,8 @@ class PolicyLoss(PolicyAxes):
             return self._of_logprobs(result.logprobs, result.entropy, inputs, choose(backend, logits.device).backend)
         rows = checked_rows(logits, masked, **options)
         layout = Layout.of(masked.shape, masked.device, inputs.pop("cu_seqlens", None), "labels")
-        batch = self._batch(layout, _wide(logits.dtype), **_named_inputs(inputs))
-        columns = self.columns(layout, batch, None, sums_beside(rows.backend))
+        batch = self._batch(layout, checks.wide(logits.dtype), **_named_inputs(inputs))
+        columns = self.columns(layout, batch, None, segment_sum_for(rows.backend))
         loss, logprobs, entropy, terms = policy_logits(self, logits, rows, columns, layout.lengths, inplace=inplace)
         metrics = policy_metrics(self, batch, logprobs, entropy, columns, terms)
         return LossOutput(loss, metrics, layout.restore(logprobs), layout.restore(entropy))
@@ -224,7 +224,7 @@ class PolicyLoss(PolicyAxes):
             return "inside torch.compile only the Triton kernel writes over the logits"
         return None
 
-    @outside_graphs
+    @graph_break
     def from_hidden(
         self,
         hidden: Tensor,  # (B, T, D) or (N, D)
@@ -272,36 +272,36 @@ class PolicyLoss(PolicyAxes):
         4 and V D 4, as the loss scale must come before the rounding; it then takes N D 2 and V D 2 for what it returns.
         """
         _check_inputs(inputs)
-        masked = checks.masked_labels(labels, inputs["mask"], hidden, "hidden")
+        masked, inputs["mask"] = checks.labels_and_mask(labels, inputs["mask"], hidden, "hidden")
         trains = [torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad for x in (hidden, weight, bias)]
         frozen = not any(trains[1:])
-        keep_units = not self.uses_entropy
+        keep_token_grads = not self.uses_entropy
         # A correction without old log-probs takes the current ones, and KL-Cov ranks the whole batch: log-probs first,
         # as for a head whose rows are spread over ranks.
         needs_all = self.kl_fraction is not None or (self.correction is not None and inputs.get("old_logprobs") is None)
         if tp_group is not None or needs_all or (self.couples_sequences and frozen and not self.uses_entropy):
-            tally = Tally(hidden.device) if tail_mass and any(trains) and isinstance(hidden, Tensor) else None
-            with counted(tally):
+            stats = SparseStats(hidden.device) if tail_mass and any(trains) and isinstance(hidden, Tensor) else None
+            with collect_sparse_stats(stats):
                 result = linear_token_logprobs(
                     hidden, weight, masked, bias=bias, temperature=temperature, logit_scale=logit_scale,
                     softcap=softcap, ignore_index=checks.MASKED_LABEL, chunk_tokens=chunk_tokens, tail_mass=tail_mass,
-                    tp_group=tp_group, keep_units=keep_units, backend=backend, allowed=allowed,
+                    tp_group=tp_group, keep_token_grads=keep_token_grads, backend=backend, allowed=allowed,
                     logits_rounding=logits_rounding,
                 )  # fmt: skip
             chosen = choose(backend, hidden.device).backend
             output = self._of_logprobs(result.logprobs, result.entropy, inputs, chosen)
-            again = any(trains) and not (frozen and keep_units and not self.uses_entropy)
-            kept = trains[0] and frozen and keep_units
-            output = output if tally is None else with_tally(output, tally)
+            again = any(trains) and not (frozen and keep_token_grads and not self.uses_entropy)
+            kept = trains[0] and frozen and keep_token_grads
+            output = output if stats is None else with_sparse_stats(output, stats)
             return with_path(output, 1.0 + kept + again * (1.0 + trains[0] + trains[1]))
-        hidden, weight, masked, bias = check_head(hidden, weight, masked, bias, checks.MASKED_LABEL)
-        options = {"chunk_tokens": chunk_tokens, "tail_mass": tail_mass, "tp_group": tp_group, "backend": backend}
-        head = make_head(hidden, logit_scale, softcap, checks.MASKED_LABEL, **options)
+        rows = LinearRows.checked(
+            hidden, weight, masked, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
+            ignore_index=checks.MASKED_LABEL, chunk_tokens=chunk_tokens, tail_mass=tail_mass, backend=backend,
+            allowed=allowed, logits_rounding=logits_rounding,
+        )  # fmt: skip
         layout = Layout.of(masked.shape, masked.device, inputs.pop("cu_seqlens", None), "labels")
-        batch = self._batch(layout, _wide(hidden.dtype), **_named_inputs(inputs))
-        inverse = inverse_temperature(temperature, masked, hidden)
-        sets, rounding = check_restrictions(allowed, logits_rounding, masked, weight.shape[0], head)
-        return fused_from_hidden(self, layout, batch, hidden, weight, bias, masked, inverse, head, sets, rounding)
+        batch = self._batch(layout, checks.wide(rows.hidden.dtype), **_named_inputs(inputs))
+        return fused_from_hidden(self, layout, batch, rows)
 
     def _batch(self, layout: Layout, dtype: torch.dtype, **inputs: Any) -> Batch:
         """Return the batch as flat columns, or raise for inputs that the loss needs or that do not fit."""
@@ -376,12 +376,12 @@ class PolicyLoss(PolicyAxes):
         with_metrics: bool = True,
     ) -> LossOutput:
         """Return the loss from flat log-probs: plain PyTorch, or the fused kernel where it runs."""
-        dtype, sums = _wide(logprobs.dtype), sums_beside(backend)
+        dtype, sums = checks.wide(logprobs.dtype), segment_sum_for(backend)
         live = torch.where(batch.mask, logprobs.to(dtype), 0.0)
         live_entropy = None if entropy is None else torch.where(batch.mask, entropy.to(dtype), 0.0)
         columns = self.columns(layout, batch, live, sums)
         columns = reference.pooled_columns(self, live, columns, batch.mask, layout.lengths, sums)
-        terms = fused_policy_terms(self, live, live_entropy, columns, backend=beside(backend))
+        terms = fused_policy_terms(self, live, live_entropy, columns, backend=companion_backend(backend))
         loss = reference.total(terms.contribution, layout.lengths, sums)
         if not with_metrics:
             return LossOutput(loss, {}, None, None)
@@ -433,10 +433,6 @@ def loss_value(
     _check_names(inputs)
     checks.float_tensor("logprobs", logprobs)
     layout = Layout.of(logprobs.shape, logprobs.device, cu_seqlens)
-    batch = spec._batch(layout, _wide(logprobs.dtype), **_named_inputs(inputs))
+    batch = spec._batch(layout, checks.wide(logprobs.dtype), **_named_inputs(inputs))
     flat = layout.tokens("logprobs", logprobs)
     return spec._evaluate(layout, batch, flat, None, "auto", with_metrics=False).loss
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32

@@ -7,58 +7,89 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastrl.backends.choice import outside_graphs
-from fastrl.losses.output import LossOutput, with_path, with_tally
+from fastrl.backends.choice import graph_break
+from fastrl.losses.output import LossOutput, with_path, with_sparse_stats
 from fastrl.losses.preference.rows import kl_reference_point
 from fastrl.losses.scalars import cast_metrics
 from fastrl.ops.fused import FusedFromHidden
-from fastrl.ops.head import Head, check_head, inverse_temperature, make_head
-from fastrl.ops.sparse_rows import Tally
+from fastrl.ops.head import LinearRows
+from fastrl.ops.sparse_rows import SparseStats
 
 PER_ROW = ("labels",)
-"""Inputs of `from_logprobs` with one value per row; the others are constants of the batch."""
+"""Inputs of `from_logprobs` with one value per row. The others are constants of the batch."""
+
+
+@dataclass(frozen=True)
+class PreferenceInputs:
+    """The inputs of `from_logprobs` beside the policy's log-probs."""
+
+    mask: Tensor  # (2P, T) or (B, T)
+    ref_logprobs: Tensor | None  # the same shape
+    others: dict[str, Any]
+
+    def at(self, rows: Tensor) -> PreferenceInputs:
+        """Return the inputs of some rows."""
+        others = {name: x[rows] if name in PER_ROW and x is not None else x for name, x in self.others.items()}
+        return PreferenceInputs(self.mask[rows], None if self.ref_logprobs is None else self.ref_logprobs[rows], others)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What `FusedFromHidden` needs beside its tensors."""
+    """The loss as `FusedFromHidden` takes it."""
 
     spec: Any  # PreferenceLoss
-    head: Head
-    needs: tuple[bool, bool, bool]
-    mask: Tensor  # (B, T)
-    ref_logprobs: Tensor | None  # (B, T)
-    inputs: dict[str, Any]
-    """The other inputs of `from_logprobs`."""
-    parts: int
-    """Rows of a unit: 2 for pairs, whose chosen rows are in the first half of the batch, 1 for single rows."""
-    units: Sequence[int]
+    rows: LinearRows
+    inputs: PreferenceInputs
+    rows_per_group: int
+    """2 for pairs, whose chosen rows are the first half of the batch, 1 for single rows."""
+    group_sizes: Sequence[int]
     """Live tokens of each pair or row."""
-    live: Tensor  # (L,) flat places of the live tokens, pair by pair
-    allowed: None = None
-    rounding: str = ""
-    tally: Tally | None = None
+    order: Tensor  # (L,) flat places of the live tokens, pair by pair
+    stats: SparseStats | None
+
+    @classmethod
+    def of(cls, spec: Any, rows: LinearRows, inputs: PreferenceInputs) -> _Plan:
+        """Return the plan of a batch. The host waits for the live tokens of every pair or row."""
+        size = 1 if spec.unpaired else 2
+        ids = rows.restored(rows.labels)
+        if ids.dim() != 2 or ids.shape[0] % size:
+            shape = "(B, T)" if size == 1 else "(2P, T), chosen first"
+            raise ValueError(f"labels must be {shape}, got {tuple(ids.shape)}")
+        n = ids.shape[0] // size
+        # Every place of the batch, the two rows of a pair behind each other.
+        places = torch.arange(ids.numel(), device=ids.device).view(size, n, -1).transpose(0, 1)
+        there = (ids != rows.options.ignore_index).view(size, n, -1).transpose(0, 1)
+        inputs = replace(inputs, others=_with_totals(spec, inputs.others, n, inputs.mask))
+        stats = SparseStats(rows.hidden.device) if rows.options.tail_mass else None
+        return cls(spec, rows, inputs, size, there.sum((1, 2)).tolist(), places[there], stats)
+
+    @property
+    def needs(self) -> tuple[bool, bool, bool]:
+        """Which gradients to form."""
+        return self.rows.needs
 
     def coefficients(self, logprobs: Tensor, entropy: Tensor, block: slice, index: Tensor) -> tuple[Tensor, None]:
         """Return (dL/dlogprobs (M,), None) of the live tokens of whole pairs."""
-        ends = list(accumulate(self.units))
+        ends = list(accumulate(self.group_sizes))
         first, last = bisect_left(ends, block.start + 1), bisect_left(ends, block.stop)
-        n, t = len(self.units), self.mask.shape[1]
+        n, t = len(self.group_sizes), self.inputs.mask.shape[1]
         count = last + 1 - first
-        rows = torch.cat([torch.arange(first, last + 1, device=index.device) + side * n for side in range(self.parts)])
+        rows = torch.cat(
+            [torch.arange(first, last + 1, device=index.device) + side * n for side in range(self.rows_per_group)]
+        )
         row, column = index // t, index % t
         within = row // n * count + row % n - first
         with torch.enable_grad():
             leaf = logprobs.detach().requires_grad_()
-            padded = leaf.new_zeros(self.parts * count, t).index_put((within, column), leaf)
-            output = self._evaluate(padded, rows)
+            padded = leaf.new_zeros(self.rows_per_group * count, t).index_put((within, column), leaf)
+            output = self._evaluate(padded, self.inputs.at(rows))
             return torch.autograd.grad(output.loss, leaf)[0], None
 
     def loss(self, logprobs: Tensor, entropy: Tensor) -> Tensor:
@@ -67,78 +98,41 @@ class _Plan:
 
     def output(self, logprobs: Tensor) -> LossOutput:
         """Return loss and metrics of all pairs, from (B T,) log-probs."""
-        return self.spec.from_logprobs(logprobs.view(self.mask.shape), self.mask, self.ref_logprobs, **self.inputs)
+        return self._evaluate(logprobs.view(self.inputs.mask.shape), self.inputs)
 
-    def _evaluate(self, logprobs: Tensor, rows: Tensor) -> LossOutput:
-        """Return what some rows add to the loss of the batch."""
-        given = {name: x[rows] if name in PER_ROW and x is not None else x for name, x in self.inputs.items()}
-        ref = None if self.ref_logprobs is None else self.ref_logprobs[rows]
-        return self.spec.from_logprobs(logprobs, self.mask[rows], ref, **given)
+    def _evaluate(self, logprobs: Tensor, inputs: PreferenceInputs) -> LossOutput:
+        """Return the share of some rows in the loss of the batch."""
+        return self.spec.from_logprobs(logprobs, inputs.mask, inputs.ref_logprobs, **inputs.others)
+
+    def gemm_units(self, recomputed: int) -> Tensor | float:
+        """Return the GEMM units that ran, as a mean over live tokens."""
+        live = max(1, self.order.numel())
+        dense = 1.0 if self.stats is None else (self.stats.dense / live).float()
+        return 1.0 + (self.needs[0] + self.needs[1]) * dense + recomputed / live
 
 
-@outside_graphs
+@graph_break
 def fused_preference(
     spec: Any,  # PreferenceLoss
-    hidden: Tensor,  # (2P, T, D), or (B, T, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    ids: Tensor,  # (2P, T), the ignored id under the mask
-    mask: Tensor,  # (2P, T)
-    ref_logprobs: Tensor | None,  # (2P, T)
-    options: dict[str, Any],
-    inputs: dict[str, Any],
+    rows: LinearRows,  # of the policy, MASKED_LABEL under the mask
+    inputs: PreferenceInputs,
     units_before: float,
 ) -> LossOutput:
     """Return the loss of a spec whose pairs (or rows) do not depend on each other, its gradient formed in the forward.
 
-    Args:
-        spec: the loss.
-        hidden, weight, bias, ids, mask, ref_logprobs: of policy and reference.
-        options: those of `linear_token_logprobs`.
-        inputs: the other inputs of `from_logprobs`.
-        units_before: GEMM units that the reference took.
+    `units_before` are the GEMM units that the reference took.
     """
-    parts = 1 if spec.unpaired else 2
-    if ids.dim() != 2 or ids.shape[0] % parts:
-        raise ValueError(
-            f"labels must be {'(B, T)' if parts == 1 else '(2P, T), chosen first'}, got {tuple(ids.shape)}"
-        )
-    names = ("temperature", "logit_scale", "softcap", "ignore_index")
-    temperature, scale, cap, ignored = (options.pop(name) for name in names)
-    hidden, weight, ids, bias = check_head(hidden, weight, ids, bias, ignored)
-    head = make_head(hidden, scale, cap, ignored, **options)
-    inverse = inverse_temperature(temperature, ids, hidden)
-    n = ids.shape[0] // parts
-    # Every place of the batch, the two rows of a pair behind each other.
-    places = torch.arange(ids.numel(), device=ids.device).view(parts, n, -1).transpose(0, 1)
-    tally = Tally(hidden.device) if head.tail_mass else None
-    there = (ids != ignored).view(parts, n, -1).transpose(0, 1)
-    trained = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
-    plan = _Plan(
-        spec,
-        head,
-        trained,
-        mask,
-        ref_logprobs,
-        _with_totals(spec, inputs, n, mask),
-        parts,
-        there.sum((1, 2)).tolist(),
-        places[there],
-        tally=tally,
-    )
+    plan = _Plan.of(spec, rows, inputs)
     with torch.no_grad():
-        # Refuses what the loss cannot use before the head is touched.
-        plan.output(inverse.new_zeros(ids.numel()))
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    loss, logprobs, entropy, recomputed = FusedFromHidden.apply(flat, weight, bias, ids.reshape(-1), inverse, plan)
+        # The loss refuses unfit inputs here, before the head runs.
+        plan.output(rows.inv_temperature.new_zeros(rows.labels.numel()))
+    loss, logprobs, entropy, recomputed = FusedFromHidden.apply(rows.hidden, rows.weight, rows.bias, plan)
     with torch.no_grad():
         metrics = plan.output(logprobs).metrics
-        metrics |= cast_metrics({"entropy": (entropy.sum(), (mask != 0).sum())})
-    output = LossOutput(loss, metrics, logprobs.view(ids.shape), entropy.view(ids.shape))
-    live = max(1, plan.live.numel())
-    dense = 1.0 if tally is None else (tally.dense / live).float()
-    output = output if tally is None else with_tally(output, tally)
-    return with_path(output, units_before + 1.0 + (trained[0] + trained[1]) * dense + recomputed / live)
+        metrics |= cast_metrics({"entropy": (entropy.sum(), (inputs.mask != 0).sum())})
+    output = LossOutput(loss, metrics, rows.restored(logprobs), rows.restored(entropy))
+    output = output if plan.stats is None else with_sparse_stats(output, plan.stats)
+    return with_path(output, units_before + plan.gemm_units(recomputed))
 
 
 def _with_totals(spec: Any, inputs: dict[str, Any], n: int, mask: Tensor) -> dict[str, Any]:

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrl import checks
-from fastrl.losses.output import LossOutput, shown, with_path, with_tally
+from fastrl.losses.output import LossOutput, shown, with_path, with_sparse_stats
 from fastrl.losses.preference.checks import validate
-from fastrl.losses.preference.fused import fused_preference
+from fastrl.losses.preference.fused import PreferenceInputs, fused_preference
 from fastrl.losses.preference.presets import ALIASES, PRESETS, preset_fields
 from fastrl.losses.preference.rows import (
     Counts,
@@ -61,7 +61,8 @@ from fastrl.losses.scalars import (
     wide,
 )
 from fastrl.ops import linear_token_logprobs, token_logprobs
-from fastrl.ops.sparse_rows import Tally, counted
+from fastrl.ops.head import LinearRows
+from fastrl.ops.sparse_rows import SparseStats, collect_sparse_stats
 
 
 @dataclass(frozen=True, repr=False)
@@ -433,7 +434,7 @@ class PreferenceLoss:
         }
         if (ref_hidden is None and ref_weight is not None) or (ref_weight is None and ref_bias is not None):
             raise ValueError("ref_bias goes with ref_weight, and ref_weight with ref_hidden")
-        ids = checks.masked_labels(labels, mask, hidden, "hidden")
+        ids, mask = checks.labels_and_mask(labels, mask, hidden, "hidden")
         with torch.no_grad():
             if ref_hidden is not None:
                 check_one_reference(ref_logprobs, "ref_hidden")
@@ -444,10 +445,10 @@ class PreferenceLoss:
         training = torch.is_grad_enabled() and (trains_head or (isinstance(hidden, Tensor) and hidden.requires_grad))
         if training and trains_head and tp_group is None and not self._couples(inputs):
             inputs["labels"] = desirable
-            options = {**exact, "tail_mass": tail_mass}
-            return fused_preference(self, hidden, weight, bias, ids, mask, ref_logprobs, options, inputs, extra)
-        tally = Tally(hidden.device) if tail_mass and training else None
-        with counted(tally):
+            rows = LinearRows.checked(hidden, weight, ids, bias=bias, tail_mass=tail_mass, **exact)
+            return fused_preference(self, rows, PreferenceInputs(mask, ref_logprobs, inputs), extra)
+        stats = SparseStats(hidden.device) if tail_mass and training else None
+        with collect_sparse_stats(stats):
             policy = linear_token_logprobs(hidden, weight, ids, bias=bias, tail_mass=tail_mass, **exact)
         if self.weighting is not None:
             extra += 1.0
@@ -456,7 +457,7 @@ class PreferenceLoss:
                 squared = linear_token_logprobs(hidden, weight, ids, bias=bias, **exact)
                 inputs["log_sum_squared_probs"] = squared.logsumexp - 2.0 * policy.logsumexp.detach()
         output = self._with_tokens(policy, mask, ref_logprobs, desirable, inputs)
-        output = output if tally is None else with_tally(output, tally)
+        output = output if stats is None else with_sparse_stats(output, stats)
         return with_path(output, extra + (4.0 if trains_head else 2.0) if training else extra + 1.0)
 
     def _couples(self, inputs: dict[str, Any]) -> bool:
