@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl_kernels.launch import COMPILE_OPTIONS, Tile, on_device_of
+from fastrl_kernels.launch import Tile, launch_options, on_device_of
 
 # Groups of RL post-training have 4 to 64 members: one warp takes most of them in one step. Not yet tuned on a device.
 TILE = Tile(128, 1)
@@ -54,7 +54,7 @@ def _group_advantages_fwd_kernel(
     mean_ptr,  # (G,)
     std_ptr,  # (G,)
     count_ptr,  # (G,)
-    eps: "fp64",  # noqa: F821
+    eps: tl.float64,
     LEAVE_ONE_OUT: tl.constexpr,
     GROUP_SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -163,7 +163,6 @@ def group_advantages_fwd(
             LEAVE_ONE_OUT=baseline == "leave_one_out",
             GROUP_SCALE=scale == "group",
             BLOCK=TILE.block,
-            num_warps=TILE.num_warps,
-            **COMPILE_OPTIONS,
+            **launch_options(TILE),
         )
     return advantages, mean, std, count

@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,11 +66,26 @@ def slope_and_factor(logit_scale: float, softcap: float) -> tuple[float, float]:
     return math.copysign(1.0, logit_scale), abs(logit_scale)
 
 
-def temperature_arguments(inv_temperature: float | Tensor) -> tuple[Tensor | None, int, float]:
-    """Return the kernel's (pointer, stride, scalar) for a temperature per row or for all rows."""
+def matrix_arguments(x: Tensor) -> tuple[Tensor, int, int]:
+    """Return the kernel's (pointer, row stride, column stride) of a matrix."""
+    return x, x.stride(0), x.stride(1)
+
+
+def row_arguments(labels: Tensor, inv_temperature: float | Tensor) -> tuple[Tensor, int, Tensor | None, int, float]:
+    """Return the labels' (pointer, stride) and the temperature's (pointer, stride, scalar), per row or for all rows."""
     if isinstance(inv_temperature, Tensor):
-        return inv_temperature, inv_temperature.stride(0), 1.0
-    return None, 0, float(inv_temperature)
+        return labels, labels.stride(0), inv_temperature, inv_temperature.stride(0), 1.0
+    return labels, labels.stride(0), None, 0, float(inv_temperature)
+
+
+def upstream_arguments(*grads: Tensor | None) -> list[Tensor | int | None]:
+    """Return the kernel's (pointer, stride) of each upstream gradient, (None, 0) for a missing one."""
+    return [argument for x in grads for argument in ((None, 0) if x is None else (x, x.stride(0)))]
+
+
+def launch_options(tile: Tile) -> dict[str, Any]:
+    """Return the options of a launch with this tile."""
+    return {"num_warps": tile.num_warps, **COMPILE_OPTIONS}
 
 
 def result_dtype(logits: Tensor) -> torch.dtype:

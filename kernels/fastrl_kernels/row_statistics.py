@@ -17,13 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastrl_kernels.launch import (
-    COMPILE_OPTIONS,
     Tile,
     TileTable,
+    launch_options,
+    matrix_arguments,
     on_device_of,
     result_dtype,
+    row_arguments,
     slope_and_factor,
-    temperature_arguments,
     tile_for,
 )
 from fastrl_kernels.rowmath import LOG2E, entry, exponent, log1p_unit, lowest, row_factor
@@ -109,15 +110,15 @@ def _row_statistics_fwd_kernel(
     stride_labels,
     inv_temperature_ptr,  # (N,) or None
     stride_inv_temperature,
-    inv_temperature: "fp64",  # noqa: F821
+    inv_temperature: tl.float64,
     top1_ptr,  # (N,)
     log_sum_squared_ptr,  # (N,)
     argmax_ptr,  # (N,)
     mean_ptr,  # (N,)
     V,
-    slope: "fp64",  # noqa: F821
-    factor: "fp64",  # noqa: F821
-    ignore_index: "i64",  # noqa: F821
+    slope: tl.float64,
+    factor: tl.float64,
+    ignore_index: tl.int64,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -205,26 +206,19 @@ def row_statistics_fwd(
     argmax = torch.empty(n, dtype=torch.int64, device=logits.device)
     if n > 0:
         tile = tile_for(TILES, logits.dtype, v)
-        slope, factor = slope_and_factor(logit_scale, softcap)
         with on_device_of(logits):
             _row_statistics_fwd_kernel[(n,)](
-                logits,
-                logits.stride(0),
-                logits.stride(1),
-                labels,
-                labels.stride(0),
-                *temperature_arguments(inv_temperature),
+                *matrix_arguments(logits),
+                *row_arguments(labels, inv_temperature),
                 is_top1,
                 log_sum_squared,
                 argmax,
                 mean,
                 v,
-                slope,
-                factor,
+                *slope_and_factor(logit_scale, softcap),
                 ignore_index,
                 HAS_SOFTCAP=bool(softcap),
                 BLOCK_V=tile.block,
-                num_warps=tile.num_warps,
-                **COMPILE_OPTIONS,
+                **launch_options(tile),
             )
     return is_top1.view(torch.bool), log_sum_squared, argmax, mean

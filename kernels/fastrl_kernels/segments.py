@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl_kernels.launch import COMPILE_OPTIONS, Tile, on_device_of
+from fastrl_kernels.launch import Tile, launch_options, on_device_of
 
 # A sequence of RL post-training has 10^2 to 10^5 tokens: 1 to 100 steps. Not yet tuned on a device.
 SUM_TILE = Tile(1024, 4)
@@ -129,8 +129,7 @@ def reverse_scan_fwd(
                 x,
                 b.numel(),
                 BLOCK=SCAN_TILE.block,
-                num_warps=SCAN_TILE.num_warps,
-                **COMPILE_OPTIONS,
+                **launch_options(SCAN_TILE),
             )
     return x
 
@@ -155,8 +154,7 @@ def segment_sum_fwd(
                 sums,
                 x.numel(),
                 BLOCK=SUM_TILE.block,
-                num_warps=SUM_TILE.num_warps,
-                **COMPILE_OPTIONS,
+                **launch_options(SUM_TILE),
             )
     return sums
 
@@ -176,7 +174,6 @@ def segment_sum_bwd(
                 x,
                 n,
                 BLOCK=SUM_TILE.block,
-                num_warps=SUM_TILE.num_warps,
-                **COMPILE_OPTIONS,
+                **launch_options(SUM_TILE),
             )
     return x

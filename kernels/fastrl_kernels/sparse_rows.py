@@ -9,16 +9,24 @@ owned by one program and its entries are added in row order: no atomics.
 N tokens (rows), V vocabulary entries, M candidates of a row, K places of a row, E = N K places, D hidden.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl_kernels.launch import COMPILE_OPTIONS, Tile, TileTable, on_device_of, tile_for
-from fastrl_kernels.rowmath import LN2, LOG2E, one_minus_exp, row_factor, row_frame
-from fastrl_kernels.token_logprobs import grad_block, upstream
+from fastrl_kernels.launch import (
+    Tile,
+    TileTable,
+    launch_options,
+    matrix_arguments,
+    on_device_of,
+    row_arguments,
+    slope_and_factor,
+    tile_for,
+    upstream_arguments,
+)
+from fastrl_kernels.rowmath import LOG2E, row_factor, row_frame
+from fastrl_kernels.token_logprobs import grad_block, row_gradient, upstream
 
 # Bytes per entry -> (largest length, tile). 16-byte loads and no spills on any target: with 8 entries per thread, or
 # with 8 warps, there were some. Not yet tuned on a device.
@@ -122,7 +130,7 @@ def _list_entries_fwd_kernel(
     stride_labels,
     inv_temperature_ptr,  # (N,) or None
     stride_inv_temperature,
-    inv_temperature: "fp64",  # noqa: F821
+    inv_temperature: tl.float64,
     logprobs_ptr,  # (N,)
     entropy_ptr,  # (N,)
     logsumexp_ptr,  # (N,)
@@ -142,11 +150,11 @@ def _list_entries_fwd_kernel(
     V,
     K,
     min_entries,
-    slope: "fp64",  # noqa: F821
-    factor: "fp64",  # noqa: F821
-    tail_mass: "fp64",  # noqa: F821
-    share: "fp64",  # noqa: F821
-    ignore_index: "i64",  # noqa: F821
+    slope: tl.float64,
+    factor: tl.float64,
+    tail_mass: tl.float64,
+    share: tl.float64,
+    ignore_index: tl.int64,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -171,28 +179,18 @@ def _list_entries_fwd_kernel(
     logp = tl.load(logprobs_ptr + row)
     frame = row_frame(tl.load(logsumexp_ptr + row), c)
     bias = -LOG2E * tl.load(residual_ptr + row)
-    constant = l - g
-    p_label = tl.exp(logp)
-    grad_label = g * one_minus_exp(logp) + p_label * l
+    entropy = tl.zeros((), ACC)
     if HAS_ENTROPY:
         entropy = tl.load(entropy_ptr + row)
-        constant -= h * entropy
-        # p log p is 0 at p = 0, not 0 * -inf.
-        grad_label -= h * tl.where(p_label > 0, p_label * (logp + entropy), 0.0)
-    scale = tl.where(in_vocab, c * slope, float("nan"))
-    constant *= scale
-    grad_label *= scale
-    per_exponent = h * LN2 * scale
+    gradient = row_gradient(logp, entropy, frame, bias, g, h, l, slope, c, k, in_vocab, HAS_ENTROPY)
     size = tl.abs(g).to(tl.float64) + tl.abs(h).to(tl.float64) + tl.abs(l).to(tl.float64)
-    size *= tl.abs(scale).to(tl.float64)
+    size *= tl.abs(gradient.scale).to(tl.float64)
     limit = tl.full((), tail_mass, tl.float64) * size
     threshold = (limit * tl.full((), share, tl.float64)).to(ACC)
 
     block_ptr = logits_ptr + row * stride_row
     x_label = tl.load(block_ptr + label.to(tl.int64) * stride_v, mask=in_vocab, other=0.0).to(ACC)
-    at_label = grad_block(
-        x_label, in_vocab, grad_label, slope, frame, bias, k, constant, per_exponent, HAS_ENTROPY, HAS_SOFTCAP
-    )
+    at_label = grad_block(x_label, in_vocab, gradient, HAS_ENTROPY, HAS_SOFTCAP)
     found_indices_ptr += row * BLOCK_M
     found_values_ptr += row * BLOCK_M
     offs_v = tl.arange(0, BLOCK_V)
@@ -206,9 +204,7 @@ def _list_entries_fwd_kernel(
     while (start < whole) & (count <= BLOCK_M):
         index = start + offs_v
         x = tl.load(block_ptr + offsets).to(ACC)
-        dx = grad_block(
-            x, index < 0, grad_label, slope, frame, bias, k, constant, per_exponent, HAS_ENTROPY, HAS_SOFTCAP
-        )
+        dx = grad_block(x, index < 0, gradient, HAS_ENTROPY, HAS_SOFTCAP)
         rest, count = _list_block(
             dx, index != label, index, threshold, rest, count, found_indices_ptr, found_values_ptr, BLOCK_M
         )
@@ -217,9 +213,7 @@ def _list_entries_fwd_kernel(
     if (start < V) & (count <= BLOCK_M):
         index = start + offs_v
         x = tl.load(block_ptr + offsets, mask=index < V, other=0.0).to(ACC)
-        dx = grad_block(
-            x, index < 0, grad_label, slope, frame, bias, k, constant, per_exponent, HAS_ENTROPY, HAS_SOFTCAP
-        )
+        dx = grad_block(x, index < 0, gradient, HAS_ENTROPY, HAS_SOFTCAP)
         other = (index < V) & (index != label)
         rest, count = _list_block(
             dx, other, index, threshold, rest, count, found_indices_ptr, found_values_ptr, BLOCK_M
@@ -391,21 +385,13 @@ def list_entries(
     room = triton.next_power_of_2(candidates)
     found_indices = torch.empty((n, room), dtype=torch.int32, device=logits.device)
     found_values = torch.empty((n, room), dtype=dtype, device=logits.device)
-    per_row = isinstance(inv_temperature, Tensor)
-    upstream = [argument for grad in grads for argument in ((grad, grad.stride(0)) if grad is not None else (None, 0))]
     tile = tile_for(LIST_TILES, logits.dtype, v)
     with on_device_of(logits):
         _list_entries_fwd_kernel[(n,)](
-            logits,
-            logits.stride(0),
-            logits.stride(1),
-            labels,
-            labels.stride(0),
-            inv_temperature if per_row else None,
-            inv_temperature.stride(0) if per_row else 0,
-            1.0 if per_row else float(inv_temperature),
+            *matrix_arguments(logits),
+            *row_arguments(labels, inv_temperature),
             *(x.contiguous() for x in outputs),
-            *upstream,
+            *upstream_arguments(*grads),
             found_indices,
             found_values,
             counts,
@@ -415,17 +401,14 @@ def list_entries(
             v,
             places,
             min_entries,
-            # Under a softcap z T = softcap tanh(slope x), else |logit_scale| slope x.
-            logit_scale / softcap if softcap else math.copysign(1.0, logit_scale),
-            softcap if softcap else abs(logit_scale),
+            *slope_and_factor(logit_scale, softcap),
             tail_mass,
             threshold,
             ignore_index,
             HAS_SOFTCAP=bool(softcap),
             BLOCK_V=tile.block,
             BLOCK_M=room,
-            num_warps=tile.num_warps,
-            **COMPILE_OPTIONS,
+            **launch_options(tile),
         )
     return counts, indices, values, left
 
@@ -448,17 +431,14 @@ def times_matrix(
             counts,
             indices,
             values,
-            matrix,
-            matrix.stride(0),
-            matrix.stride(1),
+            *matrix_arguments(matrix),
             out,
             d,
             indices.shape[1],
             tiles,
             BLOCK_D=tile.block,
             GATHER=GATHER,
-            num_warps=tile.num_warps,
-            **COMPILE_OPTIONS,
+            **launch_options(tile),
         )
     return out
 
@@ -497,8 +477,7 @@ def accumulate(
             walkers,
             BLOCK_D=tile.block,
             GATHER=GATHER,
-            num_warps=tile.num_warps,
-            **COMPILE_OPTIONS,
+            **launch_options(tile),
         )
 
 

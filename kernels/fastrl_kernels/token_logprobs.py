@@ -9,20 +9,24 @@ The host functions validate nothing: their caller did. What protects memory is i
 is never used as an address.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastrl_kernels.launch import (
-    COMPILE_OPTIONS,
     Tile,
     TileTable,
+    launch_options,
+    matrix_arguments,
     on_device_of,
     result_dtype,
+    row_arguments,
     slope_and_factor,
-    temperature_arguments,
     tile_for,
+    upstream_arguments,
 )
 from fastrl_kernels.rowmath import (
     EXPONENT_FLOOR,
@@ -115,15 +119,15 @@ def _token_logprobs_fwd_kernel(
     stride_labels,
     inv_temperature_ptr,  # (N,) or None
     stride_inv_temperature,
-    inv_temperature: "fp64",  # noqa: F821
+    inv_temperature: tl.float64,
     logprobs_ptr,  # (N,)
     entropy_ptr,  # (N,)
     logsumexp_ptr,  # (N,)
     residual_ptr,  # (N,) or None
     V,
-    slope: "fp64",  # noqa: F821
-    factor: "fp64",  # noqa: F821
-    ignore_index: "i64",  # noqa: F821
+    slope: tl.float64,
+    factor: tl.float64,
+    ignore_index: tl.int64,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -161,31 +165,61 @@ def upstream(grad_ptr, row, stride, ACC: tl.constexpr):
         return tl.zeros((), ACC)
 
 
+class RowGradient(NamedTuple):
+    """Terms of dx_v = p_v (constant - per_exponent log2 p_v) dz/dx with log2 p_v = (u_v - frame) k + bias.
+
+    At the label the value is `grad_label`. `scale` is dz/dx without the slope of a softcap, a factor of `constant`,
+    `per_exponent` and `grad_label` already. For a label outside the vocabulary it is NaN, and so is the whole row.
+    """
+
+    frame: tl.tensor
+    bias: tl.tensor
+    k: tl.tensor
+    slope: tl.tensor
+    constant: tl.tensor
+    per_exponent: tl.tensor
+    grad_label: tl.tensor
+    scale: tl.tensor
+
+
+@triton.jit
+def row_gradient(logp, entropy, frame, bias, g, h, l, slope, c, k, in_vocab, HAS_ENTROPY: tl.constexpr):
+    """Return a row's `RowGradient` from the gradients g, h, l of its log-prob, entropy and log-sum-exp."""
+    constant = l - g
+    p_label = tl.exp(logp)
+    grad_label = g * one_minus_exp(logp) + p_label * l
+    if HAS_ENTROPY:
+        constant -= h * entropy
+        # p log p is 0 at p = 0, not 0 * -inf.
+        grad_label -= h * tl.where(p_label > 0, p_label * (logp + entropy), 0.0)
+    scale = tl.where(in_vocab, c * slope, float("nan"))
+    constant *= scale
+    grad_label *= scale
+    per_exponent = h * LN2 * scale
+    return RowGradient(frame, bias, k, slope, constant, per_exponent, grad_label, scale)
+
+
 @triton.jit
 def grad_block(
     x,
     is_label,
-    grad_label,
-    slope,
-    frame,
-    bias,
-    k,
-    constant,
-    per_exponent,
+    gradient,  # RowGradient
     HAS_ENTROPY: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """Return dx of a block: p (constant - per_exponent * log2 p), or `grad_label` at the label, times dz/dx."""
+    """Return dx of a block of entries x."""
     if HAS_SOFTCAP:
-        u, dudx = tanh_and_slope(x * slope)
+        u, dudx = tanh_and_slope(x * gradient.slope)
     else:
-        u = x * slope
-    t = tl.maximum(tl.fma(u - frame, k, bias), EXPONENT_FLOOR, propagate_nan=tl.PropagateNan.ALL)
+        u = x * gradient.slope
+    t = tl.maximum(
+        tl.fma(u - gradient.frame, gradient.k, gradient.bias), EXPONENT_FLOOR, propagate_nan=tl.PropagateNan.ALL
+    )
     if HAS_ENTROPY:
-        dx = tl.exp2(t) * tl.fma(-per_exponent, t, constant)
+        dx = tl.exp2(t) * tl.fma(-gradient.per_exponent, t, gradient.constant)
     else:
-        dx = tl.exp2(t) * constant
-    dx = tl.where(is_label, grad_label, dx)
+        dx = tl.exp2(t) * gradient.constant
+    dx = tl.where(is_label, gradient.grad_label, dx)
     if HAS_SOFTCAP:
         dx = dx * dudx
     return dx
@@ -211,39 +245,16 @@ def write_gradient(
     stride_v,
     out_block_ptr,  # may be block_ptr
     stride_out_v,
-    label,
+    label,  # int32, -1 outside the vocabulary
     V,
-    logp,
-    entropy,
-    frame,
-    bias,
-    g,
-    h,
-    l,
-    slope,
-    c,
-    ACC: tl.constexpr,
+    gradient,  # RowGradient
     HAS_ENTROPY: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     EVICTION: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Write the gradient of a row, with log2 p_v = (u_v - frame) k + bias, from those of logp, entropy, log-sum-exp."""
-    in_vocab = (label >= 0) & (label < V)
-    label = tl.where(in_vocab, label, -1).to(tl.int32)
-    k = c * LOG2E
-    constant = l - g
-    p_label = tl.exp(logp)
-    grad_label = g * one_minus_exp(logp) + p_label * l
-    if HAS_ENTROPY:
-        constant -= h * entropy
-        # p log p is 0 at p = 0, not 0 * -inf.
-        grad_label -= h * tl.where(p_label > 0, p_label * (logp + entropy), 0.0)
-    scale = tl.where(in_vocab, c * slope, float("nan"))
-    constant *= scale
-    grad_label *= scale
-    per_exponent = h * LN2 * scale
-
+    """Write the gradient of a row."""
+    ACC: tl.constexpr = gradient.constant.dtype
     offs_v = tl.arange(0, BLOCK_V)
     offsets = offs_v.to(tl.int64) * stride_v
     out_offsets = offs_v.to(tl.int64) * stride_out_v
@@ -253,9 +264,7 @@ def write_gradient(
     for start in range(0, whole, BLOCK_V):
         x = tl.load(block_ptr + offsets, eviction_policy=EVICTION).to(ACC)
         is_label = start + offs_v == label
-        dx = grad_block(
-            x, is_label, grad_label, slope, frame, bias, k, constant, per_exponent, HAS_ENTROPY, HAS_SOFTCAP
-        )
+        dx = grad_block(x, is_label, gradient, HAS_ENTROPY, HAS_SOFTCAP)
         tl.store(out_block_ptr + out_offsets, dx.to(out_block_ptr.dtype.element_ty), eviction_policy=EVICTION)
         block_ptr += step
         out_block_ptr += out_step
@@ -263,9 +272,7 @@ def write_gradient(
         mask_v = whole + offs_v < V
         x = tl.load(block_ptr + offsets, mask=mask_v, other=0.0).to(ACC)
         is_label = whole + offs_v == label
-        dx = grad_block(
-            x, is_label, grad_label, slope, frame, bias, k, constant, per_exponent, HAS_ENTROPY, HAS_SOFTCAP
-        )
+        dx = grad_block(x, is_label, gradient, HAS_ENTROPY, HAS_SOFTCAP)
         tl.store(out_block_ptr + out_offsets, dx.to(out_block_ptr.dtype.element_ty), mask=mask_v)
 
 
@@ -281,7 +288,7 @@ def _token_logprobs_bwd_kernel(
     stride_labels,
     inv_temperature_ptr,  # (N,) or None
     stride_inv_temperature,
-    inv_temperature: "fp64",  # noqa: F821
+    inv_temperature: tl.float64,
     logprobs_ptr,  # (N,)
     entropy_ptr,  # (N,)
     logsumexp_ptr,  # (N,)
@@ -293,9 +300,9 @@ def _token_logprobs_bwd_kernel(
     grad_logsumexp_ptr,  # (N,) or None
     stride_grad_logsumexp,
     V,
-    slope: "fp64",  # noqa: F821
-    factor: "fp64",  # noqa: F821
-    ignore_index: "i64",  # noqa: F821
+    slope: tl.float64,
+    factor: tl.float64,
+    ignore_index: tl.int64,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -335,27 +342,11 @@ def _token_logprobs_bwd_kernel(
     entropy = tl.zeros((), ACC)
     if HAS_ENTROPY:
         entropy = tl.load(entropy_ptr + row)
+    label = tl.where(in_vocab, label, -1).to(tl.int32)
+    k = c * LOG2E
+    gradient = row_gradient(logp, entropy, frame, bias, g, h, l, slope, c, k, in_vocab, HAS_ENTROPY)
     write_gradient(
-        block_ptr,
-        stride_v,
-        out_block_ptr,
-        stride_out_v,
-        label,
-        V,
-        logp,
-        entropy,
-        frame,
-        bias,
-        g,
-        h,
-        l,
-        slope,
-        c,
-        ACC,
-        HAS_ENTROPY,
-        HAS_SOFTCAP,
-        "",
-        BLOCK_V,
+        block_ptr, stride_v, out_block_ptr, stride_out_v, label, V, gradient, HAS_ENTROPY, HAS_SOFTCAP, "", BLOCK_V
     )
 
 
@@ -390,27 +381,20 @@ def token_logprobs_fwd(
     if n == 0:
         return logprobs, entropy, logsumexp
     tile = tile_for(FWD_TILES, logits.dtype, v)
-    slope, factor = slope_and_factor(logit_scale, softcap)
     with on_device_of(logits):
         _token_logprobs_fwd_kernel[(n,)](
-            logits,
-            logits.stride(0),
-            logits.stride(1),
-            labels,
-            labels.stride(0),
-            *temperature_arguments(inv_temperature),
+            *matrix_arguments(logits),
+            *row_arguments(labels, inv_temperature),
             logprobs,
             entropy,
             logsumexp,
             residual,
             v,
-            slope,
-            factor,
+            *slope_and_factor(logit_scale, softcap),
             ignore_index,
             HAS_SOFTCAP=bool(softcap),
             BLOCK_V=tile.block,
-            num_warps=tile.num_warps,
-            **COMPILE_OPTIONS,
+            **launch_options(tile),
         )
     return logprobs, entropy, logsumexp
 
@@ -445,35 +429,21 @@ def token_logprobs_bwd(
     if n == 0:
         return result
     tile = tile_for(BWD_TILES, logits.dtype, v)
-    slope, factor = slope_and_factor(logit_scale, softcap)
-    upstream = [
-        argument
-        for grad in (grad_logprobs, grad_entropy, grad_logsumexp)
-        for argument in ((grad, grad.stride(0)) if grad is not None else (None, 0))
-    ]
     with on_device_of(logits):
         _token_logprobs_bwd_kernel[(n,)](
-            logits,
-            logits.stride(0),
-            logits.stride(1),
-            result,
-            result.stride(0),
-            result.stride(1),
-            labels,
-            labels.stride(0),
-            *temperature_arguments(inv_temperature),
+            *matrix_arguments(logits),
+            *matrix_arguments(result),
+            *row_arguments(labels, inv_temperature),
             logprobs.contiguous(),
             entropy.contiguous(),
             logsumexp.contiguous(),
             residual,
-            *upstream,
+            *upstream_arguments(grad_logprobs, grad_entropy, grad_logsumexp),
             v,
-            slope,
-            factor,
+            *slope_and_factor(logit_scale, softcap),
             ignore_index,
             HAS_SOFTCAP=bool(softcap),
             BLOCK_V=tile.block,
-            num_warps=tile.num_warps,
-            **COMPILE_OPTIONS,
+            **launch_options(tile),
         )
     return result
