@@ -317,7 +317,7 @@ def _with_known_gradient(logits: Tensor, gradient: Tensor, loss: Tensor) -> Tens
 
 
 @_with_known_gradient.register_fake
-def _(logits: Tensor, gradient: Tensor, loss: Tensor) -> Tensor:
+def _(_logits: Tensor, _gradient: Tensor, loss: Tensor) -> Tensor:
     return torch.empty_like(loss)
 
 
@@ -380,19 +380,8 @@ def _policy_logits_(
 
 
 @_policy_logits_.register_fake
-def _(
-    logits: Tensor,
-    labels: Tensor,
-    inverse_rows: Tensor | None,
-    constants: Sequence[Tensor],
-    names: str,
-    inverse: float,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    axes: str,
-    numbers: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(logits: Tensor, labels: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    *_, axes, numbers = others
     row = torch.empty(
         labels.numel(), dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32, device=logits.device
     )

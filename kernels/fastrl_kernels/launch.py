@@ -1,4 +1,4 @@
-"""What every kernel launch needs around it."""
+"""Helpers of every kernel launch: device, tiles, arguments and compile options."""
 
 import contextlib
 import math
@@ -26,8 +26,8 @@ def interpreting() -> bool:
 def on_device_of(tensor: Tensor) -> Iterator[None]:
     """Make the device of `tensor` current, because Triton launches on the current device.
 
-    Interpreted kernels compute in NumPy, which warns about inf - inf or log(0) where a GPU gives NaN or -inf
-    quietly: the interpreter is made as quiet as the device that it stands for.
+    Interpreted kernels compute in NumPy, which warns about inf - inf or log(0). A GPU gives NaN or -inf quietly, so
+    these warnings are off here.
     """
     with contextlib.ExitStack() as stack:
         if tensor.device.type != "cpu":
@@ -50,7 +50,7 @@ class Tile:
 
 
 TileTable = dict[int, tuple[tuple[int, Tile], ...]]
-"""Bytes per element -> (largest row length, tile) in rising order; the last band takes every longer row."""
+"""Bytes per element -> (largest row length, tile) in rising order. The last band takes every longer row."""
 
 
 def tile_for(table: TileTable, dtype: torch.dtype, length: int) -> Tile:
@@ -89,5 +89,5 @@ def launch_options(tile: Tile) -> dict[str, Any]:
 
 
 def result_dtype(logits: Tensor) -> torch.dtype:
-    """Return the dtype in which rows are computed and their results are stored."""
+    """Return the dtype of the arithmetic of rows and of their results."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32

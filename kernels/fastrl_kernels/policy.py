@@ -1,14 +1,16 @@
-"""Token arithmetic of the policy loss: what each token adds, its gradient and what the metrics need, in one launch.
+"""Token arithmetic of the policy loss in one launch: each token's contribution, its gradient and its metrics.
 
     contribution = w l(r, A, logp) + w_kl k(logp, r) - w_entropy H,    r = exp(u)
 
-u is the clamped log-ratio of the token, or an input where tokens of a sequence share one: the gradient with respect to
-it is then a result of its own. Every formula is the chain rule written backwards, gate by gate, as autograd walks it:
-clamps let a gradient through on their bounds and stop that of NaN, the larger of two equal values gets half of it, and
-weights of 0 select instead of multiplying. Legend: N tokens, A advantage, d_x the derivative with respect to x.
+u is the clamped log-ratio of the token. If the tokens of a sequence share one log-ratio, u is an input, and the kernel
+also returns the gradient with respect to it. Every formula is the chain rule written backwards, gate by gate, as
+autograd walks it. A clamp passes a gradient on its bounds and stops it at NaN. Two equal values of a maximum get half
+the gradient each. A weight of 0 selects instead of multiplying.
 
-Which surrogate, KL estimate and gradient are compiled in; numbers are not: no coefficient or length compiles anew.
-The host function validates nothing: its caller did.
+Surrogate, KL estimate and KL gradient are compile-time choices. Numbers are runtime arguments: no coefficient or length
+compiles anew. The caller of the host function has validated its arguments.
+
+Legend: N tokens, A advantage, d_x the derivative with respect to x.
 """
 
 import math
@@ -38,7 +40,7 @@ TILE = Tile(256, 4)
 
 
 class PolicyAxes(NamedTuple):
-    """What is compiled in."""
+    """Compile-time choices."""
 
     surrogate: str = "clip"
     carrier: str = ""
@@ -47,16 +49,16 @@ class PolicyAxes(NamedTuple):
     """"" for none, "k1", "k2", "k3", "abs"."""
     kl_gradient: str = "plain"
     kl_ratio: str = "loss"
-    """Ratio in the KL term: "loss" that of the loss; "anchor", "own": the token's to `anchor`, `kl_ratio_anchor`."""
+    """Ratio in the KL term: "loss" takes r, "anchor" the token's ratio to `anchor`, "own" to `kl_ratio_anchor`."""
     kl_clamp: str = "before"
-    """"after": the value bound is on the estimate times the ratio of "ratio_weighted", else on the estimate."""
+    """"after" bounds the estimate times the ratio of "ratio_weighted", "before" the estimate alone."""
 
 
 class PolicyNumbers(NamedTuple):
-    """What is not; an open bound is infinite."""
+    """Runtime numbers. An open bound is infinite."""
 
     low: float = 0.8
-    """Lower bound of what the surrogate clips or drops by: the ratio, the log-ratio, p - q, or minus the divergence."""
+    """Lower bound for clipping or dropping a token: on the ratio, the log-ratio, p - q, or minus the divergence."""
     high: float = 1.2
     max_ratio: float = math.inf
     dual_clip: float = math.inf
@@ -76,7 +78,7 @@ class PolicyNumbers(NamedTuple):
 
 
 class PolicyColumns(NamedTuple):
-    """Per-token inputs without gradient, each (N,) of the dtype of the log-probs; a missing anchor is the log-prob."""
+    """Per-token inputs without gradient, each (N,) of the dtype of the log-probs. A missing anchor is the log-prob."""
 
     advantages: Tensor
     weights: Tensor
@@ -114,12 +116,12 @@ def token_terms(
     offs,  # positions of the tokens in the columns and the results
     mask,
     sequence_ptr,  # (N,) log-ratio that the tokens of a sequence share, or None
-    columns,  # PolicyColumns of pointers (N,); all but the first two may be None
-    results,  # PolicyResults of pointers (N,); the caller stores the gradients
+    columns,  # PolicyColumns of pointers (N,). All but the first two may be None
+    results,  # PolicyResults of pointers (N,). The caller stores the gradients
     numbers,  # PolicyNumbers, float64
     AXES: tl.constexpr,  # PolicyAxes
 ):
-    """Store each token's share of the loss and its metrics; return d_logp, and d_u of the shared log-ratio."""
+    """Store each token's contribution and its metrics. Return d_logp, and d_u of the shared log-ratio."""
     # Triton 3.6 knows the fields of a compile-time tuple only through names of their own.
     SURROGATE: tl.constexpr = AXES.surrogate
     CARRIER: tl.constexpr = AXES.carrier
@@ -142,7 +144,7 @@ def token_terms(
         u = token_u
     ratio, ratio_slope = _exp_linear(u)
 
-    # The surrogate: value, d_ratio, d_logp, and d_u beside what goes through the ratio.
+    # The surrogate: its value, d_ratio, d_logp, and d_u without the part through the ratio.
     zero = tl.zeros_like(logp)
     never = (advantages < 0) & (advantages > 0)
     d_ratio, d_logp, d_u, below, above, dual = zero, zero, zero, never, never, never
@@ -244,7 +246,7 @@ def token_terms(
     tl.store(results.clipped_high + offs, above.to(tl.int8), mask=mask)
     if results.dual_clipped is not None:
         tl.store(results.dual_clipped + offs, dual.to(tl.int8), mask=mask)
-    # The exponential lets a gradient through up to the limit; what is a function of u itself has none.
+    # The exponential passes a gradient up to the limit. "square" also depends on u itself, and that part has no limit.
     through_ratio = tl.where(u <= LOG_RATIO_LIMIT, grad_ratio * ratio_slope, 0.0)
     if SURROGATE == "square":
         grad_u += through_ratio
@@ -279,7 +281,7 @@ _POINTERS = [
 
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=_POINTERS)
 def _policy_fwd_kernel(
-    logprobs_ptr,  # (N,), and so are all pointers; all but this one, the first two columns and the results may be None
+    logprobs_ptr,  # (N,), as all pointers. All but this one, the first two columns and the results may be None
     entropy_ptr,
     sequence_ptr,  # log-ratio that the tokens of a sequence share
     advantages_ptr,
@@ -352,18 +354,18 @@ def policy_terms(
     *,
     gradient: bool = True,
 ) -> PolicyResults:
-    """Return what every token adds to the loss and what the metrics need; see `fastrl.reference.token_terms`.
+    """Return each token's contribution to the loss and its metrics, as `fastrl.reference.token_terms` states them.
 
     Args:
-        axes: what is compiled in; `kl_ratio` matters only where `kl_gradient` takes a ratio.
+        axes: compile-time choices. `kl_ratio` matters only if `kl_gradient` takes a ratio.
         numbers: bounds and coefficients.
         logprobs: log-prob of each token.
         entropy: entropy of each token, needed with `entropy_weights`.
-        sequence_log_ratio: the log-ratio that stands for the token's own; None: the token's own.
-        columns: everything else, constants of the gradient.
+        sequence_log_ratio: replaces the token's own log-ratio. None keeps it.
+        columns: all other inputs, constants of the gradient.
         gradient: whether to form `grad_logprobs`, the derivative of each token's contribution with respect to its
-            log-prob, and, with `sequence_log_ratio`, `grad_sequence`, that with respect to its copy of the log-ratio.
-            The derivative with respect to the entropy is -entropy_weights.
+            log-prob. With `sequence_log_ratio` also `grad_sequence`, the derivative with respect to the token's copy
+            of the log-ratio. The derivative with respect to the entropy is -entropy_weights.
     """
     n = logprobs.numel()
     dtype = logprobs.dtype

@@ -5,10 +5,10 @@
     dz_v = g (1[v = y] - p_v) - h p_v (log p_v + entropy)       the row's second walk, from the cache
 
 One program per row, for losses in which a token's gradient depends on its own row alone. A row of 151,936 entries in
-bfloat16 is 304 kB: those of the programs at work fit the L2 cache of a large GPU, so that the second walk does not
-reach the memory. Every step is the helper of the kernel that does it alone: the bits are theirs.
+bfloat16 takes 304 kB. The rows of all running programs fit the L2 cache of a large GPU, so the second walk does not
+reach the memory. Every step calls the helper of the separate kernel, and gives its bits.
 
-N tokens (rows), V vocabulary entries. The host functions validate nothing: their caller did.
+Legend: N tokens (rows), V vocabulary entries. The callers of the host functions have validated the arguments.
 """
 
 from typing import Any
@@ -43,8 +43,8 @@ from fastrl_kernels.policy import (
 from fastrl_kernels.rowmath import LOG2E, row_factor, row_frame
 from fastrl_kernels.token_logprobs import row_gradient, scan_row, write_gradient, zero_row
 
-# The first walk's tile is that of `token_logprobs`, as the order of its sums depends on it; the second walk takes the
-# block of its backward under the same number of warps.
+# The first walk takes the tile of the `token_logprobs` forward, because the order of the sums depends on the tile. The
+# second walk takes the block of its backward, with the warps of the first.
 SCALE_TILE = Tile(2048, 8)
 
 _RUNTIME = ["stride_labels", "stride_inv_temperature", "V", "ignore_index"]
@@ -151,7 +151,7 @@ def _policy_logits_fwd_kernel(
     h = tl.zeros((), ACC)
     if HAS_ENTROPY:
         h -= tl.load(entropy_weights_ptr + row)
-    # Selected, not multiplied: what stands in a row without a gradient cannot matter, and is not read again.
+    # Selected, not multiplied: the logits of a row without a gradient cannot matter, and are not read again.
     if live & ((g != 0) | (h != 0)):
         in_vocab = (label >= 0) & (label < V)
         label_v = tl.where(in_vocab, label, -1).to(tl.int32)
@@ -214,9 +214,9 @@ def policy_logits_fwd(
 ) -> tuple[Tensor, Tensor, PolicyResults]:
     """Return (logprobs (N,), entropy (N,), terms) and write the gradient of the contributions' sum to `out`.
 
-    Everything is what `token_logprobs_fwd`, `policy_terms` and `token_logprobs_bwd` give one after the other, bit for
-    bit, but for rows whose gradient is 0 throughout: they are written as 0, whatever their logits and their label. The
-    terms have no gradients of their own. Rows whose label is `ignore_index` are not read; their log-prob, entropy and
+    All results are, bit for bit, the results of `token_logprobs_fwd`, `policy_terms` and `token_logprobs_bwd` in turn.
+    One exception: a row whose gradient is 0 throughout is written as 0, for any logits and any label. The terms have no
+    gradients of their own. The kernel does not read rows whose label is `ignore_index`: their log-prob, entropy and
     gradient are 0.
     """
     n, v = logits.shape
@@ -254,9 +254,9 @@ def scale_rows(
     *,
     out: Tensor | None = None,  # (N, V), any strides; may be `x`
 ) -> Tensor:
-    """Return x * factor in the dtype of `x`, in `out` where given; in place nothing is read where the factor is 1.
+    """Return x * factor in the dtype of `x`, in `out` if given.
 
-    The factor is looked at on the device: the host does not wait.
+    In place with a factor of 1 the kernel reads nothing. It checks the factor on the device: the host does not wait.
     """
     result = torch.empty_like(x) if out is None else out
     n, v = x.shape

@@ -1,12 +1,15 @@
 """Sparse rows of the logits' gradient: which entries matter, and the products of the head and the states with them.
 
-A row's list holds the label's entry and the entries of largest |gradient|; the sum of the others' |gradient| is at most
-`tail_mass` times the row's scale, or the row is dense. One program per row reads the row once, lists the entries above
-a threshold and sums the rest, and then drops the smallest of its list; one program per row and tile of D gathers rows
-of the head; programs that walk the listed vocabulary indices add up the states of one index at a time. An index is
-owned by one program and its entries are added in row order: no atomics.
+A row's list holds the label's entry and the entries of largest |gradient|. The sum of the other entries' |gradient| is
+at most `tail_mass` times the row's scale, or the row is dense. Three kernels:
 
-N tokens (rows), V vocabulary entries, M candidates of a row, K places of a row, E = N K places, D hidden.
+- Listing: one program per row reads the row once, lists the entries above a threshold and sums the rest. Then it drops
+  the smallest entries of its list.
+- Product with the head: one program per row and tile of D gathers rows of the head.
+- Product with the states: programs walk the listed vocabulary indices and add up the states of one index at a time.
+  One program owns an index and adds its entries in row order: no atomics.
+
+Legend: N tokens (rows), V vocabulary entries, M candidates of a row, K places of a row, E = N K places, D hidden.
 """
 
 import torch
@@ -76,10 +79,10 @@ def _magnitude(size):
 
 @triton.jit
 def _largest_cut(magnitudes, sizes, listed, rest, limit, min_entries):
-    """Return the largest magnitude at and below which all may be dropped; what is not listed counts as 0.
+    """Return the largest cut: entries of this magnitude and below may all be dropped. Unlisted entries count as 0.
 
-    Dropping leaves out at most `limit`, `rest` included, and keeps `min_entries`. Found by bisection: it sorts nothing,
-    and takes a dozen sums.
+    Dropping leaves out at most `limit`, `rest` included, and keeps `min_entries`. A bisection finds the cut: it takes a
+    dozen sums and no sort.
     """
     low = tl.min(tl.where(listed, magnitudes, 2**30), 0) - 1
     high = tl.max(tl.where(listed, magnitudes, 0), 0)
@@ -107,7 +110,7 @@ def _list_block(
     found_values_ptr,
     BLOCK_M: tl.constexpr,
 ):
-    """List the entries of a block above the threshold; return the sums of the others, lane by lane, and the count."""
+    """List a block's entries above the threshold. Return the sums of the others, lane by lane, and the count."""
     size = tl.abs(dx)
     above = other & (size > threshold)
     # NaN is not above and stays in the sum, which makes the row dense.
@@ -218,7 +221,7 @@ def _list_entries_fwd_kernel(
         rest, count = _list_block(
             dx, other, index, threshold, rest, count, found_indices_ptr, found_values_ptr, BLOCK_M
         )
-    # The candidates are read by other threads than those that wrote them.
+    # Threads read candidates that other threads wrote.
     tl.debug_barrier()
     offs_m = tl.arange(0, BLOCK_M)
     listed = offs_m < count
@@ -231,7 +234,7 @@ def _list_entries_fwd_kernel(
     kept = listed & (magnitudes > cut)
     left += tl.sum(tl.where(listed & (magnitudes <= cut), sizes, 0.0).to(tl.float64), 0)
     n_kept = tl.sum(kept.to(tl.int32), 0)
-    # Comparisons with NaN are false, which makes the row dense; so does a gradient or a limit that is infinite.
+    # Comparisons with NaN are false, which makes the row dense. An infinite gradient or limit does too.
     largest = tl.maximum(tl.max(sizes, 0), tl.abs(at_label))
     sparse = (left <= limit) & (count <= BLOCK_M) & (n_kept < K) & (largest < float("inf")) & (limit < float("inf"))
     if sparse:
@@ -277,7 +280,7 @@ def _times_matrix_fwd_kernel(
         place = row * K + first + offs_k
         index = tl.load(indices_ptr + place, mask=mask_k, other=0).to(tl.int64)
         value = tl.load(values_ptr + place, mask=mask_k, other=0.0)
-        # What is not listed is not read: 0 times a NaN of the matrix would be NaN.
+        # Only listed rows are read: 0 times a NaN of the matrix would be NaN.
         entries = tl.load(
             matrix_ptr + (index * stride_row)[:, None] + (offs_d * stride_d)[None, :],
             mask=mask_k[:, None] & mask_d[None, :],
@@ -358,16 +361,16 @@ def list_entries(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (counts (N,), indices (N, K), values (N, K), left (N,)) of the gradient that `token_logprobs_bwd` gives.
 
-    The label's entry comes first, the others ascending by index; `left` is the sum of the absolute values of what is
-    not listed, relative to the row's scale (|g| + |h| + |l|) |logit_scale| inv_temperature, at most `tail_mass`. A row
-    that takes more than K entries, or that is not finite, has count -1; one without a gradient 0. Places beyond the
-    count hold anything.
+    The label's entry comes first, then the others, ascending by index. `left` is the sum of the absolute values of the
+    unlisted entries relative to the row's scale (|g| + |h| + |l|) |logit_scale| inv_temperature, at most `tail_mass`.
+    A row that needs more than K entries, or is not finite, has count -1. A row without a gradient has count 0. Places
+    beyond the count hold anything.
 
     Args:
         logits: the logits, of any strides.
         labels, inv_temperature, logit_scale, softcap, ignore_index: as for `token_logprobs_fwd`.
         outputs: log-probs, entropy, log-sum-exp and residual of `token_logprobs_fwd`.
-        grads: with respect to log-probs, entropy and log-sum-exp; None counts as 0.
+        grads: with respect to log-probs, entropy and log-sum-exp. None counts as 0.
         tail_mass: in (0, 1).
         places: K.
         threshold: entries below this share of tail_mass times the scale are left out at sight.

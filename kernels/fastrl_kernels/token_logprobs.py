@@ -4,9 +4,10 @@
     logp = z_y - lse,    lse = log sum_v e^(z_v),    entropy = -sum_v p_v log p_v
     dz_v = g (1[v = y] - p_v) - h p_v (log p_v + entropy) + l p_v
 
-One program per row, so a row's bits depend on nothing but the row. N tokens (rows), V vocabulary entries.
-The host functions validate nothing: their caller did. What protects memory is in the kernels: a label outside [0, V)
-is never used as an address.
+One program per row, so a row's bits depend on nothing but the row. The callers of the host functions have validated
+the arguments. The kernels protect memory: they never use a label outside [0, V) as an address.
+
+Legend: N tokens (rows), V vocabulary entries.
 """
 
 from typing import NamedTuple
@@ -43,7 +44,7 @@ from fastrl_kernels.rowmath import (
 )
 
 # Bytes per logit -> (largest V, tile). Chosen for 16-byte loads and no spills (the backward with a softcap spills at 16
-# entries per thread); not yet tuned on a device.
+# entries per thread). Not yet tuned on a device.
 FWD_TILES: TileTable = {
     2: ((1024, Tile(1024, 4)), (8192, Tile(2048, 4)), (2**31, Tile(4096, 8))),
     4: ((1024, Tile(1024, 4)), (8192, Tile(2048, 4)), (2**31, Tile(4096, 8))),
@@ -55,8 +56,8 @@ BWD_TILES: TileTable = {
     8: ((1024, Tile(512, 4)), (2**31, Tile(1024, 4))),
 }
 
-# Runtime values that change between calls without a reason to compile again. The row and vocabulary strides of the
-# logits are not among them: 16-byte loads need to know that a stride is 1 or a multiple of 16.
+# Runtime values that change between calls and must not compile anew. The row and vocabulary strides of the logits are
+# not listed: 16-byte loads need to know that a stride is 1 or a multiple of 16.
 _FWD_RUNTIME = ["stride_labels", "stride_inv_temperature", "V", "ignore_index"]
 _FWD_UNALIGNED = ["labels_ptr", "inv_temperature_ptr", "logprobs_ptr", "entropy_ptr", "logsumexp_ptr", "residual_ptr"]
 _BWD_RUNTIME = [*_FWD_RUNTIME, "stride_grad_logprobs", "stride_grad_entropy", "stride_grad_logsumexp"]
@@ -67,7 +68,7 @@ _BWD_UNALIGNED = [*_FWD_UNALIGNED, "grad_logprobs_ptr", "grad_entropy_ptr", "gra
 def scan_row(
     block_ptr,  # to the row's first entry
     stride_v,
-    label,  # int64; outside [0, V) it is no address, and the results are not to be used
+    label,  # int64. Outside [0, V) it is no address, and the caller must not use the results
     V,
     slope,
     c,
@@ -76,14 +77,14 @@ def scan_row(
     EVICTION: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Return logp, entropy, log-sum-exp and what rounding took from it, of a row, in one read."""
+    """Return logp, entropy, log-sum-exp and the rounding residual of the log-sum-exp, of a row, in one read."""
     in_vocab = (label >= 0) & (label < V)
     label = tl.where(in_vocab, label, -1).to(tl.int32)
     k = c * LOG2E
     x_label = tl.load(block_ptr + label.to(tl.int64) * stride_v, mask=in_vocab, other=float("-inf")).to(ACC)
     u_label = entry(x_label, slope, HAS_SOFTCAP)
     u_label = tl.where(in_vocab, u_label, float("-inf"))
-    # The label's entry opens the running max and stays out of the sums; -inf and NaN must not become the max.
+    # The label's entry opens the running max and stays out of the sums. -inf and NaN must not become the max.
     m = tl.where(u_label > lowest(ACC), u_label, lowest(ACC))
     s = tl.zeros((BLOCK_V,), ACC)
     w = tl.zeros((BLOCK_V,), ACC)
@@ -158,7 +159,7 @@ def _token_logprobs_fwd_kernel(
 
 @triton.jit
 def upstream(grad_ptr, row, stride, ACC: tl.constexpr):
-    """Return the row's upstream gradient, 0 where there is none."""
+    """Return the row's upstream gradient, or 0 without one."""
     if grad_ptr is not None:
         return tl.load(grad_ptr + row * stride).to(ACC)
     else:
@@ -326,8 +327,8 @@ def _token_logprobs_bwd_kernel(
     logsumexp = tl.load(logsumexp_ptr + row)
     block_ptr = logits_ptr + row * stride_row
 
-    # A log-sum-exp of 1e6 is known to 0.06 only: as a frame it needs the part that rounding took; without that part the
-    # label's entry, whose log-prob is known, serves where it is finer.
+    # In float32 a log-sum-exp of 1e6 is known to 0.06 only. As a frame it needs its rounding residual. Without the
+    # residual, the label's entry with its known log-prob is the frame if it is finer.
     frame = row_frame(logsumexp, c)
     if residual_ptr is not None:
         bias = -LOG2E * tl.load(residual_ptr + row)
@@ -369,11 +370,11 @@ def token_logprobs_fwd(
         logits: the logits, of any strides.
         labels: the entry of each row whose log-prob is wanted.
         inv_temperature: 1 / T, for all rows or per row.
-        logit_scale: factor on the logits before the softcap; not 0.
-        softcap: bound of the softcap; 0.0 for none.
+        logit_scale: factor on the logits before the softcap, not 0.
+        softcap: bound of the softcap, 0.0 for none.
         ignore_index: the label of rows that do not count.
-        residual: contiguous, of the result's dtype; receives the part of `logsumexp` that rounding took. With it,
-            `token_logprobs_bwd` is as accurate as a softmax computed anew; without it, the error of p relative to p is
+        residual: contiguous, of the result's dtype. Receives the rounding residual of `logsumexp`. With it,
+            `token_logprobs_bwd` is as accurate as a softmax computed anew. Without it, the error of p relative to p is
             about 6e-8 * min(|logprobs|, |logsumexp|) in float32.
     """
     n, v = logits.shape
@@ -418,9 +419,9 @@ def token_logprobs_bwd(
 ) -> Tensor:  # (N, V)
     """Return the gradient with respect to `logits`, in their dtype and layout, or in `out`, which may be `logits`.
 
-    The arguments up to `logsumexp`, and `residual`, are those and the results of `token_logprobs_fwd`. A gradient that
-    is None counts as 0. Ignored rows get exactly 0, whatever their logits and upstream gradients, and so do rows whose
-    upstream gradients are all 0, whatever their logits; other rows whose results are NaN get NaN.
+    The arguments up to `logsumexp`, and `residual`, are the arguments and results of `token_logprobs_fwd`. A gradient
+    of None counts as 0. Ignored rows get exactly 0 for any logits and upstream gradients. So do rows whose upstream
+    gradients are all 0, for any logits. All other rows with NaN results get NaN.
     """
     n, v = logits.shape
     result = torch.empty_like(logits) if out is None else out
