@@ -207,21 +207,8 @@ def _policy_terms(
 
 
 @_policy_terms.register_fake
-def _(
-    logprobs: Tensor,
-    entropy: Tensor | None,
-    sequence_log_ratio: Tensor | None,
-    constants: Sequence[Tensor],
-    names: str,
-    surrogate: str,
-    carrier: str,
-    kl: str,
-    kl_gradient: str,
-    kl_ratio: str,
-    kl_clamp: str,
-    numbers: Sequence[float],
-    gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(logprobs: Tensor, entropy: Tensor | None, sequence_log_ratio: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
+    _, _, surrogate, _, kl, *_, numbers, gradient = others
     return (
         *term_outputs(logprobs, surrogate, kl, numbers),
         logprobs.new_empty(logprobs.shape if gradient else 0),

@@ -323,7 +323,7 @@ def _with_known_gradient(logits: Tensor, gradient: Tensor, loss: Tensor) -> Tens
 
 
 @_with_known_gradient.register_fake
-def _(logits: Tensor, gradient: Tensor, loss: Tensor) -> Tensor:
+def _(_logits: Tensor, _gradient: Tensor, loss: Tensor) -> Tensor:
     return torch.empty_like(loss)
 
 
@@ -386,19 +386,8 @@ def _policy_logits_(
 
 
 @_policy_logits_.register_fake
-def _(
-    logits: Tensor,
-    labels: Tensor,
-    inv_temperature_rows: Tensor | None,
-    constants: Sequence[Tensor],
-    names: str,
-    inv_temperature: float,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    axes: str,
-    numbers: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(logits: Tensor, labels: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    *_, axes, numbers = others
     row = torch.empty(labels.numel(), dtype=checks.wide(logits.dtype), device=logits.device)
     surrogate, _, kl, *_ = axes.split(",")
     return torch.empty_like(row), row, *term_outputs(row, surrogate, kl, numbers)

@@ -2,12 +2,13 @@
 
     centred_i = r_i - mean                 (baseline "group_mean")
     centred_i = n / (n - 1) (r_i - mean)   (baseline "leave_one_out": r_i minus the mean of the others)
-    advantage_i = centred_i / (std + eps)  (scale "group": unbiased std of the group; "batch": of the batch, given;
-                                            "none": centred_i)
+    advantage_i = centred_i / (std + eps)  (scale "group": unbiased std of the group, "batch": given std of the
+                                            batch, "none": centred_i)
 
-A NaN reward is a missing one: it counts in no mean, std or n, and its advantage is 0. So is that of a group with one
-reward, and of a group of equal rewards: exactly, although the mean of n times 0.1 need not be 0.1.
-B rewards, G groups.
+A NaN reward is a missing reward: it counts in no mean, std or n, and its advantage is 0. The advantages of a group with
+one reward, or of equal rewards, are exactly 0, although the mean of n times 0.1 need not be 0.1.
+
+Legend: B rewards, G groups.
 """
 
 import torch
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl_kernels.launch import COMPILE_OPTIONS, Tile, on_device_of
+from fastrl_kernels.launch import Tile, launch_options, on_device_of
 
 # Groups of RL post-training have 4 to 64 members: one warp takes most of them in one step. Not yet tuned on a device.
 TILE = Tile(128, 1)
@@ -54,7 +55,7 @@ def _group_advantages_fwd_kernel(
     mean_ptr,  # (G,)
     std_ptr,  # (G,)
     count_ptr,  # (G,)
-    eps: "fp64",  # noqa: F821
+    eps: tl.float64,
     LEAVE_ONE_OUT: tl.constexpr,
     GROUP_SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -87,7 +88,7 @@ def _group_advantages_fwd_kernel(
         deviation = tl.where(there, reward - mean, 0.0)
         acc_deviation += deviation
         acc_square = tl.fma(deviation, deviation, acc_square)
-    # What is left in the sum of the deviations is the rounding of the mean: it is taken out of mean and variance.
+    # The deviations sum to the rounding error of the mean. Mean and variance are corrected by it.
     remainder = tl.sum(acc_deviation, 0) / tl.maximum(n, 1.0)
     variance = (tl.sum(acc_square, 0) - n * remainder * remainder) / tl.maximum(n - 1.0, 1.0)
     zero = equal | (n < 2)
@@ -123,7 +124,7 @@ def group_advantages_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (advantages (B,), mean (G,), std (G,), count (G,)), float32 (float64 for float64 rewards), count int64.
 
-    Mean and unbiased std are those of the rewards that are not NaN, 0 for a group without any; count is their number.
+    Mean and unbiased std are over the rewards that are not NaN, and 0 for a group without any. `count` is their number.
 
     Args:
         rewards: one reward per sequence, NaN where it is missing.
@@ -163,7 +164,6 @@ def group_advantages_fwd(
             LEAVE_ONE_OUT=baseline == "leave_one_out",
             GROUP_SCALE=scale == "group",
             BLOCK=TILE.block,
-            num_warps=TILE.num_warps,
-            **COMPILE_OPTIONS,
+            **launch_options(TILE),
         )
     return advantages, mean, std, count

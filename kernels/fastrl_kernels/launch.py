@@ -1,10 +1,11 @@
-"""What every kernel launch needs around it."""
+"""Helpers of every kernel launch: device, tiles, arguments and compile options."""
 
 import contextlib
 import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +26,8 @@ def interpreting() -> bool:
 def on_device_of(tensor: Tensor) -> Iterator[None]:
     """Make the device of `tensor` current, because Triton launches on the current device.
 
-    Interpreted kernels compute in NumPy, which warns about inf - inf or log(0) where a GPU gives NaN or -inf
-    quietly: the interpreter is made as quiet as the device that it stands for.
+    Interpreted kernels compute in NumPy, which warns about inf - inf or log(0). A GPU gives NaN or -inf quietly, so
+    these warnings are off here.
     """
     with contextlib.ExitStack() as stack:
         if tensor.device.type != "cpu":
@@ -49,7 +50,7 @@ class Tile:
 
 
 TileTable = dict[int, tuple[tuple[int, Tile], ...]]
-"""Bytes per element -> (largest row length, tile) in rising order; the last band takes every longer row."""
+"""Bytes per element -> (largest row length, tile) in rising order. The last band takes every longer row."""
 
 
 def tile_for(table: TileTable, dtype: torch.dtype, length: int) -> Tile:
@@ -65,13 +66,28 @@ def slope_and_factor(logit_scale: float, softcap: float) -> tuple[float, float]:
     return math.copysign(1.0, logit_scale), abs(logit_scale)
 
 
-def temperature_arguments(inv_temperature: float | Tensor) -> tuple[Tensor | None, int, float]:
-    """Return the kernel's (pointer, stride, scalar) for a temperature per row or for all rows."""
+def matrix_arguments(x: Tensor) -> tuple[Tensor, int, int]:
+    """Return the kernel's (pointer, row stride, column stride) of a matrix."""
+    return x, x.stride(0), x.stride(1)
+
+
+def row_arguments(labels: Tensor, inv_temperature: float | Tensor) -> tuple[Tensor, int, Tensor | None, int, float]:
+    """Return the labels' (pointer, stride) and the temperature's (pointer, stride, scalar), per row or for all rows."""
     if isinstance(inv_temperature, Tensor):
-        return inv_temperature, inv_temperature.stride(0), 1.0
-    return None, 0, float(inv_temperature)
+        return labels, labels.stride(0), inv_temperature, inv_temperature.stride(0), 1.0
+    return labels, labels.stride(0), None, 0, float(inv_temperature)
+
+
+def upstream_arguments(*grads: Tensor | None) -> list[Tensor | int | None]:
+    """Return the kernel's (pointer, stride) of each upstream gradient, (None, 0) for a missing one."""
+    return [argument for x in grads for argument in ((None, 0) if x is None else (x, x.stride(0)))]
+
+
+def launch_options(tile: Tile) -> dict[str, Any]:
+    """Return the options of a launch with this tile."""
+    return {"num_warps": tile.num_warps, **COMPILE_OPTIONS}
 
 
 def result_dtype(logits: Tensor) -> torch.dtype:
-    """Return the dtype in which rows are computed and their results are stored."""
+    """Return the dtype of the arithmetic of rows and of their results."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32

@@ -1,14 +1,16 @@
-"""Token arithmetic of the policy loss: what each token adds, its gradient and what the metrics need, in one launch.
+"""Token arithmetic of the policy loss in one launch: each token's contribution, its gradient and its metrics.
 
     contribution = w l(r, A, logp) + w_kl k(logp, r) - w_entropy H,    r = exp(u)
 
-u is the clamped log-ratio of the token, or an input where tokens of a sequence share one: the gradient with respect to
-it is then a result of its own. Every formula is the chain rule written backwards, gate by gate, as autograd walks it:
-clamps let a gradient through on their bounds and stop that of NaN, the larger of two equal values gets half of it, and
-weights of 0 select instead of multiplying. Legend: N tokens, A advantage, d_x the derivative with respect to x.
+u is the clamped log-ratio of the token. If the tokens of a sequence share one log-ratio, u is an input, and the kernel
+also returns the gradient with respect to it. Every formula is the chain rule written backwards, gate by gate, as
+autograd walks it. A clamp passes a gradient on its bounds and stops it at NaN. Two equal values of a maximum get half
+the gradient each. A weight of 0 selects instead of multiplying.
 
-Which surrogate, KL estimate and gradient are compiled in; numbers are not: no coefficient or length compiles anew.
-The host function validates nothing: its caller did.
+Surrogate, KL estimate and KL gradient are compile-time choices. Numbers are runtime arguments: no coefficient or length
+compiles anew. The caller of the host function has validated its arguments.
+
+Legend: N tokens, A advantage, d_x the derivative with respect to x.
 """
 
 import math
@@ -19,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl_kernels.launch import COMPILE_OPTIONS, Tile, on_device_of
+from fastrl_kernels.launch import Tile, launch_options, on_device_of
 from fastrl_kernels.policy_parts import (
     LOG_RATIO_LIMIT,
     _clipped_ratio,
@@ -38,7 +40,7 @@ TILE = Tile(256, 4)
 
 
 class PolicyAxes(NamedTuple):
-    """What is compiled in."""
+    """Compile-time choices."""
 
     surrogate: str = "clip"
     carrier: str = ""
@@ -47,16 +49,16 @@ class PolicyAxes(NamedTuple):
     """"" for none, "k1", "k2", "k3", "abs"."""
     kl_gradient: str = "plain"
     kl_ratio: str = "loss"
-    """Ratio in the KL term: "loss" that of the loss; "anchor", "own": the token's to `anchor`, `kl_ratio_anchor`."""
+    """Ratio in the KL term: "loss" takes r, "anchor" the token's ratio to `anchor`, "own" to `kl_ratio_anchor`."""
     kl_clamp: str = "before"
-    """"after": the value bound is on the estimate times the ratio of "ratio_weighted", else on the estimate."""
+    """"after" bounds the estimate times the ratio of "ratio_weighted", "before" the estimate alone."""
 
 
 class PolicyNumbers(NamedTuple):
-    """What is not; an open bound is infinite."""
+    """Runtime numbers. An open bound is infinite."""
 
     low: float = 0.8
-    """Lower bound of what the surrogate clips or drops by: the ratio, the log-ratio, p - q, or minus the divergence."""
+    """Lower bound for clipping or dropping a token: on the ratio, the log-ratio, p - q, or minus the divergence."""
     high: float = 1.2
     max_ratio: float = math.inf
     dual_clip: float = math.inf
@@ -76,7 +78,7 @@ class PolicyNumbers(NamedTuple):
 
 
 class PolicyColumns(NamedTuple):
-    """Per-token inputs without gradient, each (N,) of the dtype of the log-probs; a missing anchor is the log-prob."""
+    """Per-token inputs without gradient, each (N,) of the dtype of the log-probs. A missing anchor is the log-prob."""
 
     advantages: Tensor
     weights: Tensor
@@ -109,59 +111,32 @@ class PolicyResults(NamedTuple):
 
 @triton.jit
 def token_terms(
-    logp,  # of one token, or of a block of them
+    logp,  # log-prob of one token, or of a block of tokens
     entropy,
-    offs,  # their places in the columns and results
+    offs,  # positions of the tokens in the columns and the results
     mask,
-    sequence_ptr,  # (N,), and so are all pointers: the log-ratio that the tokens of a sequence share, or None
-    advantages_ptr,  # of the next eight only the first two are always there
-    weights_ptr,
-    kl_weights_ptr,
-    entropy_weights_ptr,
-    anchor_ptr,
-    kl_anchor_ptr,
-    kl_ratio_anchor_ptr,
-    positive_ptr,
-    contribution_ptr,
-    surrogate_ptr,
-    kl_ptr,
-    ratio_ptr,
-    clipped_low_ptr,
-    clipped_high_ptr,
-    dual_clipped_ptr,
-    low,
-    high,
-    max_ratio,
-    dual_clip,
-    weight_low,
-    weight_high,
-    tau_pos,
-    tau_neg,
-    k_pos,
-    k_neg,
-    lambda_pos,
-    lambda_neg,
-    square_tau,
-    log_ratio_bound,
-    kl_log_ratio_bound,
-    kl_value_bound,
-    kl_ratio_max,
-    SURROGATE: tl.constexpr,
-    CARRIER: tl.constexpr,
-    KL: tl.constexpr,
-    KL_GRADIENT: tl.constexpr,
-    KL_RATIO: tl.constexpr,
-    KL_CLAMP: tl.constexpr,
+    sequence_ptr,  # (N,) log-ratio that the tokens of a sequence share, or None
+    columns,  # PolicyColumns of pointers (N,). All but the first two may be None
+    results,  # PolicyResults of pointers (N,). The caller stores the gradients
+    numbers,  # PolicyNumbers, float64
+    AXES: tl.constexpr,  # PolicyAxes
 ):
-    """Store what tokens add to the loss and what the metrics need; return d_logp, and d_u of the shared log-ratio."""
-    ACC: tl.constexpr = contribution_ptr.dtype.element_ty
-    low, high = tl.full((), low, ACC), tl.full((), high, ACC)
-    weight_low, weight_high = tl.full((), weight_low, ACC), tl.full((), weight_high, ACC)
-    log_ratio_bound = tl.full((), log_ratio_bound, ACC)
+    """Store each token's contribution and its metrics. Return d_logp, and d_u of the shared log-ratio."""
+    # Triton 3.6 knows the fields of a compile-time tuple only through names of their own.
+    SURROGATE: tl.constexpr = AXES.surrogate
+    CARRIER: tl.constexpr = AXES.carrier
+    KL: tl.constexpr = AXES.kl
+    KL_GRADIENT: tl.constexpr = AXES.kl_gradient
+    KL_RATIO: tl.constexpr = AXES.kl_ratio
+    KL_CLAMP: tl.constexpr = AXES.kl_clamp
+    ACC: tl.constexpr = results.contribution.dtype.element_ty
+    low, high = tl.full((), numbers.low, ACC), tl.full((), numbers.high, ACC)
+    weight_low, weight_high = tl.full((), numbers.weight_low, ACC), tl.full((), numbers.weight_high, ACC)
+    log_ratio_bound = tl.full((), numbers.log_ratio_bound, ACC)
 
-    advantages = tl.load(advantages_ptr + offs, mask=mask, other=0.0)
-    weights = tl.load(weights_ptr + offs, mask=mask, other=0.0)
-    anchor = _load(anchor_ptr, offs, mask, logp)
+    advantages = tl.load(columns.advantages + offs, mask=mask, other=0.0)
+    weights = tl.load(columns.weights + offs, mask=mask, other=0.0)
+    anchor = _load(columns.anchor, offs, mask, logp)
     token_u, token_inside = _log_ratio(logp, anchor, log_ratio_bound)
     if sequence_ptr is not None:
         u = tl.load(sequence_ptr + offs, mask=mask, other=0.0)
@@ -169,7 +144,7 @@ def token_terms(
         u = token_u
     ratio, ratio_slope = _exp_linear(u)
 
-    # The surrogate: value, d_ratio, d_logp, and d_u beside what goes through the ratio.
+    # The surrogate: its value, d_ratio, d_logp, and d_u without the part through the ratio.
     zero = tl.zeros_like(logp)
     never = (advantages < 0) & (advantages > 0)
     d_ratio, d_logp, d_u, below, above, dual = zero, zero, zero, never, never, never
@@ -179,9 +154,9 @@ def token_terms(
             advantages,
             low,
             high,
-            tl.full((), max_ratio, ACC),
-            tl.full((), dual_clip, ACC),
-            dual_clipped_ptr is not None,
+            tl.full((), numbers.max_ratio, ACC),
+            tl.full((), numbers.dual_clip, ACC),
+            results.dual_clipped is not None,
         )
         below = (ratio < low) & (advantages < 0)
         above = (ratio > high) & (advantages > 0)
@@ -190,7 +165,7 @@ def token_terms(
     elif SURROGATE == "importance":
         surrogate, d_ratio = -advantages * ratio, -advantages
     elif SURROGATE == "square":
-        tau = tl.full((), square_tau, ACC)
+        tau = tl.full((), numbers.square_tau, ACC)
         d_u = tau * u - advantages
         surrogate = d_u * d_u / (2.0 * tau)
     elif SURROGATE == "nll":
@@ -199,7 +174,7 @@ def token_terms(
         d_logp = -_exp(logp)
         surrogate = d_logp * logp
     elif SURROGATE == "sapo":
-        tau = tl.where(advantages > 0, tl.full((), tau_pos, ACC), tl.full((), tau_neg, ACC))
+        tau = tl.where(advantages > 0, tl.full((), numbers.tau_pos, ACC), tl.full((), numbers.tau_neg, ACC))
         sigmoid, slope = _sigmoid_and_slope(tau * (ratio - 1.0))
         surrogate, d_ratio = -(4.0 / tau) * sigmoid * advantages, -4.0 * slope * advantages
     elif SURROGATE == "geometric":
@@ -207,8 +182,8 @@ def token_terms(
         below = (token_u < low) & (advantages < 0)
         above = (token_u > high) & (advantages > 0)
     elif SURROGATE == "vespo":
-        k = tl.where(advantages >= 0, tl.full((), k_pos, ACC), tl.full((), k_neg, ACC))
-        rate = tl.where(advantages >= 0, tl.full((), lambda_pos, ACC), tl.full((), lambda_neg, ACC))
+        k = tl.where(advantages >= 0, tl.full((), numbers.k_pos, ACC), tl.full((), numbers.k_neg, ACC))
+        rate = tl.where(advantages >= 0, tl.full((), numbers.lambda_pos, ACC), tl.full((), numbers.lambda_neg, ACC))
         d_logp = -_exp(rate + k * u - rate * _exp(u)) * advantages
         surrogate = d_logp * logp
     elif CARRIER == "ratio":
@@ -217,8 +192,8 @@ def token_terms(
         surrogate, d_ratio = tl.where(below | above, 0.0, -advantages * ratio), -kept * advantages
     else:
         positive = advantages > 0
-        if positive_ptr is not None:
-            positive = tl.load(positive_ptr + offs, mask=mask, other=0) != 0
+        if columns.positive is not None:
+            positive = tl.load(columns.positive + offs, mask=mask, other=0) != 0
         weight, below, above = _detached_weight(
             logp, anchor, ratio, advantages, positive, low, high, weight_low, weight_high, SURROGATE
         )
@@ -236,22 +211,22 @@ def token_terms(
             kl_inside = token_inside
             kl_ratio, kl_slope = _exp_linear(token_u)
         elif KL_RATIO == "own":
-            kl_u, kl_inside = _log_ratio(logp, _load(kl_ratio_anchor_ptr, offs, mask, logp), log_ratio_bound)
+            kl_u, kl_inside = _log_ratio(logp, _load(columns.kl_ratio_anchor, offs, mask, logp), log_ratio_bound)
             kl_ratio, kl_slope = _exp_linear(kl_u)
         kl, d_logp, d_ratio = _kl_term(
             logp,
-            _load(kl_anchor_ptr, offs, mask, logp),
+            _load(columns.kl_anchor, offs, mask, logp),
             kl_ratio,
-            tl.full((), kl_log_ratio_bound, ACC),
-            tl.full((), kl_value_bound, ACC),
-            tl.full((), kl_ratio_max, ACC),
+            tl.full((), numbers.kl_log_ratio_bound, ACC),
+            tl.full((), numbers.kl_value_bound, ACC),
+            tl.full((), numbers.kl_ratio_max, ACC),
             KL,
             KL_GRADIENT,
             KL_CLAMP,
         )
-        tl.store(kl_ptr + offs, kl, mask=mask)
-        if kl_weights_ptr is not None:
-            kl_weights = tl.load(kl_weights_ptr + offs, mask=mask, other=0.0)
+        tl.store(results.kl + offs, kl, mask=mask)
+        if columns.kl_weights is not None:
+            kl_weights = tl.load(columns.kl_weights + offs, mask=mask, other=0.0)
             counts = kl_weights != 0
             contribution += tl.where(counts, kl_weights * kl, 0.0)
             grad_logp += tl.where(counts, kl_weights * d_logp, 0.0)
@@ -260,18 +235,18 @@ def token_terms(
                 grad_ratio += d_ratio
             else:
                 grad_logp += tl.where(kl_inside > 0, d_ratio * kl_slope, 0.0)
-    if entropy_weights_ptr is not None:
-        entropy_weights = tl.load(entropy_weights_ptr + offs, mask=mask, other=0.0)
+    if columns.entropy_weights is not None:
+        entropy_weights = tl.load(columns.entropy_weights + offs, mask=mask, other=0.0)
         contribution -= tl.where(entropy_weights != 0, entropy_weights * entropy, 0.0)
 
-    tl.store(contribution_ptr + offs, contribution, mask=mask)
-    tl.store(surrogate_ptr + offs, surrogate, mask=mask)
-    tl.store(ratio_ptr + offs, ratio, mask=mask)
-    tl.store(clipped_low_ptr + offs, below.to(tl.int8), mask=mask)
-    tl.store(clipped_high_ptr + offs, above.to(tl.int8), mask=mask)
-    if dual_clipped_ptr is not None:
-        tl.store(dual_clipped_ptr + offs, dual.to(tl.int8), mask=mask)
-    # The exponential lets a gradient through up to the limit; what is a function of u itself has none.
+    tl.store(results.contribution + offs, contribution, mask=mask)
+    tl.store(results.surrogate + offs, surrogate, mask=mask)
+    tl.store(results.ratio + offs, ratio, mask=mask)
+    tl.store(results.clipped_low + offs, below.to(tl.int8), mask=mask)
+    tl.store(results.clipped_high + offs, above.to(tl.int8), mask=mask)
+    if results.dual_clipped is not None:
+        tl.store(results.dual_clipped + offs, dual.to(tl.int8), mask=mask)
+    # The exponential passes a gradient up to the limit. "square" also depends on u itself, and that part has no limit.
     through_ratio = tl.where(u <= LOG_RATIO_LIMIT, grad_ratio * ratio_slope, 0.0)
     if SURROGATE == "square":
         grad_u += through_ratio
@@ -306,7 +281,7 @@ _POINTERS = [
 
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=_POINTERS)
 def _policy_fwd_kernel(
-    logprobs_ptr,  # (N,), and so are all pointers; all but this one, the first two columns and the results may be None
+    logprobs_ptr,  # (N,), as all pointers. All but this one, the first two columns and the results may be None
     entropy_ptr,
     sequence_ptr,  # log-ratio that the tokens of a sequence share
     advantages_ptr,
@@ -327,29 +302,24 @@ def _policy_fwd_kernel(
     grad_logprobs_ptr,
     grad_sequence_ptr,
     N,
-    low: "fp64",  # noqa: F821
-    high: "fp64",  # noqa: F821
-    max_ratio: "fp64",  # noqa: F821
-    dual_clip: "fp64",  # noqa: F821
-    weight_low: "fp64",  # noqa: F821
-    weight_high: "fp64",  # noqa: F821
-    tau_pos: "fp64",  # noqa: F821
-    tau_neg: "fp64",  # noqa: F821
-    k_pos: "fp64",  # noqa: F821
-    k_neg: "fp64",  # noqa: F821
-    lambda_pos: "fp64",  # noqa: F821
-    lambda_neg: "fp64",  # noqa: F821
-    square_tau: "fp64",  # noqa: F821
-    log_ratio_bound: "fp64",  # noqa: F821
-    kl_log_ratio_bound: "fp64",  # noqa: F821
-    kl_value_bound: "fp64",  # noqa: F821
-    kl_ratio_max: "fp64",  # noqa: F821
-    SURROGATE: tl.constexpr,
-    CARRIER: tl.constexpr,
-    KL: tl.constexpr,
-    KL_GRADIENT: tl.constexpr,
-    KL_RATIO: tl.constexpr,
-    KL_CLAMP: tl.constexpr,
+    low: tl.float64,
+    high: tl.float64,
+    max_ratio: tl.float64,
+    dual_clip: tl.float64,
+    weight_low: tl.float64,
+    weight_high: tl.float64,
+    tau_pos: tl.float64,
+    tau_neg: tl.float64,
+    k_pos: tl.float64,
+    k_neg: tl.float64,
+    lambda_pos: tl.float64,
+    lambda_neg: tl.float64,
+    square_tau: tl.float64,
+    log_ratio_bound: tl.float64,
+    kl_log_ratio_bound: tl.float64,
+    kl_value_bound: tl.float64,
+    kl_ratio_max: tl.float64,
+    AXES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     ACC: tl.constexpr = contribution_ptr.dtype.element_ty
@@ -359,51 +329,15 @@ def _policy_fwd_kernel(
     entropy = tl.zeros((BLOCK,), ACC)
     if entropy_weights_ptr is not None:
         entropy = tl.load(entropy_ptr + offs, mask=mask, other=0.0)
-    grad_logp, grad_u = token_terms(
-        logp,
-        entropy,
-        offs,
-        mask,
-        sequence_ptr,
-        advantages_ptr,
-        weights_ptr,
-        kl_weights_ptr,
-        entropy_weights_ptr,
-        anchor_ptr,
-        kl_anchor_ptr,
-        kl_ratio_anchor_ptr,
-        positive_ptr,
-        contribution_ptr,
-        surrogate_ptr,
-        kl_ptr,
-        ratio_ptr,
-        clipped_low_ptr,
-        clipped_high_ptr,
-        dual_clipped_ptr,
-        low,
-        high,
-        max_ratio,
-        dual_clip,
-        weight_low,
-        weight_high,
-        tau_pos,
-        tau_neg,
-        k_pos,
-        k_neg,
-        lambda_pos,
-        lambda_neg,
-        square_tau,
-        log_ratio_bound,
-        kl_log_ratio_bound,
-        kl_value_bound,
-        kl_ratio_max,
-        SURROGATE,
-        CARRIER,
-        KL,
-        KL_GRADIENT,
-        KL_RATIO,
-        KL_CLAMP,
-    )
+    anchors = (anchor_ptr, kl_anchor_ptr, kl_ratio_anchor_ptr)
+    columns = PolicyColumns(advantages_ptr, weights_ptr, kl_weights_ptr, entropy_weights_ptr, *anchors, positive_ptr)
+    flags = (clipped_low_ptr, clipped_high_ptr, dual_clipped_ptr)
+    results = PolicyResults(contribution_ptr, surrogate_ptr, kl_ptr, ratio_ptr, *flags, None, None)
+    numbers = PolicyNumbers(
+        low, high, max_ratio, dual_clip, weight_low, weight_high, tau_pos, tau_neg, k_pos, k_neg,
+        lambda_pos, lambda_neg, square_tau, log_ratio_bound, kl_log_ratio_bound, kl_value_bound, kl_ratio_max,
+    )  # fmt: skip
+    grad_logp, grad_u = token_terms(logp, entropy, offs, mask, sequence_ptr, columns, results, numbers, AXES)
     if grad_logprobs_ptr is not None:
         tl.store(grad_logprobs_ptr + offs, grad_logp, mask=mask)
         if grad_sequence_ptr is not None:
@@ -420,18 +354,18 @@ def policy_terms(
     *,
     gradient: bool = True,
 ) -> PolicyResults:
-    """Return what every token adds to the loss and what the metrics need; see `fastrl.reference.token_terms`.
+    """Return each token's contribution to the loss and its metrics, as `fastrl.reference.token_terms` states them.
 
     Args:
-        axes: what is compiled in; `kl_ratio` matters only where `kl_gradient` takes a ratio.
+        axes: compile-time choices. `kl_ratio` matters only if `kl_gradient` takes a ratio.
         numbers: bounds and coefficients.
         logprobs: log-prob of each token.
         entropy: entropy of each token, needed with `entropy_weights`.
-        sequence_log_ratio: the log-ratio that stands for the token's own; None: the token's own.
-        columns: everything else, constants of the gradient.
+        sequence_log_ratio: replaces the token's own log-ratio. None keeps it.
+        columns: all other inputs, constants of the gradient.
         gradient: whether to form `grad_logprobs`, the derivative of each token's contribution with respect to its
-            log-prob, and, with `sequence_log_ratio`, `grad_sequence`, that with respect to its copy of the log-ratio.
-            The derivative with respect to the entropy is -entropy_weights.
+            log-prob. With `sequence_log_ratio` also `grad_sequence`, the derivative with respect to the token's copy
+            of the log-ratio. The derivative with respect to the entropy is -entropy_weights.
     """
     n = logprobs.numel()
     dtype = logprobs.dtype
@@ -452,10 +386,9 @@ def policy_terms(
                 results.grad_sequence,
                 n,
                 *numbers,
-                **compiled_axes(axes),
+                AXES=compiled_axes(axes),
                 BLOCK=TILE.block,
-                num_warps=TILE.num_warps,
-                **COMPILE_OPTIONS,
+                **launch_options(TILE),
             )
     return results
 
@@ -463,16 +396,9 @@ def policy_terms(
 # --- arguments, shared with the kernel that reads the logits ----------------------------------------------------------
 
 
-def compiled_axes(axes: PolicyAxes) -> dict[str, str]:
-    """Return the axes as the kernels' compile-time arguments."""
-    return {
-        "SURROGATE": axes.surrogate,
-        "CARRIER": axes.carrier,
-        "KL": axes.kl,
-        "KL_GRADIENT": axes.kl_gradient,
-        "KL_RATIO": axes.kl_ratio if "ratio" in axes.kl_gradient else "loss",
-        "KL_CLAMP": axes.kl_clamp,
-    }
+def compiled_axes(axes: PolicyAxes) -> PolicyAxes:
+    """Return the axes as the kernels compile them: without a ratio in the KL gradient, `kl_ratio` does not matter."""
+    return axes if "ratio" in axes.kl_gradient else axes._replace(kl_ratio="loss")
 
 
 def column_arguments(columns: PolicyColumns, dtype: torch.dtype) -> tuple[Tensor | None, ...]:

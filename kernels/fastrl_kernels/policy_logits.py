@@ -5,10 +5,10 @@
     dz_v = g (1[v = y] - p_v) - h p_v (log p_v + entropy)       the row's second walk, from the cache
 
 One program per row, for losses in which a token's gradient depends on its own row alone. A row of 151,936 entries in
-bfloat16 is 304 kB: those of the programs at work fit the L2 cache of a large GPU, so that the second walk does not
-reach the memory. Every step is the helper of the kernel that does it alone: the bits are theirs.
+bfloat16 takes 304 kB. The rows of all running programs fit the L2 cache of a large GPU, so the second walk does not
+reach the memory. Every step calls the helper of the separate kernel, and gives its bits.
 
-N tokens (rows), V vocabulary entries. The host functions validate nothing: their caller did.
+Legend: N tokens (rows), V vocabulary entries. The callers of the host functions have validated the arguments.
 """
 
 from typing import Any
@@ -20,12 +20,13 @@ from torch import Tensor
 
 from fastrl_kernels import token_logprobs
 from fastrl_kernels.launch import (
-    COMPILE_OPTIONS,
     Tile,
+    launch_options,
+    matrix_arguments,
     on_device_of,
     result_dtype,
+    row_arguments,
     slope_and_factor,
-    temperature_arguments,
     tile_for,
 )
 from fastrl_kernels.policy import (
@@ -40,10 +41,10 @@ from fastrl_kernels.policy import (
     token_terms,
 )
 from fastrl_kernels.rowmath import LOG2E, row_factor, row_frame
-from fastrl_kernels.token_logprobs import scan_row, write_gradient, zero_row
+from fastrl_kernels.token_logprobs import row_gradient, scan_row, write_gradient, zero_row
 
-# The first walk's tile is that of `token_logprobs`, as the order of its sums depends on it; the second walk takes the
-# block of its backward under the same number of warps.
+# The first walk takes the tile of the `token_logprobs` forward, because the order of the sums depends on the tile. The
+# second walk takes the block of its backward, with the warps of the first.
 SCALE_TILE = Tile(2048, 8)
 
 _RUNTIME = ["stride_labels", "stride_inv_temperature", "V", "ignore_index"]
@@ -69,7 +70,7 @@ def _policy_logits_fwd_kernel(
     stride_labels,
     inv_temperature_ptr,  # (N,) or None
     stride_inv_temperature,
-    inv_temperature: "fp64",  # noqa: F821
+    inv_temperature: tl.float64,
     logprobs_ptr,  # (N,), and so are all that follow
     entropy_ptr,
     advantages_ptr,  # of the columns only the first two are always there
@@ -88,32 +89,27 @@ def _policy_logits_fwd_kernel(
     clipped_high_ptr,
     dual_clipped_ptr,
     V,
-    slope: "fp64",  # noqa: F821
-    factor: "fp64",  # noqa: F821
-    ignore_index: "i64",  # noqa: F821
-    low: "fp64",  # noqa: F821
-    high: "fp64",  # noqa: F821
-    max_ratio: "fp64",  # noqa: F821
-    dual_clip: "fp64",  # noqa: F821
-    weight_low: "fp64",  # noqa: F821
-    weight_high: "fp64",  # noqa: F821
-    tau_pos: "fp64",  # noqa: F821
-    tau_neg: "fp64",  # noqa: F821
-    k_pos: "fp64",  # noqa: F821
-    k_neg: "fp64",  # noqa: F821
-    lambda_pos: "fp64",  # noqa: F821
-    lambda_neg: "fp64",  # noqa: F821
-    square_tau: "fp64",  # noqa: F821
-    log_ratio_bound: "fp64",  # noqa: F821
-    kl_log_ratio_bound: "fp64",  # noqa: F821
-    kl_value_bound: "fp64",  # noqa: F821
-    kl_ratio_max: "fp64",  # noqa: F821
-    SURROGATE: tl.constexpr,
-    CARRIER: tl.constexpr,
-    KL: tl.constexpr,
-    KL_GRADIENT: tl.constexpr,
-    KL_RATIO: tl.constexpr,
-    KL_CLAMP: tl.constexpr,
+    slope: tl.float64,
+    factor: tl.float64,
+    ignore_index: tl.int64,
+    low: tl.float64,
+    high: tl.float64,
+    max_ratio: tl.float64,
+    dual_clip: tl.float64,
+    weight_low: tl.float64,
+    weight_high: tl.float64,
+    tau_pos: tl.float64,
+    tau_neg: tl.float64,
+    k_pos: tl.float64,
+    k_neg: tl.float64,
+    lambda_pos: tl.float64,
+    lambda_neg: tl.float64,
+    square_tau: tl.float64,
+    log_ratio_bound: tl.float64,
+    kl_log_ratio_bound: tl.float64,
+    kl_value_bound: tl.float64,
+    kl_ratio_max: tl.float64,
+    AXES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_SCAN: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -143,78 +139,29 @@ def _policy_logits_fwd_kernel(
         bias = -LOG2E * residual
     tl.store(logprobs_ptr + row, logp)
     tl.store(entropy_ptr + row, entropy)
-    g, _ = token_terms(
-        logp,
-        entropy,
-        row,
-        row >= 0,
-        None,
-        advantages_ptr,
-        weights_ptr,
-        kl_weights_ptr,
-        entropy_weights_ptr,
-        anchor_ptr,
-        kl_anchor_ptr,
-        kl_ratio_anchor_ptr,
-        positive_ptr,
-        contribution_ptr,
-        surrogate_ptr,
-        kl_ptr,
-        ratio_ptr,
-        clipped_low_ptr,
-        clipped_high_ptr,
-        dual_clipped_ptr,
-        low,
-        high,
-        max_ratio,
-        dual_clip,
-        weight_low,
-        weight_high,
-        tau_pos,
-        tau_neg,
-        k_pos,
-        k_neg,
-        lambda_pos,
-        lambda_neg,
-        square_tau,
-        log_ratio_bound,
-        kl_log_ratio_bound,
-        kl_value_bound,
-        kl_ratio_max,
-        SURROGATE,
-        CARRIER,
-        KL,
-        KL_GRADIENT,
-        KL_RATIO,
-        KL_CLAMP,
-    )
+    anchors = (anchor_ptr, kl_anchor_ptr, kl_ratio_anchor_ptr)
+    columns = PolicyColumns(advantages_ptr, weights_ptr, kl_weights_ptr, entropy_weights_ptr, *anchors, positive_ptr)
+    flags = (clipped_low_ptr, clipped_high_ptr, dual_clipped_ptr)
+    results = PolicyResults(contribution_ptr, surrogate_ptr, kl_ptr, ratio_ptr, *flags, None, None)
+    numbers = PolicyNumbers(
+        low, high, max_ratio, dual_clip, weight_low, weight_high, tau_pos, tau_neg, k_pos, k_neg,
+        lambda_pos, lambda_neg, square_tau, log_ratio_bound, kl_log_ratio_bound, kl_value_bound, kl_ratio_max,
+    )  # fmt: skip
+    g, _ = token_terms(logp, entropy, row, row >= 0, None, columns, results, numbers, AXES)
     h = tl.zeros((), ACC)
     if HAS_ENTROPY:
         h -= tl.load(entropy_weights_ptr + row)
-    # Selected, not multiplied: what stands in a row without a gradient cannot matter, and is not read again.
+    # Selected, not multiplied: the logits of a row without a gradient cannot matter, and are not read again.
     if live & ((g != 0) | (h != 0)):
+        in_vocab = (label >= 0) & (label < V)
+        label_v = tl.where(in_vocab, label, -1).to(tl.int32)
+        k = c * LOG2E
+        l = tl.zeros((), ACC)
+        gradient = row_gradient(logp, entropy, frame, bias, g, h, l, slope, c, k, in_vocab, HAS_ENTROPY)
         write_gradient(
-            block_ptr,
-            stride_v,
-            out_block_ptr,
-            stride_out_v,
-            label,
-            V,
-            logp,
-            entropy,
-            frame,
-            bias,
-            g,
-            h,
-            tl.zeros((), ACC),
-            slope,
-            c,
-            ACC,
-            HAS_ENTROPY,
-            HAS_SOFTCAP,
-            "evict_first",
-            BLOCK_V,
-        )
+            block_ptr, stride_v, out_block_ptr, stride_out_v, label_v, V,
+            gradient, HAS_ENTROPY, HAS_SOFTCAP, "evict_first", BLOCK_V,
+        )  # fmt: skip
     else:
         zero_row(out_block_ptr, stride_out_v, V, BLOCK_V)
 
@@ -267,9 +214,9 @@ def policy_logits_fwd(
 ) -> tuple[Tensor, Tensor, PolicyResults]:
     """Return (logprobs (N,), entropy (N,), terms) and write the gradient of the contributions' sum to `out`.
 
-    Everything is what `token_logprobs_fwd`, `policy_terms` and `token_logprobs_bwd` give one after the other, bit for
-    bit, but for rows whose gradient is 0 throughout: they are written as 0, whatever their logits and their label. The
-    terms have no gradients of their own. Rows whose label is `ignore_index` are not read; their log-prob, entropy and
+    All results are, bit for bit, the results of `token_logprobs_fwd`, `policy_terms` and `token_logprobs_bwd` in turn.
+    One exception: a row whose gradient is 0 throughout is written as 0, for any logits and any label. The terms have no
+    gradients of their own. The kernel does not read rows whose label is `ignore_index`: their log-prob, entropy and
     gradient are 0.
     """
     n, v = logits.shape
@@ -279,33 +226,24 @@ def policy_logits_fwd(
     if n == 0:
         return logprobs, entropy, results
     tile = tile_for(token_logprobs.FWD_TILES, logits.dtype, v)
-    slope, factor = slope_and_factor(logit_scale, softcap)
     with on_device_of(logits):
         _policy_logits_fwd_kernel[(n,)](
-            logits,
-            logits.stride(0),
-            logits.stride(1),
-            out,
-            out.stride(0),
-            out.stride(1),
-            labels,
-            labels.stride(0),
-            *temperature_arguments(inv_temperature),
+            *matrix_arguments(logits),
+            *matrix_arguments(out),
+            *row_arguments(labels, inv_temperature),
             logprobs,
             entropy,
             *column_arguments(columns, dtype),
             *result_arguments(results),
             v,
-            slope,
-            factor,
+            *slope_and_factor(logit_scale, softcap),
             ignore_index,
             *numbers,
-            **compiled_axes(axes),
+            AXES=compiled_axes(axes),
             HAS_SOFTCAP=bool(softcap),
             BLOCK_SCAN=tile.block,
             BLOCK_V=tile_for(token_logprobs.BWD_TILES, logits.dtype, v).block,
-            num_warps=tile.num_warps,
-            **COMPILE_OPTIONS,
+            **launch_options(tile),
         )
     return logprobs, entropy, results
 
@@ -316,26 +254,21 @@ def scale_rows(
     *,
     out: Tensor | None = None,  # (N, V), any strides; may be `x`
 ) -> Tensor:
-    """Return x * factor in the dtype of `x`, in `out` where given; in place nothing is read where the factor is 1.
+    """Return x * factor in the dtype of `x`, in `out` if given.
 
-    The factor is looked at on the device: the host does not wait.
+    In place with a factor of 1 the kernel reads nothing. It checks the factor on the device: the host does not wait.
     """
     result = torch.empty_like(x) if out is None else out
     n, v = x.shape
     if n > 0:
         options: dict[str, Any] = {"IN_PLACE": result.data_ptr() == x.data_ptr(), "BLOCK_V": SCALE_TILE.block}
-        strides = (result.stride(0), result.stride(1))
         with on_device_of(x):
             _scale_rows_kernel[(n,)](
-                x,
-                x.stride(0),
-                x.stride(1),
-                result,
-                *strides,
+                *matrix_arguments(x),
+                *matrix_arguments(result),
                 factor,
                 v,
                 **options,
-                num_warps=SCALE_TILE.num_warps,
-                **COMPILE_OPTIONS,
+                **launch_options(SCALE_TILE),
             )
     return result

@@ -6,18 +6,10 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-
-
-# Beyond EXP_LIMIT the exponential goes on as its tangent; log-ratios end at LOG_RATIO_LIMIT.
+# Beyond EXP_LIMIT the exponential continues as its tangent. Log-ratios end at LOG_RATIO_LIMIT.
 EXP_LIMIT = tl.constexpr(32.0)
-
-
 LOG_RATIO_LIMIT = tl.constexpr(1e4)
-
-
 EXP_AT_LIMIT = tl.constexpr(math.exp(32.0))
-
-
 BINARY_KL_EPS = tl.constexpr(1e-8)
 
 
@@ -49,7 +41,7 @@ def _exp_terms(x):
         LN2_HIGH: tl.constexpr = 0.693145751953125
         LN2_LOW: tl.constexpr = 1.42860677e-06
         held = _between(x, -104.0, 89.5)
-    # held = n ln 2 + s with |s| <= 0.35; n * LN2_HIGH is exact.
+    # held = n ln 2 + s with |s| <= 0.35. n * LN2_HIGH is exact.
     n = tl.floor(held * LOG2E + 0.5)
     s = (held - n * LN2_HIGH) - n * LN2_LOW
     # e^s = 1 + s + s^2/2 (1 + s/3 (1 + s/4 (...)))
@@ -76,7 +68,7 @@ def _exp(x):
 
 @triton.jit
 def _exp_linear(x):
-    """Return exp(x), continued as its tangent beyond `EXP_LIMIT`, and the slope; x is held at `LOG_RATIO_LIMIT`."""
+    """Return exp(x) and its slope. Beyond `EXP_LIMIT` exp continues as its tangent, x is held at `LOG_RATIO_LIMIT`."""
     near = _exp(_between(x, float("-inf"), EXP_LIMIT))
     far = x > EXP_LIMIT
     beyond = EXP_AT_LIMIT * (_between(x, float("-inf"), LOG_RATIO_LIMIT) - (EXP_LIMIT - 1.0))
@@ -88,7 +80,7 @@ def _exp_linear(x):
 
 @triton.jit
 def _between(x, low, high):
-    """Return x clamped to [low, high]; NaN stays NaN."""
+    """Return x clamped to [low, high]. NaN stays NaN."""
     raised = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(raised, high, propagate_nan=tl.PropagateNan.ALL)
 

@@ -1,14 +1,16 @@
-"""What metrics ask of a row of logits beside the log-prob, in one read: argmax, its hit, log sum p^2, mean logit.
+"""Row statistics for metrics in one read of the logits: argmax, whether it is the label, log sum p^2, mean logit.
 
     z = softcap * tanh(logit_scale * x / softcap) / T        (without a softcap: logit_scale * x / T)
     log sum_v p_v^2 = log1p(Q) - 2 log1p(S),    S = sum_v e^(z_v - max),  Q = sum_v e^(2 (z_v - max)),  v not the argmax
 
 Keeping the argmax out of both sums, which only the block that raises the max has to see to, leaves log sum p^2 exact in
-relative terms as p -> 1. The argmax is that of sign(logit_scale) * x, of which z is an increasing function: rounding in
-the softcap cannot move it.
+relative terms as p -> 1. The kernel takes the argmax of sign(logit_scale) * x. z increases with it, so rounding in the
+softcap cannot move the argmax.
 
-One program per row. N tokens (rows), V vocabulary entries. The host function validates nothing: its caller did. A label
-outside [0, V) is never used as an address.
+One program per row. The caller of the host function has validated the arguments. The kernel never uses a label outside
+[0, V) as an address.
+
+Legend: N tokens (rows), V vocabulary entries.
 """
 
 import torch
@@ -17,13 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastrl_kernels.launch import (
-    COMPILE_OPTIONS,
     Tile,
     TileTable,
+    launch_options,
+    matrix_arguments,
     on_device_of,
     result_dtype,
+    row_arguments,
     slope_and_factor,
-    temperature_arguments,
     tile_for,
 )
 from fastrl_kernels.rowmath import LOG2E, entry, exponent, log1p_unit, lowest, row_factor
@@ -72,7 +75,7 @@ def _take_block(
     """Take a block into the max `m`, its index `best`, and, lane by lane, S, Q and the sum of u."""
     offs = start + tl.arange(0, v.shape[0])
     u = entry(v, slope, HAS_SOFTCAP)
-    # The padding of the last block; -inf as well, where a softcap would make it a finite entry.
+    # Padding of the last block is -inf in u too: a softcap would make it a finite entry.
     if MASKED:
         w += tl.where(in_row, u, 0.0)
         u = tl.where(in_row, u, float("-inf"))
@@ -80,7 +83,7 @@ def _take_block(
         w += u
 
     block_max = tl.max(v, 0)
-    # A first max may be the lowest finite number; under a softcap even -inf is an entry with mass.
+    # A first max may be the lowest finite number. Under a softcap even -inf is an entry with mass.
     opens = (best < 0) & (block_max > float("-inf"))
     if HAS_SOFTCAP:
         opens = best < 0
@@ -109,15 +112,15 @@ def _row_statistics_fwd_kernel(
     stride_labels,
     inv_temperature_ptr,  # (N,) or None
     stride_inv_temperature,
-    inv_temperature: "fp64",  # noqa: F821
+    inv_temperature: tl.float64,
     top1_ptr,  # (N,)
     log_sum_squared_ptr,  # (N,)
     argmax_ptr,  # (N,)
     mean_ptr,  # (N,)
     V,
-    slope: "fp64",  # noqa: F821
-    factor: "fp64",  # noqa: F821
-    ignore_index: "i64",  # noqa: F821
+    slope: tl.float64,
+    factor: tl.float64,
+    ignore_index: tl.int64,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -163,7 +166,7 @@ def _row_statistics_fwd_kernel(
         v = tl.where(mask_v, v, float("-inf"))
         m, u_top, best, s, q, w = _take_block(v, whole, mask_v, m, u_top, best, s, q, w, slope, k, HAS_SOFTCAP, True)
 
-    # Sums over the row; the max is in neither.
+    # Sums over the row without the max.
     others = tl.sum(s, 0)
     log_sum_squared = _log1p(tl.sum(q, 0)) - 2.0 * _log1p(others)
     # NaN anywhere is NaN in the sums, +inf is NaN in the differences to it unless it stands alone.
@@ -185,17 +188,17 @@ def row_statistics_fwd(
     softcap: float = 0.0,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (is_top1 bool, log_sum_squared_probs, argmax int64, mean_logits), each (N,); floats float32 or float64.
+    """Return (is_top1 bool, log_sum_squared_probs, argmax int64, mean_logits), each (N,), floats of float32 or float64.
 
     Ignored rows are (False, 0, -1, 0) and their logits are not read. (False, NaN, -1, NaN) marks a row whose label is
     outside [0, V), whose temperature is not positive and finite, which holds NaN or +inf, or which is -inf throughout.
 
     Args:
         logits: the logits, of any strides.
-        labels: the entry of each row that may or may not be the largest; equal entries are both the largest.
+        labels: the entry of each row to compare with the largest. Of equal entries each is the largest.
         inv_temperature: 1 / T, for all rows or per row.
-        logit_scale: factor on the logits before the softcap; not 0.
-        softcap: bound of the softcap; 0.0 for none.
+        logit_scale: factor on the logits before the softcap, not 0.
+        softcap: bound of the softcap, 0.0 for none.
         ignore_index: the label of rows that do not count.
     """
     n, v = logits.shape
@@ -205,26 +208,19 @@ def row_statistics_fwd(
     argmax = torch.empty(n, dtype=torch.int64, device=logits.device)
     if n > 0:
         tile = tile_for(TILES, logits.dtype, v)
-        slope, factor = slope_and_factor(logit_scale, softcap)
         with on_device_of(logits):
             _row_statistics_fwd_kernel[(n,)](
-                logits,
-                logits.stride(0),
-                logits.stride(1),
-                labels,
-                labels.stride(0),
-                *temperature_arguments(inv_temperature),
+                *matrix_arguments(logits),
+                *row_arguments(labels, inv_temperature),
                 is_top1,
                 log_sum_squared,
                 argmax,
                 mean,
                 v,
-                slope,
-                factor,
+                *slope_and_factor(logit_scale, softcap),
                 ignore_index,
                 HAS_SOFTCAP=bool(softcap),
                 BLOCK_V=tile.block,
-                num_warps=tile.num_warps,
-                **COMPILE_OPTIONS,
+                **launch_options(tile),
             )
     return is_top1.view(torch.bool), log_sum_squared, argmax, mean

@@ -1,11 +1,17 @@
 """Arithmetic of one row of logits, shared by every kernel that reads the vocabulary.
 
-Legend: x a logit as given; u = entry(x), the logit after its sign or its softcap; c > 0 the factor with z = c * u,
-where z are the logits of the softmax; k = c * log2(e), so that e^(z - z') = 2^((u - u') * k). Differences are formed in
-u, before any scaling: a common offset of 1e6 then cancels exactly, where c * u - c * u' would have lost it to rounding.
+Legend:
 
-Fused multiply-adds are written out and kernels are launched with `COMPILE_OPTIONS`, which forbid the compiler to form
-others: two kernels that share these helpers then give the same bits for the same row, whatever stands around them.
+    x    a logit as given
+    u    entry(x), the logit after its sign or its softcap
+    z    c * u, the logits of the softmax, with a factor c > 0
+    k    c * log2(e), so that e^(z - z') = 2^((u - u') * k)
+
+Differences are formed in u, before any scaling. A common offset of 1e6 then cancels exactly, while c * u - c * u' would
+lose digits to rounding.
+
+Fused multiply-adds are written out, and `COMPILE_OPTIONS` forbid the compiler to form others. Two kernels that share
+these helpers then give the same bits for the same row, whatever code surrounds the helpers.
 """
 
 import triton
@@ -20,14 +26,14 @@ EXPONENT_FLOOR = tl.constexpr(-2000.0)
 
 @triton.jit
 def exponent(difference, k):
-    """Return difference * k, not below `EXPONENT_FLOOR`; NaN stays NaN."""
+    """Return difference * k, not below `EXPONENT_FLOOR`. NaN stays NaN."""
     return tl.maximum(difference * k, EXPONENT_FLOOR, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def log1p_unit(x):
     """Return log(1 + x) for x in [0, 1] with a relative error of a few roundings, also where 1 + x rounds to 1."""
-    # log(1 + x) = 2 atanh(s) with s = x / (2 + x) <= 1/3; (1/9)^18 is below float64's rounding.
+    # log(1 + x) = 2 atanh(s) with s = x / (2 + x) <= 1/3. (1/9)^18 is below float64's rounding.
     s = x / (2.0 + x)
     s2 = s * s
     series = s2 * 0.0 + 1.0 / 37
@@ -40,7 +46,7 @@ def log1p_unit(x):
 def one_minus_exp(x):
     """Return 1 - e^x for x <= 0 with a relative error of a few roundings, also where e^x rounds to 1."""
     near = tl.maximum(x, -0.5, propagate_nan=tl.PropagateNan.ALL)
-    # -(x + x^2/2! + ...), nested from the inside; 0.5^17 / 17! is below float64's rounding of the first term.
+    # -(x + x^2/2! + ...), nested from the inside. 0.5^17 / 17! is below float64's rounding of the first term.
     series = near * 0.0 + 1.0
     for i in tl.static_range(15):
         series = 1.0 + series * near * (1.0 / (16 - i))
@@ -53,7 +59,7 @@ def tanh_and_slope(a):
     magnitude = tl.abs(a)
     z = a * a
     # Lambert's continued fraction a / (1 + z / (3 + z / (5 + ...))), cut off after 6 levels (2e-9 at |a| = 1) or
-    # 8 (4e-17 at 0.7), in the form |a| (1 - z * above / below): what is subtracted is small, and so are its roundings.
+    # 8 (4e-17 at 0.7), in the form |a| (1 - z * above / below): the subtracted term is small, and so are its roundings.
     if a.dtype == tl.float64:
         near = magnitude < 0.7
         above = tl.fma(z, tl.fma(z, z + 594.0, 45045.0), 675675.0)
@@ -149,7 +155,7 @@ def row_factor(
     factor,
     ACC: tl.constexpr,
 ):
-    """Return c, the factor from u to z, of a row; NaN where the temperature is not a positive number."""
+    """Return c, the factor from u to z, of a row, or NaN unless the temperature is a positive number."""
     if inv_temperature_ptr is not None:
         inverse = tl.load(inv_temperature_ptr + row * stride_inv_temperature).to(ACC)
     else:

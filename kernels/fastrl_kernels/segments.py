@@ -1,11 +1,12 @@
 """Sums and linear recurrences over consecutive segments of a flat tensor: one program per segment, of any length.
 
-    sums_s = sum_{t in s} x_t          and, the gradient of one the other,          x_t = values_s for t in s
+    sums_s = sum_{t in s} x_t          and            x_t = values_s for t in s         (each is the other's gradient)
     x_t = b_t + c_t x_{t+1} within the segment, x = b at its last element
 
-The tiles of a segment start at its first element, and everything is added in float64 in an order that depends on the
-place in the segment only. Zeros behind its end change no bit: a padded sequence has the results of the packed one.
-Nothing is added atomically. N elements, S segments.
+The tiles of a segment start at its first element. Sums are in float64, in an order that depends on the position in the
+segment only. Zeros behind its end change no bit: a padded sequence has the results of the packed one. No atomics.
+
+Legend: N elements, S segments.
 """
 
 import torch
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl_kernels.launch import COMPILE_OPTIONS, Tile, on_device_of
+from fastrl_kernels.launch import Tile, launch_options, on_device_of
 
 # A sequence of RL post-training has 10^2 to 10^5 tokens: 1 to 100 steps. Not yet tuned on a device.
 SUM_TILE = Tile(1024, 4)
@@ -22,7 +23,7 @@ SCAN_TILE = Tile(512, 4)
 
 @triton.jit
 def _segment(offsets_ptr, N):
-    """Return (segment, first element, end) of this program; the end is held inside the tensor."""
+    """Return (segment, first element, end) of this program. The end is held inside the tensor."""
     segment = tl.program_id(0).to(tl.int64)
     begin = tl.load(offsets_ptr + segment).to(tl.int64)
     end = tl.load(offsets_ptr + (segment + 1)).to(tl.int64)
@@ -110,13 +111,13 @@ def reverse_scan_fwd(
 ) -> Tensor:
     """Return x (N,) with x_t = b_t + c_t x_{t+1} within each segment, x = b at its last element.
 
-    Accumulated in float64 and rounded once to the dtype of `b`. Where c_t is 0, what stands behind t does not matter,
-    NaN neither. Elements that no segment holds are NaN.
+    Accumulated in float64 and rounded once to the dtype of `b`. If c_t is 0, no element behind t matters, not even a
+    NaN. Elements outside all segments are NaN.
 
     Args:
         b: the terms.
-        c: the factors; that of a segment's last element is not used.
-        offsets: where each segment starts, and at the end N; what lies beyond N is not read.
+        c: the factors. The factor of a segment's last element is not used.
+        offsets: where each segment starts, and at the end N. Nothing beyond N is read.
     """
     segments = offsets.numel() - 1
     x = torch.full((b.numel(),), float("nan"), dtype=b.dtype, device=b.device)
@@ -129,8 +130,7 @@ def reverse_scan_fwd(
                 x,
                 b.numel(),
                 BLOCK=SCAN_TILE.block,
-                num_warps=SCAN_TILE.num_warps,
-                **COMPILE_OPTIONS,
+                **launch_options(SCAN_TILE),
             )
     return x
 
@@ -143,7 +143,7 @@ def segment_sum_fwd(
 
     Args:
         x: the values.
-        offsets: where each segment starts, and at the end N; what lies beyond N is not read.
+        offsets: where each segment starts, and at the end N. Nothing beyond N is read.
     """
     segments = offsets.numel() - 1
     sums = torch.empty(segments, dtype=x.dtype, device=x.device)
@@ -155,8 +155,7 @@ def segment_sum_fwd(
                 sums,
                 x.numel(),
                 BLOCK=SUM_TILE.block,
-                num_warps=SUM_TILE.num_warps,
-                **COMPILE_OPTIONS,
+                **launch_options(SUM_TILE),
             )
     return sums
 
@@ -166,7 +165,7 @@ def segment_sum_bwd(
     offsets: Tensor,  # (S + 1,) int32 or int64
     n: int,
 ) -> Tensor:
-    """Return (N,): the value of its segment at every element, 0 at elements that no segment holds."""
+    """Return (N,): the value of its segment at every element, 0 at elements outside all segments."""
     x = torch.zeros(n, dtype=values.dtype, device=values.device)
     if values.numel() > 0 and n > 0:
         with on_device_of(values):
@@ -176,7 +175,6 @@ def segment_sum_bwd(
                 x,
                 n,
                 BLOCK=SUM_TILE.block,
-                num_warps=SUM_TILE.num_warps,
-                **COMPILE_OPTIONS,
+                **launch_options(SUM_TILE),
             )
     return x

@@ -1,24 +1,35 @@
 """Sparse rows of the logits' gradient: which entries matter, and the products of the head and the states with them.
 
-A row's list holds the label's entry and the entries of largest |gradient|; the sum of the others' |gradient| is at most
-`tail_mass` times the row's scale, or the row is dense. One program per row reads the row once, lists the entries above
-a threshold and sums the rest, and then drops the smallest of its list; one program per row and tile of D gathers rows
-of the head; programs that walk the listed vocabulary indices add up the states of one index at a time. An index is
-owned by one program and its entries are added in row order: no atomics.
+A row's list holds the label's entry and the entries of largest |gradient|. The sum of the other entries' |gradient| is
+at most `tail_mass` times the row's scale, or the row is dense. Three kernels:
 
-N tokens (rows), V vocabulary entries, M candidates of a row, K places of a row, E = N K places, D hidden.
+- Listing: one program per row reads the row once, lists the entries above a threshold and sums the rest. Then it drops
+  the smallest entries of its list.
+- Product with the head: one program per row and tile of D gathers rows of the head.
+- Product with the states: programs walk the listed vocabulary indices and add up the states of one index at a time.
+  One program owns an index and adds its entries in row order: no atomics.
+
+Legend: N tokens (rows), V vocabulary entries, M candidates of a row, K places of a row, E = N K places, D hidden.
 """
-
-import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl_kernels.launch import COMPILE_OPTIONS, Tile, TileTable, on_device_of, tile_for
-from fastrl_kernels.rowmath import LN2, LOG2E, one_minus_exp, row_factor, row_frame
-from fastrl_kernels.token_logprobs import grad_block, upstream
+from fastrl_kernels.launch import (
+    Tile,
+    TileTable,
+    launch_options,
+    matrix_arguments,
+    on_device_of,
+    row_arguments,
+    slope_and_factor,
+    tile_for,
+    upstream_arguments,
+)
+from fastrl_kernels.rowmath import LOG2E, row_factor, row_frame
+from fastrl_kernels.token_logprobs import grad_block, row_gradient, upstream
 
 # Bytes per entry -> (largest length, tile). 16-byte loads and no spills on any target: with 8 entries per thread, or
 # with 8 warps, there were some. Not yet tuned on a device.
@@ -68,10 +79,10 @@ def _magnitude(size):
 
 @triton.jit
 def _largest_cut(magnitudes, sizes, listed, rest, limit, min_entries):
-    """Return the largest magnitude at and below which all may be dropped; what is not listed counts as 0.
+    """Return the largest cut: entries of this magnitude and below may all be dropped. Unlisted entries count as 0.
 
-    Dropping leaves out at most `limit`, `rest` included, and keeps `min_entries`. Found by bisection: it sorts nothing,
-    and takes a dozen sums.
+    Dropping leaves out at most `limit`, `rest` included, and keeps `min_entries`. A bisection finds the cut: it takes a
+    dozen sums and no sort.
     """
     low = tl.min(tl.where(listed, magnitudes, 2**30), 0) - 1
     high = tl.max(tl.where(listed, magnitudes, 0), 0)
@@ -99,7 +110,7 @@ def _list_block(
     found_values_ptr,
     BLOCK_M: tl.constexpr,
 ):
-    """List the entries of a block above the threshold; return the sums of the others, lane by lane, and the count."""
+    """List a block's entries above the threshold. Return the sums of the others, lane by lane, and the count."""
     size = tl.abs(dx)
     above = other & (size > threshold)
     # NaN is not above and stays in the sum, which makes the row dense.
@@ -122,7 +133,7 @@ def _list_entries_fwd_kernel(
     stride_labels,
     inv_temperature_ptr,  # (N,) or None
     stride_inv_temperature,
-    inv_temperature: "fp64",  # noqa: F821
+    inv_temperature: tl.float64,
     logprobs_ptr,  # (N,)
     entropy_ptr,  # (N,)
     logsumexp_ptr,  # (N,)
@@ -142,11 +153,11 @@ def _list_entries_fwd_kernel(
     V,
     K,
     min_entries,
-    slope: "fp64",  # noqa: F821
-    factor: "fp64",  # noqa: F821
-    tail_mass: "fp64",  # noqa: F821
-    share: "fp64",  # noqa: F821
-    ignore_index: "i64",  # noqa: F821
+    slope: tl.float64,
+    factor: tl.float64,
+    tail_mass: tl.float64,
+    share: tl.float64,
+    ignore_index: tl.int64,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -171,28 +182,18 @@ def _list_entries_fwd_kernel(
     logp = tl.load(logprobs_ptr + row)
     frame = row_frame(tl.load(logsumexp_ptr + row), c)
     bias = -LOG2E * tl.load(residual_ptr + row)
-    constant = l - g
-    p_label = tl.exp(logp)
-    grad_label = g * one_minus_exp(logp) + p_label * l
+    entropy = tl.zeros((), ACC)
     if HAS_ENTROPY:
         entropy = tl.load(entropy_ptr + row)
-        constant -= h * entropy
-        # p log p is 0 at p = 0, not 0 * -inf.
-        grad_label -= h * tl.where(p_label > 0, p_label * (logp + entropy), 0.0)
-    scale = tl.where(in_vocab, c * slope, float("nan"))
-    constant *= scale
-    grad_label *= scale
-    per_exponent = h * LN2 * scale
+    gradient = row_gradient(logp, entropy, frame, bias, g, h, l, slope, c, k, in_vocab, HAS_ENTROPY)
     size = tl.abs(g).to(tl.float64) + tl.abs(h).to(tl.float64) + tl.abs(l).to(tl.float64)
-    size *= tl.abs(scale).to(tl.float64)
+    size *= tl.abs(gradient.scale).to(tl.float64)
     limit = tl.full((), tail_mass, tl.float64) * size
     threshold = (limit * tl.full((), share, tl.float64)).to(ACC)
 
     block_ptr = logits_ptr + row * stride_row
     x_label = tl.load(block_ptr + label.to(tl.int64) * stride_v, mask=in_vocab, other=0.0).to(ACC)
-    at_label = grad_block(
-        x_label, in_vocab, grad_label, slope, frame, bias, k, constant, per_exponent, HAS_ENTROPY, HAS_SOFTCAP
-    )
+    at_label = grad_block(x_label, in_vocab, gradient, HAS_ENTROPY, HAS_SOFTCAP)
     found_indices_ptr += row * BLOCK_M
     found_values_ptr += row * BLOCK_M
     offs_v = tl.arange(0, BLOCK_V)
@@ -206,9 +207,7 @@ def _list_entries_fwd_kernel(
     while (start < whole) & (count <= BLOCK_M):
         index = start + offs_v
         x = tl.load(block_ptr + offsets).to(ACC)
-        dx = grad_block(
-            x, index < 0, grad_label, slope, frame, bias, k, constant, per_exponent, HAS_ENTROPY, HAS_SOFTCAP
-        )
+        dx = grad_block(x, index < 0, gradient, HAS_ENTROPY, HAS_SOFTCAP)
         rest, count = _list_block(
             dx, index != label, index, threshold, rest, count, found_indices_ptr, found_values_ptr, BLOCK_M
         )
@@ -217,14 +216,12 @@ def _list_entries_fwd_kernel(
     if (start < V) & (count <= BLOCK_M):
         index = start + offs_v
         x = tl.load(block_ptr + offsets, mask=index < V, other=0.0).to(ACC)
-        dx = grad_block(
-            x, index < 0, grad_label, slope, frame, bias, k, constant, per_exponent, HAS_ENTROPY, HAS_SOFTCAP
-        )
+        dx = grad_block(x, index < 0, gradient, HAS_ENTROPY, HAS_SOFTCAP)
         other = (index < V) & (index != label)
         rest, count = _list_block(
             dx, other, index, threshold, rest, count, found_indices_ptr, found_values_ptr, BLOCK_M
         )
-    # The candidates are read by other threads than those that wrote them.
+    # Threads read candidates that other threads wrote.
     tl.debug_barrier()
     offs_m = tl.arange(0, BLOCK_M)
     listed = offs_m < count
@@ -237,7 +234,7 @@ def _list_entries_fwd_kernel(
     kept = listed & (magnitudes > cut)
     left += tl.sum(tl.where(listed & (magnitudes <= cut), sizes, 0.0).to(tl.float64), 0)
     n_kept = tl.sum(kept.to(tl.int32), 0)
-    # Comparisons with NaN are false, which makes the row dense; so does a gradient or a limit that is infinite.
+    # Comparisons with NaN are false, which makes the row dense. An infinite gradient or limit does too.
     largest = tl.maximum(tl.max(sizes, 0), tl.abs(at_label))
     sparse = (left <= limit) & (count <= BLOCK_M) & (n_kept < K) & (largest < float("inf")) & (limit < float("inf"))
     if sparse:
@@ -283,7 +280,7 @@ def _times_matrix_fwd_kernel(
         place = row * K + first + offs_k
         index = tl.load(indices_ptr + place, mask=mask_k, other=0).to(tl.int64)
         value = tl.load(values_ptr + place, mask=mask_k, other=0.0)
-        # What is not listed is not read: 0 times a NaN of the matrix would be NaN.
+        # Only listed rows are read: 0 times a NaN of the matrix would be NaN.
         entries = tl.load(
             matrix_ptr + (index * stride_row)[:, None] + (offs_d * stride_d)[None, :],
             mask=mask_k[:, None] & mask_d[None, :],
@@ -364,16 +361,16 @@ def list_entries(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (counts (N,), indices (N, K), values (N, K), left (N,)) of the gradient that `token_logprobs_bwd` gives.
 
-    The label's entry comes first, the others ascending by index; `left` is the sum of the absolute values of what is
-    not listed, relative to the row's scale (|g| + |h| + |l|) |logit_scale| inv_temperature, at most `tail_mass`. A row
-    that takes more than K entries, or that is not finite, has count -1; one without a gradient 0. Places beyond the
-    count hold anything.
+    The label's entry comes first, then the others, ascending by index. `left` is the sum of the absolute values of the
+    unlisted entries relative to the row's scale (|g| + |h| + |l|) |logit_scale| inv_temperature, at most `tail_mass`.
+    A row that needs more than K entries, or is not finite, has count -1. A row without a gradient has count 0. Places
+    beyond the count hold anything.
 
     Args:
         logits: the logits, of any strides.
         labels, inv_temperature, logit_scale, softcap, ignore_index: as for `token_logprobs_fwd`.
         outputs: log-probs, entropy, log-sum-exp and residual of `token_logprobs_fwd`.
-        grads: with respect to log-probs, entropy and log-sum-exp; None counts as 0.
+        grads: with respect to log-probs, entropy and log-sum-exp. None counts as 0.
         tail_mass: in (0, 1).
         places: K.
         threshold: entries below this share of tail_mass times the scale are left out at sight.
@@ -391,21 +388,13 @@ def list_entries(
     room = triton.next_power_of_2(candidates)
     found_indices = torch.empty((n, room), dtype=torch.int32, device=logits.device)
     found_values = torch.empty((n, room), dtype=dtype, device=logits.device)
-    per_row = isinstance(inv_temperature, Tensor)
-    upstream = [argument for grad in grads for argument in ((grad, grad.stride(0)) if grad is not None else (None, 0))]
     tile = tile_for(LIST_TILES, logits.dtype, v)
     with on_device_of(logits):
         _list_entries_fwd_kernel[(n,)](
-            logits,
-            logits.stride(0),
-            logits.stride(1),
-            labels,
-            labels.stride(0),
-            inv_temperature if per_row else None,
-            inv_temperature.stride(0) if per_row else 0,
-            1.0 if per_row else float(inv_temperature),
+            *matrix_arguments(logits),
+            *row_arguments(labels, inv_temperature),
             *(x.contiguous() for x in outputs),
-            *upstream,
+            *upstream_arguments(*grads),
             found_indices,
             found_values,
             counts,
@@ -415,17 +404,14 @@ def list_entries(
             v,
             places,
             min_entries,
-            # Under a softcap z T = softcap tanh(slope x), else |logit_scale| slope x.
-            logit_scale / softcap if softcap else math.copysign(1.0, logit_scale),
-            softcap if softcap else abs(logit_scale),
+            *slope_and_factor(logit_scale, softcap),
             tail_mass,
             threshold,
             ignore_index,
             HAS_SOFTCAP=bool(softcap),
             BLOCK_V=tile.block,
             BLOCK_M=room,
-            num_warps=tile.num_warps,
-            **COMPILE_OPTIONS,
+            **launch_options(tile),
         )
     return counts, indices, values, left
 
@@ -448,17 +434,14 @@ def times_matrix(
             counts,
             indices,
             values,
-            matrix,
-            matrix.stride(0),
-            matrix.stride(1),
+            *matrix_arguments(matrix),
             out,
             d,
             indices.shape[1],
             tiles,
             BLOCK_D=tile.block,
             GATHER=GATHER,
-            num_warps=tile.num_warps,
-            **COMPILE_OPTIONS,
+            **launch_options(tile),
         )
     return out
 
@@ -497,8 +480,7 @@ def accumulate(
             walkers,
             BLOCK_D=tile.block,
             GATHER=GATHER,
-            num_warps=tile.num_warps,
-            **COMPILE_OPTIONS,
+            **launch_options(tile),
         )
 
 

@@ -4,10 +4,13 @@
     logp = z_y - lse,    lse = log sum_v e^(z_v),    entropy = -sum_v p_v log p_v
     dz_v = g (1[v = y] - p_v) - h p_v (log p_v + entropy) + l p_v
 
-One program per row, so a row's bits depend on nothing but the row. N tokens (rows), V vocabulary entries.
-The host functions validate nothing: their caller did. What protects memory is in the kernels: a label outside [0, V)
-is never used as an address.
+One program per row, so a row's bits depend on nothing but the row. The callers of the host functions have validated
+the arguments. The kernels protect memory: they never use a label outside [0, V) as an address.
+
+Legend: N tokens (rows), V vocabulary entries.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,14 +18,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fastrl_kernels.launch import (
-    COMPILE_OPTIONS,
     Tile,
     TileTable,
+    launch_options,
+    matrix_arguments,
     on_device_of,
     result_dtype,
+    row_arguments,
     slope_and_factor,
-    temperature_arguments,
     tile_for,
+    upstream_arguments,
 )
 from fastrl_kernels.rowmath import (
     EXPONENT_FLOOR,
@@ -39,7 +44,7 @@ from fastrl_kernels.rowmath import (
 )
 
 # Bytes per logit -> (largest V, tile). Chosen for 16-byte loads and no spills (the backward with a softcap spills at 16
-# entries per thread); not yet tuned on a device.
+# entries per thread). Not yet tuned on a device.
 FWD_TILES: TileTable = {
     2: ((1024, Tile(1024, 4)), (8192, Tile(2048, 4)), (2**31, Tile(4096, 8))),
     4: ((1024, Tile(1024, 4)), (8192, Tile(2048, 4)), (2**31, Tile(4096, 8))),
@@ -51,8 +56,8 @@ BWD_TILES: TileTable = {
     8: ((1024, Tile(512, 4)), (2**31, Tile(1024, 4))),
 }
 
-# Runtime values that change between calls without a reason to compile again. The row and vocabulary strides of the
-# logits are not among them: 16-byte loads need to know that a stride is 1 or a multiple of 16.
+# Runtime values that change between calls and must not compile anew. The row and vocabulary strides of the logits are
+# not listed: 16-byte loads need to know that a stride is 1 or a multiple of 16.
 _FWD_RUNTIME = ["stride_labels", "stride_inv_temperature", "V", "ignore_index"]
 _FWD_UNALIGNED = ["labels_ptr", "inv_temperature_ptr", "logprobs_ptr", "entropy_ptr", "logsumexp_ptr", "residual_ptr"]
 _BWD_RUNTIME = [*_FWD_RUNTIME, "stride_grad_logprobs", "stride_grad_entropy", "stride_grad_logsumexp"]
@@ -63,7 +68,7 @@ _BWD_UNALIGNED = [*_FWD_UNALIGNED, "grad_logprobs_ptr", "grad_entropy_ptr", "gra
 def scan_row(
     block_ptr,  # to the row's first entry
     stride_v,
-    label,  # int64; outside [0, V) it is no address, and the results are not to be used
+    label,  # int64. Outside [0, V) it is no address, and the caller must not use the results
     V,
     slope,
     c,
@@ -72,14 +77,14 @@ def scan_row(
     EVICTION: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Return logp, entropy, log-sum-exp and what rounding took from it, of a row, in one read."""
+    """Return logp, entropy, log-sum-exp and the rounding residual of the log-sum-exp, of a row, in one read."""
     in_vocab = (label >= 0) & (label < V)
     label = tl.where(in_vocab, label, -1).to(tl.int32)
     k = c * LOG2E
     x_label = tl.load(block_ptr + label.to(tl.int64) * stride_v, mask=in_vocab, other=float("-inf")).to(ACC)
     u_label = entry(x_label, slope, HAS_SOFTCAP)
     u_label = tl.where(in_vocab, u_label, float("-inf"))
-    # The label's entry opens the running max and stays out of the sums; -inf and NaN must not become the max.
+    # The label's entry opens the running max and stays out of the sums. -inf and NaN must not become the max.
     m = tl.where(u_label > lowest(ACC), u_label, lowest(ACC))
     s = tl.zeros((BLOCK_V,), ACC)
     w = tl.zeros((BLOCK_V,), ACC)
@@ -115,15 +120,15 @@ def _token_logprobs_fwd_kernel(
     stride_labels,
     inv_temperature_ptr,  # (N,) or None
     stride_inv_temperature,
-    inv_temperature: "fp64",  # noqa: F821
+    inv_temperature: tl.float64,
     logprobs_ptr,  # (N,)
     entropy_ptr,  # (N,)
     logsumexp_ptr,  # (N,)
     residual_ptr,  # (N,) or None
     V,
-    slope: "fp64",  # noqa: F821
-    factor: "fp64",  # noqa: F821
-    ignore_index: "i64",  # noqa: F821
+    slope: tl.float64,
+    factor: tl.float64,
+    ignore_index: tl.int64,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -154,38 +159,68 @@ def _token_logprobs_fwd_kernel(
 
 @triton.jit
 def upstream(grad_ptr, row, stride, ACC: tl.constexpr):
-    """Return the row's upstream gradient, 0 where there is none."""
+    """Return the row's upstream gradient, or 0 without one."""
     if grad_ptr is not None:
         return tl.load(grad_ptr + row * stride).to(ACC)
     else:
         return tl.zeros((), ACC)
 
 
+class RowGradient(NamedTuple):
+    """Terms of dx_v = p_v (constant - per_exponent log2 p_v) dz/dx with log2 p_v = (u_v - frame) k + bias.
+
+    At the label the value is `grad_label`. `scale` is dz/dx without the slope of a softcap, a factor of `constant`,
+    `per_exponent` and `grad_label` already. For a label outside the vocabulary it is NaN, and so is the whole row.
+    """
+
+    frame: tl.tensor
+    bias: tl.tensor
+    k: tl.tensor
+    slope: tl.tensor
+    constant: tl.tensor
+    per_exponent: tl.tensor
+    grad_label: tl.tensor
+    scale: tl.tensor
+
+
+@triton.jit
+def row_gradient(logp, entropy, frame, bias, g, h, l, slope, c, k, in_vocab, HAS_ENTROPY: tl.constexpr):
+    """Return a row's `RowGradient` from the gradients g, h, l of its log-prob, entropy and log-sum-exp."""
+    constant = l - g
+    p_label = tl.exp(logp)
+    grad_label = g * one_minus_exp(logp) + p_label * l
+    if HAS_ENTROPY:
+        constant -= h * entropy
+        # p log p is 0 at p = 0, not 0 * -inf.
+        grad_label -= h * tl.where(p_label > 0, p_label * (logp + entropy), 0.0)
+    scale = tl.where(in_vocab, c * slope, float("nan"))
+    constant *= scale
+    grad_label *= scale
+    per_exponent = h * LN2 * scale
+    return RowGradient(frame, bias, k, slope, constant, per_exponent, grad_label, scale)
+
+
 @triton.jit
 def grad_block(
     x,
     is_label,
-    grad_label,
-    slope,
-    frame,
-    bias,
-    k,
-    constant,
-    per_exponent,
+    gradient,  # RowGradient
     HAS_ENTROPY: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """Return dx of a block: p (constant - per_exponent * log2 p), or `grad_label` at the label, times dz/dx."""
+    """Return dx of a block of entries x."""
     if HAS_SOFTCAP:
-        u, dudx = tanh_and_slope(x * slope)
+        u, dudx = tanh_and_slope(x * gradient.slope)
     else:
-        u = x * slope
-    t = tl.maximum(tl.fma(u - frame, k, bias), EXPONENT_FLOOR, propagate_nan=tl.PropagateNan.ALL)
+        u = x * gradient.slope
+    t = tl.maximum(
+        tl.fma(u - gradient.frame, gradient.k, gradient.bias), EXPONENT_FLOOR, propagate_nan=tl.PropagateNan.ALL
+    )
     if HAS_ENTROPY:
-        dx = tl.exp2(t) * tl.fma(-per_exponent, t, constant)
+        dx = tl.exp2(t) * tl.fma(-gradient.per_exponent, t, gradient.constant)
     else:
-        dx = tl.exp2(t) * constant
-    dx = tl.where(is_label, grad_label, dx)
+        dx = tl.exp2(t) * gradient.constant
+    dx = tl.where(is_label, gradient.grad_label, dx)
     if HAS_SOFTCAP:
         dx = dx * dudx
     return dx
@@ -211,39 +246,16 @@ def write_gradient(
     stride_v,
     out_block_ptr,  # may be block_ptr
     stride_out_v,
-    label,
+    label,  # int32, -1 outside the vocabulary
     V,
-    logp,
-    entropy,
-    frame,
-    bias,
-    g,
-    h,
-    l,
-    slope,
-    c,
-    ACC: tl.constexpr,
+    gradient,  # RowGradient
     HAS_ENTROPY: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     EVICTION: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Write the gradient of a row, with log2 p_v = (u_v - frame) k + bias, from those of logp, entropy, log-sum-exp."""
-    in_vocab = (label >= 0) & (label < V)
-    label = tl.where(in_vocab, label, -1).to(tl.int32)
-    k = c * LOG2E
-    constant = l - g
-    p_label = tl.exp(logp)
-    grad_label = g * one_minus_exp(logp) + p_label * l
-    if HAS_ENTROPY:
-        constant -= h * entropy
-        # p log p is 0 at p = 0, not 0 * -inf.
-        grad_label -= h * tl.where(p_label > 0, p_label * (logp + entropy), 0.0)
-    scale = tl.where(in_vocab, c * slope, float("nan"))
-    constant *= scale
-    grad_label *= scale
-    per_exponent = h * LN2 * scale
-
+    """Write the gradient of a row."""
+    ACC: tl.constexpr = gradient.constant.dtype
     offs_v = tl.arange(0, BLOCK_V)
     offsets = offs_v.to(tl.int64) * stride_v
     out_offsets = offs_v.to(tl.int64) * stride_out_v
@@ -253,9 +265,7 @@ def write_gradient(
     for start in range(0, whole, BLOCK_V):
         x = tl.load(block_ptr + offsets, eviction_policy=EVICTION).to(ACC)
         is_label = start + offs_v == label
-        dx = grad_block(
-            x, is_label, grad_label, slope, frame, bias, k, constant, per_exponent, HAS_ENTROPY, HAS_SOFTCAP
-        )
+        dx = grad_block(x, is_label, gradient, HAS_ENTROPY, HAS_SOFTCAP)
         tl.store(out_block_ptr + out_offsets, dx.to(out_block_ptr.dtype.element_ty), eviction_policy=EVICTION)
         block_ptr += step
         out_block_ptr += out_step
@@ -263,9 +273,7 @@ def write_gradient(
         mask_v = whole + offs_v < V
         x = tl.load(block_ptr + offsets, mask=mask_v, other=0.0).to(ACC)
         is_label = whole + offs_v == label
-        dx = grad_block(
-            x, is_label, grad_label, slope, frame, bias, k, constant, per_exponent, HAS_ENTROPY, HAS_SOFTCAP
-        )
+        dx = grad_block(x, is_label, gradient, HAS_ENTROPY, HAS_SOFTCAP)
         tl.store(out_block_ptr + out_offsets, dx.to(out_block_ptr.dtype.element_ty), mask=mask_v)
 
 
@@ -281,7 +289,7 @@ def _token_logprobs_bwd_kernel(
     stride_labels,
     inv_temperature_ptr,  # (N,) or None
     stride_inv_temperature,
-    inv_temperature: "fp64",  # noqa: F821
+    inv_temperature: tl.float64,
     logprobs_ptr,  # (N,)
     entropy_ptr,  # (N,)
     logsumexp_ptr,  # (N,)
@@ -293,9 +301,9 @@ def _token_logprobs_bwd_kernel(
     grad_logsumexp_ptr,  # (N,) or None
     stride_grad_logsumexp,
     V,
-    slope: "fp64",  # noqa: F821
-    factor: "fp64",  # noqa: F821
-    ignore_index: "i64",  # noqa: F821
+    slope: tl.float64,
+    factor: tl.float64,
+    ignore_index: tl.int64,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -319,8 +327,8 @@ def _token_logprobs_bwd_kernel(
     logsumexp = tl.load(logsumexp_ptr + row)
     block_ptr = logits_ptr + row * stride_row
 
-    # A log-sum-exp of 1e6 is known to 0.06 only: as a frame it needs the part that rounding took; without that part the
-    # label's entry, whose log-prob is known, serves where it is finer.
+    # In float32 a log-sum-exp of 1e6 is known to 0.06 only. As a frame it needs its rounding residual. Without the
+    # residual, the label's entry with its known log-prob is the frame if it is finer.
     frame = row_frame(logsumexp, c)
     if residual_ptr is not None:
         bias = -LOG2E * tl.load(residual_ptr + row)
@@ -335,27 +343,11 @@ def _token_logprobs_bwd_kernel(
     entropy = tl.zeros((), ACC)
     if HAS_ENTROPY:
         entropy = tl.load(entropy_ptr + row)
+    label = tl.where(in_vocab, label, -1).to(tl.int32)
+    k = c * LOG2E
+    gradient = row_gradient(logp, entropy, frame, bias, g, h, l, slope, c, k, in_vocab, HAS_ENTROPY)
     write_gradient(
-        block_ptr,
-        stride_v,
-        out_block_ptr,
-        stride_out_v,
-        label,
-        V,
-        logp,
-        entropy,
-        frame,
-        bias,
-        g,
-        h,
-        l,
-        slope,
-        c,
-        ACC,
-        HAS_ENTROPY,
-        HAS_SOFTCAP,
-        "",
-        BLOCK_V,
+        block_ptr, stride_v, out_block_ptr, stride_out_v, label, V, gradient, HAS_ENTROPY, HAS_SOFTCAP, "", BLOCK_V
     )
 
 
@@ -378,11 +370,11 @@ def token_logprobs_fwd(
         logits: the logits, of any strides.
         labels: the entry of each row whose log-prob is wanted.
         inv_temperature: 1 / T, for all rows or per row.
-        logit_scale: factor on the logits before the softcap; not 0.
-        softcap: bound of the softcap; 0.0 for none.
+        logit_scale: factor on the logits before the softcap, not 0.
+        softcap: bound of the softcap, 0.0 for none.
         ignore_index: the label of rows that do not count.
-        residual: contiguous, of the result's dtype; receives the part of `logsumexp` that rounding took. With it,
-            `token_logprobs_bwd` is as accurate as a softmax computed anew; without it, the error of p relative to p is
+        residual: contiguous, of the result's dtype. Receives the rounding residual of `logsumexp`. With it,
+            `token_logprobs_bwd` is as accurate as a softmax computed anew. Without it, the error of p relative to p is
             about 6e-8 * min(|logprobs|, |logsumexp|) in float32.
     """
     n, v = logits.shape
@@ -390,27 +382,20 @@ def token_logprobs_fwd(
     if n == 0:
         return logprobs, entropy, logsumexp
     tile = tile_for(FWD_TILES, logits.dtype, v)
-    slope, factor = slope_and_factor(logit_scale, softcap)
     with on_device_of(logits):
         _token_logprobs_fwd_kernel[(n,)](
-            logits,
-            logits.stride(0),
-            logits.stride(1),
-            labels,
-            labels.stride(0),
-            *temperature_arguments(inv_temperature),
+            *matrix_arguments(logits),
+            *row_arguments(labels, inv_temperature),
             logprobs,
             entropy,
             logsumexp,
             residual,
             v,
-            slope,
-            factor,
+            *slope_and_factor(logit_scale, softcap),
             ignore_index,
             HAS_SOFTCAP=bool(softcap),
             BLOCK_V=tile.block,
-            num_warps=tile.num_warps,
-            **COMPILE_OPTIONS,
+            **launch_options(tile),
         )
     return logprobs, entropy, logsumexp
 
@@ -434,9 +419,9 @@ def token_logprobs_bwd(
 ) -> Tensor:  # (N, V)
     """Return the gradient with respect to `logits`, in their dtype and layout, or in `out`, which may be `logits`.
 
-    The arguments up to `logsumexp`, and `residual`, are those and the results of `token_logprobs_fwd`. A gradient that
-    is None counts as 0. Ignored rows get exactly 0, whatever their logits and upstream gradients, and so do rows whose
-    upstream gradients are all 0, whatever their logits; other rows whose results are NaN get NaN.
+    The arguments up to `logsumexp`, and `residual`, are the arguments and results of `token_logprobs_fwd`. A gradient
+    of None counts as 0. Ignored rows get exactly 0 for any logits and upstream gradients. So do rows whose upstream
+    gradients are all 0, for any logits. All other rows with NaN results get NaN.
     """
     n, v = logits.shape
     result = torch.empty_like(logits) if out is None else out
@@ -445,35 +430,21 @@ def token_logprobs_bwd(
     if n == 0:
         return result
     tile = tile_for(BWD_TILES, logits.dtype, v)
-    slope, factor = slope_and_factor(logit_scale, softcap)
-    upstream = [
-        argument
-        for grad in (grad_logprobs, grad_entropy, grad_logsumexp)
-        for argument in ((grad, grad.stride(0)) if grad is not None else (None, 0))
-    ]
     with on_device_of(logits):
         _token_logprobs_bwd_kernel[(n,)](
-            logits,
-            logits.stride(0),
-            logits.stride(1),
-            result,
-            result.stride(0),
-            result.stride(1),
-            labels,
-            labels.stride(0),
-            *temperature_arguments(inv_temperature),
+            *matrix_arguments(logits),
+            *matrix_arguments(result),
+            *row_arguments(labels, inv_temperature),
             logprobs.contiguous(),
             entropy.contiguous(),
             logsumexp.contiguous(),
             residual,
-            *upstream,
+            *upstream_arguments(grad_logprobs, grad_entropy, grad_logsumexp),
             v,
-            slope,
-            factor,
+            *slope_and_factor(logit_scale, softcap),
             ignore_index,
             HAS_SOFTCAP=bool(softcap),
             BLOCK_V=tile.block,
-            num_warps=tile.num_warps,
-            **COMPILE_OPTIONS,
+            **launch_options(tile),
         )
     return result

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
+import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +20,15 @@ import fastrl_kernels
 from fastrl import reference
 from fastrl.losses.policy import PolicyLoss, RolloutCorrection
 from fastrl.losses.policy.axes import SURROGATES
+from fastrl.reference import columns, correction, kl, numerics, terms
 from fastrl_kernels import policy as kernel
 from fastrl_kernels import policy_logits as logits_kernel
+from fastrl_kernels import policy_parts as kernel_parts
 from tests.kernels.test_policy import BOUNDS
 from tests.kernels.test_policy_logits import check_parts
 from tests.losses.test_policy_golden import build, call
+
+REFERENCE_MODULES = (terms, columns, kl, correction, numerics)
 
 
 def agrees_with_trainers() -> None:
@@ -119,21 +125,30 @@ def test_checks_pass_without_a_fault() -> None:
 @pytest.mark.parametrize("mutation", REFERENCE, ids=lambda mutation: mutation.name)
 def test_fault_in_the_reference_is_noticed(mutation: Mutation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the kernel: what other trainers compute, and arithmetic by hand, must be enough."""
-    faulty = load(mutated_source(reference, mutation), "faulty_reference", tmp_path)
+    module, source = mutated_source(mutation, REFERENCE_MODULES)
+    faulty = load(source, "faulty_reference", tmp_path)
     for name, value in vars(faulty).items():
         if isinstance(value, types.FunctionType) and value.__module__ == faulty.__name__:
-            monkeypatch.setattr(reference, name, value)
+            # Every module that imported the function holds a name of its own for it.
+            for importer in (reference, *REFERENCE_MODULES):
+                if vars(importer).get(name) is vars(module)[name]:
+                    monkeypatch.setattr(importer, name, value)
     assert notices(by_hand) or notices(denominators_by_hand) or notices(agrees_with_trainers)
 
 
 @pytest.mark.parametrize("mutation", KERNEL, ids=lambda mutation: mutation.name)
 def test_fault_in_the_kernel_is_noticed(mutation: Mutation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    faulty = load(mutated_source(kernel, mutation), "faulty_policy_kernel", tmp_path)
+    module, source = mutated_source(mutation, (kernel, kernel_parts))
+    faulty = load(source, "faulty_policy_kernel", tmp_path)
+    if module is kernel_parts:
+        monkeypatch.setitem(sys.modules, kernel_parts.__name__, faulty)
+        faulty = load(inspect.getsource(kernel), "policy_kernel_on_faulty_parts", tmp_path)
     monkeypatch.setattr(fastrl_kernels, "policy", faulty)
     assert notices(realisations_agree)
 
 
 @pytest.mark.parametrize("mutation", LOGITS_KERNEL, ids=lambda mutation: mutation.name)
 def test_fault_in_the_logits_kernel_is_noticed(mutation: Mutation, tmp_path: Path) -> None:
-    faulty = load(mutated_source(logits_kernel, mutation), "faulty_policy_logits_kernel", tmp_path)
+    _, source = mutated_source(mutation, (logits_kernel,))
+    faulty = load(source, "faulty_policy_logits_kernel", tmp_path)
     assert notices(lambda: check_parts(faulty))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -158,20 +159,17 @@ LOGITS_KERNEL = [
     Mutation("other order of sums", "BLOCK_SCAN=tile.block", "BLOCK_SCAN=tile.block // 4"),
     Mutation("label outside is finite", 'logp = tl.where(in_vocab, logp, float("nan"))', "logp = logp * 1.0"),
     Mutation("factor never 1", "(factor == 1.0) & IN_PLACE", "(factor != 1.0) & IN_PLACE"),
-    Mutation(
-        "anchors swapped",
-        "        anchor_ptr,\n        kl_anchor_ptr,\n        kl_ratio_anchor_ptr,\n",
-        "        kl_anchor_ptr,\n        anchor_ptr,\n        kl_ratio_anchor_ptr,\n",
-    ),
+    Mutation("anchors swapped", "anchors = (anchor_ptr, kl_anchor_ptr, ", "anchors = (kl_anchor_ptr, anchor_ptr, "),
 ]
 
 
-def mutated_source(module: ModuleType, mutation: Mutation) -> str:
-    """Return the module's source with the fault in it."""
-    source = inspect.getsource(module)
-    count = source.count(mutation.old)
-    assert count == 1, f"{mutation.name}: expected {mutation.old!r} once in {module.__name__}, found it {count} times"
-    return source.replace(mutation.old, mutation.new)
+def mutated_source(mutation: Mutation, modules: Sequence[ModuleType]) -> tuple[ModuleType, str]:
+    """Return the module of the list that holds the text, and its source with the fault in it."""
+    sources = [(module, inspect.getsource(module)) for module in modules]
+    counts = {module.__name__: source.count(mutation.old) for module, source in sources}
+    assert sum(counts.values()) == 1, f"{mutation.name}: expected {mutation.old!r} once, found {counts}"
+    module, source = next((module, source) for module, source in sources if mutation.old in source)
+    return module, source.replace(mutation.old, mutation.new)
 
 
 def load(source: str, name: str, folder: Path) -> ModuleType:
