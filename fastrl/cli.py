@@ -33,19 +33,19 @@ OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 # The loops: the class of the settings, and the function that trains.
 ALGORITHMS = {
     "grpo": ("fastrl.train.config:GRPOConfig", "fastrl.train.grpo:run_grpo"),
-    "ppo": ("fastrl.train.config.ppo:PPOConfig", "fastrl.train.ppo:run_ppo"),
-    "sft": ("fastrl.train.sft:SFTConfig", "fastrl.train.sft:run_sft"),
-    "rft": ("fastrl.train.rft:RFTConfig", "fastrl.train.rft:run_rft"),
-    "online-rft": ("fastrl.train.rft:OnlineRFTConfig", "fastrl.train.rft:run_rft"),
-    "reward-model": ("fastrl.train.reward_model:RewardModelConfig", "fastrl.train.reward_model:run_reward_model"),
-    "dpo": ("fastrl.train.config.dpo:DPOConfig", "fastrl.train.dpo:run_dpo"),
-    "online-dpo": ("fastrl.train.config.dpo:OnlineDPOConfig", "fastrl.train.online_dpo:run_online_dpo"),
+    "ppo": ("fastrl.train.config:PPOConfig", "fastrl.train.ppo:run_ppo"),
+    "sft": ("fastrl.train.config:SFTConfig", "fastrl.train.sft:run_sft"),
+    "rft": ("fastrl.train.config:RFTConfig", "fastrl.train.rft:run_rft"),
+    "online-rft": ("fastrl.train.config:OnlineRFTConfig", "fastrl.train.rft:run_rft"),
+    "reward-model": ("fastrl.train.config:RewardModelConfig", "fastrl.train.reward_model:run_reward_model"),
+    "dpo": ("fastrl.train.config:DPOConfig", "fastrl.train.dpo:run_dpo"),
+    "online-dpo": ("fastrl.train.config:OnlineDPOConfig", "fastrl.train.online_dpo:run_online_dpo"),
 }
 # What makes data for them: the class of the settings, and the function that writes a file and returns its path.
 MAKERS = {
-    "pairs": ("fastrl.train.pairs:PairsConfig", "fastrl.train.pairs:make_pairs"),
+    "pairs": ("fastrl.train.config:PairsConfig", "fastrl.train.pairs:make_pairs"),
     "constitutional-pairs": (
-        "fastrl.train.constitutional:ConstitutionalConfig",
+        "fastrl.train.config:ConstitutionalConfig",
         "fastrl.train.constitutional:make_constitutional_pairs",
     ),
 }
