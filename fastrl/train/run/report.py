@@ -24,8 +24,8 @@ MAX_TEXT = 600
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """What was measured at one step."""
+class EvaluationPoint:
+    """The value of one series at one step."""
 
     step: int
     value: float
@@ -40,8 +40,8 @@ class Gain:
     """What training changed in one measured number."""
 
     series: Series
-    before: Evaluation
-    after: Evaluation
+    before: EvaluationPoint
+    after: EvaluationPoint
 
     @property
     def difference(self) -> float:
@@ -59,11 +59,11 @@ class Gain:
         return self.difference / self.standard_error if self.standard_error > 0 else math.nan
 
 
-Evaluations = dict[Series, list[Evaluation]]
+Evaluations = dict[Series, list[EvaluationPoint]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """All that a run directory holds; empty where a file is missing."""
 
     name: str
@@ -91,23 +91,23 @@ def write_report(run_dir: str | Path) -> Path:
     return path
 
 
-def read_run(run_dir: str | Path) -> Run:
+def read_run(run_dir: str | Path) -> RecordedRun:
     """Return what a run directory holds; raises as `write_report` does."""
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise FileNotFoundError(f"{run_dir} is not a directory; expected the directory of a run")
     metrics_path = run_dir / METRICS_FILE
     metrics = read_metrics(metrics_path) if metrics_path.exists() else []
-    evaluations = _evaluations(_read_json(run_dir / "evaluations.json", list))
+    evaluations = _evaluations(read_json(run_dir / "evaluations.json", list))
     if not metrics and not evaluations:
         raise ValueError(f"{run_dir} holds neither {METRICS_FILE} nor evaluations.json with an entry: no run to report")
-    return Run(
+    return RecordedRun(
         name=run_dir.resolve().name,
         metrics=metrics,
         evaluations=evaluations,
-        samples=[sample for sample in _read_json(run_dir / "samples.json", list) if isinstance(sample, dict)],
-        config=_read_json(run_dir / "config.json", dict),
-        environment=_read_json(run_dir / "environment.json", dict),
+        samples=[sample for sample in read_json(run_dir / "samples.json", list) if isinstance(sample, dict)],
+        config=read_json(run_dir / "config.json", dict),
+        environment=read_json(run_dir / "environment.json", dict),
     )
 
 
@@ -121,7 +121,8 @@ def gains(evaluations: Evaluations) -> list[Gain]:
     return sorted(found, key=lambda gain: not gain.series.split.startswith("held"))
 
 
-def _read_json(path: Path, kind: type) -> Any:
+def read_json(path: Path, kind: type) -> Any:
+    """Return the list or dict in a JSON file, an empty one if there is no file."""
     if not path.exists():
         return kind()
     try:
@@ -135,7 +136,7 @@ def _read_json(path: Path, kind: type) -> Any:
 
 def _evaluations(entries: Iterable[Any]) -> Evaluations:
     # A resumed run may evaluate a step again: the later entry stands.
-    by_series: dict[Series, dict[int, Evaluation]] = {}
+    by_series: dict[Series, dict[int, EvaluationPoint]] = {}
     for entry in entries:
         if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
             continue
@@ -145,7 +146,7 @@ def _evaluations(entries: Iterable[Any]) -> Evaluations:
     return {series: [points[step] for step in sorted(points)] for series, points in by_series.items()}
 
 
-def _evaluation(entry: Mapping[str, Any], *, share: bool) -> Evaluation:
+def _evaluation(entry: Mapping[str, Any], *, share: bool) -> EvaluationPoint:
     value, n = _float(entry.get("value", entry.get("accuracy"))), _float(entry.get("n"))
     error = _float(entry.get("standard_error"))
     highest = 1.0 if share else MAX_VALUE
@@ -153,10 +154,10 @@ def _evaluation(entry: Mapping[str, Any], *, share: bool) -> Evaluation:
     error = error if 0.0 <= error <= highest else math.nan
     if share and math.isnan(error) and n > 0:
         error = math.sqrt(value * (1.0 - value) / n)
-    return Evaluation(entry["step"], value, error, int(n) if n > 0 else 0)
+    return EvaluationPoint(entry["step"], value, error, int(n) if n > 0 else 0)
 
 
-def _columns(points: Sequence[Evaluation]) -> tuple[list[int], list[float], list[float]]:
+def _columns(points: Sequence[EvaluationPoint]) -> tuple[list[int], list[float], list[float]]:
     return (
         [point.step for point in points],
         [point.value for point in points],
@@ -168,7 +169,7 @@ def _float(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
 
 
-def _page(run: Run, image: bytes) -> str:
+def _page(run: RecordedRun, image: bytes) -> str:
     picture = base64.b64encode(image).decode()
     title = html.escape(f"fastrl run {run.name}")
     sections = [
@@ -187,7 +188,7 @@ def _page(run: Run, image: bytes) -> str:
     )
 
 
-def _headline(run: Run) -> str:
+def _headline(run: RecordedRun) -> str:
     found = gains(run.evaluations)
     cards = [_gain_card(gain) for gain in found] or [
         _card("Evaluation", "no gain to report", "it takes evaluations at two steps or more")
@@ -221,7 +222,7 @@ def _gain_card(gain: Gain) -> str:
     )
 
 
-def _value(measure: Measure, point: Evaluation) -> str:
+def _value(measure: Measure, point: EvaluationPoint) -> str:
     if not math.isfinite(point.standard_error):
         return measure.text(point.value)
     error = f"{100 * point.standard_error:.1f}" if measure.share else f"{point.standard_error:.2g}"
@@ -235,7 +236,7 @@ def _card(name: str, number: str, below: str) -> str:
     )
 
 
-def _described(run: Run) -> str:
+def _described(run: RecordedRun) -> str:
     parts = [
         f"{key} {run.config[key]}" for key in ("model", "data", "task", "loss") if isinstance(run.config.get(key), str)
     ]
