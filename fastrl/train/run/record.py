@@ -38,7 +38,7 @@ def write_record(run_dir: str | Path, record_dir: str | Path) -> list[Path]:
     It replaces an earlier record in the folder, and leaves other files there alone.
 
     Args:
-        run_dir: the folder of a run; `report.html` and `curves.png` are written into it.
+        run_dir: the folder of a run. `report.html` and `curves.png` are written into it.
         record_dir: the folder of the record, made if there is none.
 
     Raises:

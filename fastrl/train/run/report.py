@@ -1,7 +1,7 @@
-"""The report of a run: one HTML file that needs nothing else, and its curves as a PNG.
+"""The report of a run: one self-contained HTML file, and its curves as a PNG.
 
-It reads what a run leaves in its directory (`metrics.jsonl`, `evaluations.json`, `samples.json`, `config.json`,
-`environment.json`). What is missing is left out and said to be; a value that is not a number is a gap in its curve.
+It reads `metrics.jsonl`, `evaluations.json`, `samples.json`, `config.json` and `environment.json` in the run's
+directory. The report names missing files and leaves out their parts. A value that is not a number is a gap in a curve.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class EvaluationPoint:
     step: int
     value: float
     standard_error: float
-    """NaN where it was not recorded and cannot be computed."""
+    """NaN if it was not recorded and cannot be computed."""
     n: int
-    """0 where it was not recorded."""
+    """Number of examples, 0 if it was not recorded."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Gain:
-    """What training changed in one measured number."""
+    """The first and the last evaluation of one series."""
 
     series: Series
     before: EvaluationPoint
@@ -45,17 +45,17 @@ class Gain:
 
     @property
     def difference(self) -> float:
-        """The value after minus the one before."""
+        """The value after training minus the value before."""
         return self.after.value - self.before.value
 
     @property
     def standard_error(self) -> float:
-        """Standard error of the difference, the two evaluations taken as independent."""
+        """Standard error of the difference, if the two evaluations are independent."""
         return math.hypot(self.before.standard_error, self.after.standard_error)
 
     @property
     def in_standard_errors(self) -> float:
-        """The difference over its standard error; NaN where there is none."""
+        """The difference divided by its standard error, NaN without one."""
         return self.difference / self.standard_error if self.standard_error > 0 else math.nan
 
 
@@ -64,23 +64,23 @@ Evaluations = dict[Series, list[EvaluationPoint]]
 
 @dataclasses.dataclass(frozen=True)
 class RecordedRun:
-    """All that a run directory holds; empty where a file is missing."""
+    """The content of a run directory. The field of a missing file is empty."""
 
     name: str
     metrics: list[dict[str, Any]]
     evaluations: Evaluations
-    """What was measured, and on what -> evaluations by step."""
+    """Series (split, mode, measure) -> its values in the order of steps."""
     samples: list[dict[str, Any]]
     config: dict[str, Any]
     environment: dict[str, Any]
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write `curves.png` and `report.html` into the run directory and return the path of the latter.
+    """Write `curves.png` and `report.html` into the run directory and return the path of `report.html`.
 
     Raises:
         FileNotFoundError: no such directory.
-        ValueError: the directory holds neither metrics nor evaluations, or a file is not what it should be.
+        ValueError: the directory holds neither metrics nor evaluations, or a file has the wrong form.
     """
     run_dir = Path(run_dir)
     run = read_run(run_dir)
@@ -92,7 +92,7 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def read_run(run_dir: str | Path) -> RecordedRun:
-    """Return what a run directory holds; raises as `write_report` does."""
+    """Return the content of a run directory. It raises the errors of `write_report`."""
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise FileNotFoundError(f"{run_dir} is not a directory; expected the directory of a run")
@@ -112,7 +112,7 @@ def read_run(run_dir: str | Path) -> RecordedRun:
 
 
 def gains(evaluations: Evaluations) -> list[Gain]:
-    """Return the gain of every series that was evaluated at two steps or more; held-out splits first."""
+    """Return the gain of every series with evaluations at two steps or more, held-out splits first."""
     found = []
     for series, points in evaluations.items():
         known = [point for point in points if math.isfinite(point.value)]
@@ -135,7 +135,7 @@ def read_json(path: Path, kind: type) -> Any:
 
 
 def _evaluations(entries: Iterable[Any]) -> Evaluations:
-    # A resumed run may evaluate a step again: the later entry stands.
+    # A resumed run may evaluate a step again. The later entry counts.
     by_series: dict[Series, dict[int, EvaluationPoint]] = {}
     for entry in entries:
         if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
@@ -209,8 +209,8 @@ def _gain_card(gain: Gain) -> str:
         change += f" = {gain.in_standard_errors:+.1f} standard errors"
     counts = f"step {before.step} &rarr; {after.step}"
     if before.n and after.n:
-        what = "problems" if measure == ACCURACY else "examples"
-        counts += f", {after.n} {what}" if before.n == after.n else f", {before.n} and {after.n} {what}"
+        noun = "problems" if measure == ACCURACY else "examples"
+        counts += f", {after.n} {noun}" if before.n == after.n else f", {before.n} and {after.n} {noun}"
     numbers = (
         f"<span>{_value(measure, before)}</span> <span class='arrow'>&rarr;</span> "
         f"<span><strong>{_value(measure, after)}</strong></span>"
@@ -253,7 +253,7 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
     for sample in samples:
         if sample.get("step") in (first, last):
             by_prompt.setdefault(str(sample.get("prompt", "")), {}).setdefault(sample["step"], []).append(sample)
-    # Prompts that both steps answered tell most.
+    # Prompts with completions of both steps come first.
     chosen = sorted(by_prompt.items(), key=lambda item: -len(item[1]))[:MAX_SAMPLES]
     wanted = (first,) if first == last else (first, last)
     rows = []
