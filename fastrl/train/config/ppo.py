@@ -47,8 +47,8 @@ class PPOConfig(BatchConfig):
 
     # The critic
     critic: Literal["head", "shared", "separate"] = "head"
-    """Parameters that the value loss trains: `head`, a linear head on the policy's hidden states; `shared`, the head
-    and the policy's backbone; `separate`, the head and a copy of the backbone."""
+    """Each critic trains a linear head. `head` reads the policy's hidden states, `shared` trains the policy's backbone
+    too, `separate` trains a copy of the whole backbone."""
     critic_lr_factor: float = 1.0
     """Multiplies the learning rate of a separate backbone."""
     value_head_lr_factor: float = 10.0

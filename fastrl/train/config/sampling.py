@@ -18,7 +18,7 @@ from fastrl.train.config.run import RunConfig, check_choice, check_int, check_po
 
 @dataclass(frozen=True, kw_only=True)
 class TaskEvaluationConfig(RunConfig):
-    """Settings of evaluations on held-out problems of a task; the base of `DPOConfig`, `SFTConfig` and `TaskConfig`."""
+    """Settings of evaluations on held-out problems of a task, the base of `DPOConfig`, `SFTConfig` and `TaskConfig`."""
 
     task_parameters: dict[str, int | float | str | bool] = field(default_factory=dict)
     """Parameters of the dataset, and `extraction`: how the task finds the answer in a completion."""
@@ -47,7 +47,7 @@ class TaskEvaluationConfig(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig(TaskEvaluationConfig):
-    """Settings of sampled and scored completions; the base of `RFTConfig` and `BatchConfig`."""
+    """Settings of sampled and scored completions, the base of `RFTConfig` and `BatchConfig`."""
 
     task: str = "chain_sum"
     """Name of a reasoning-gym dataset."""
@@ -70,7 +70,7 @@ class TaskConfig(TaskEvaluationConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig(TaskConfig):
-    """Settings of optimiser steps on batches of completions; the base of GRPO's, PPO's and online DPO's settings."""
+    """Settings of optimiser steps on batches of completions, the base of GRPO's, PPO's and online DPO's settings."""
 
     group_size: int = 8
     """Completions of each prompt."""
@@ -95,7 +95,7 @@ class BatchConfig(TaskConfig):
     its completions, and pads the completions. Both give the same log-probs and gradients, within rounding. The layout
     with fewer tokens is faster: packing for long completions of different lengths, shared prompts otherwise."""
     packing_tokens: int = 512
-    """Tokens in a packed stream of T tokens; a longer sequence makes a longer stream. Without FlashAttention the
+    """Tokens T of a packed stream. A longer sequence makes a longer stream. Without FlashAttention the
     attention mask has T x T entries."""
 
     def __post_init__(self) -> None:
