@@ -15,8 +15,8 @@
 A preference record may have a number `margin`: how much better the chosen completion is, for reward models.
 
 A prompt or a completion is a text, or a list of messages `{"role", "content"}`. The encoder tokenises the prompt on its
-own, as sampling does. Then it tokenises the completion, with the stop token at its end. So training sees the tokens that
-the model has to sample.
+own, as sampling does. Then it tokenises the completion, with the stop token at its end. So training sees the tokens
+that the model has to sample.
 """
 
 from __future__ import annotations

@@ -120,11 +120,8 @@ class RewardWorker:
                 stdout=2,  # stderr: prints of a reward must not end up in the caller's output
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C goes to the caller, which ends the worker
-                env={
-                    **os.environ,
-                    "OMP_NUM_THREADS": "1",
-                    "OPENBLAS_NUM_THREADS": "1",
-                },  # threads do not survive a fork
+                # No threads in the supervisor: they would not survive its fork.
+                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             )
         self._connection = Connection(ours.detach())
         self._scorer: int | None = None
