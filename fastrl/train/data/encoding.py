@@ -26,7 +26,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -284,7 +284,7 @@ def _encode(
     max_tokens: int | None,
     overlong: Overlong,
 ) -> Encoded[T]:
-    if overlong not in ("drop", "cut"):
+    if overlong not in get_args(Overlong):
         raise ValueError(f"overlong must be drop or cut, got {overlong!r}")
     if max_tokens is not None and max_tokens < 2:
         raise ValueError(f"max_tokens must be at least 2, got {max_tokens}")

@@ -2,8 +2,8 @@
 
 A checkpoint is a folder `step_00000010` with safetensors files and one `state.json`. Nothing is pickled. A save
 
-1. writes the folder under a temporary name on the same filesystem, and syncs every file;
-2. renames the folder;
+1. writes the folder under a temporary name on the same filesystem, and syncs every file,
+2. renames the folder, and then
 3. replaces the file `latest`, which holds the name of the newest complete checkpoint.
 
 After a kill before step 3 the previous checkpoint is still the latest. The next save removes the leftovers.
