@@ -36,7 +36,7 @@ def test_a_record_is_a_summary_and_the_picture(tmp_path: Path) -> None:
     assert gain["in_standard_errors"] == pytest.approx(8.0)
     for name, file in (("settings", "config"), ("environment", "environment"), ("evaluations", "evaluations")):
         assert written[name] == json.loads((run / f"{file}.json").read_text())
-    assert written["metrics"]["loss"] == {"first": 1.0, "last": 0.0833333}
+    assert written["metrics"]["loss"] == {"first": 1.0, "last": 0.0833333, "min": 0.0833333, "max": 1.0}
     assert written["curve"]["columns"] == ["step", "loss"]
     assert written["curve"]["rows"] == [[step, float(f"{1.0 / step:.6g}")] for step in range(1, 13)]
 

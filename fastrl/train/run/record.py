@@ -8,7 +8,7 @@ writes `summary.json` and `curves.png`. The summary holds
     gains                      every measure before and after training
     evaluations                every evaluation
     curve                      the main metrics over the steps, at most 20 rows
-    metrics                    every metric at its first and its last step
+    metrics                    first, last, smallest and largest value of every metric
     settings, environment      configuration, machine, versions, backends
 """
 
@@ -84,7 +84,7 @@ def summary(run_dir: str | Path) -> dict[str, Any]:
         ],
         "evaluations": read_json(run_dir / "evaluations.json", list),
         "curve": _curve(run),
-        "metrics": _first_and_last(run),
+        "metrics": _ranges(run),
         "settings": run.config,
         "environment": run.environment,
     }
@@ -102,17 +102,19 @@ def _curve(run: RecordedRun) -> dict[str, Any]:
     return {"columns": columns, "rows": [[_short(run.metrics[i].get(name)) for name in columns] for i in places]}
 
 
-def _first_and_last(run: RecordedRun) -> dict[str, dict[str, float | None]]:
-    found: dict[str, dict[str, float | None]] = {}
+def _ranges(run: RecordedRun) -> dict[str, dict[str, float | None]]:
+    """Return the first, last, smallest and largest value of each metric. Unknown values do not count."""
+    values: dict[str, list[float]] = {}
     for record in run.metrics:
         for name, value in record.items():
-            if name != "step":
-                found.setdefault(name, {"first": _short(value)})["last"] = _short(value)
-    return found
+            known = _short(value)
+            if name != "step" and known is not None:
+                values.setdefault(name, []).append(known)
+    return {name: {"first": v[0], "last": v[-1], "min": min(v), "max": max(v)} for name, v in values.items()}
 
 
 def _short(value: Any) -> float | None:
-    """Return a number with 6 significant digits, and None for anything else."""
+    """Return a finite number with 6 significant digits, and None for anything else."""
     known = isinstance(value, (int, float)) and math.isfinite(value)
     return (value if isinstance(value, int) else float(f"{value:.6g}")) if known else None
 
