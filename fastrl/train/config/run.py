@@ -24,7 +24,7 @@ MOST_SHOWN = 8
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Settings that every loop has. Building one checks its values."""
+    """Settings that every loop has. Making one checks its values."""
 
     # The model
     model: str = "smollm2"
@@ -84,8 +84,8 @@ class RunConfig:
     save_model: bool = True
     """Write the trained model (or its adapters) and the tokenizer to `run_dir/model` at the end."""
     overwrite: bool = False
-    """Remove the files of an earlier run from `run_dir`. Without `overwrite` or `resume` the loop
-    refuses such a folder."""
+    """Remove the files of an earlier run from `run_dir`. Without `overwrite` or `resume` the loop refuses such a
+    folder."""
     tensorboard: bool = False
     """Log to TensorBoard too."""
     trackio: bool = False

@@ -15,8 +15,8 @@ class SFTConfig(TaskEvaluationConfig):
 
     # The data
     data: str | None = None
-    """Source of the training records, in a form that `read_records` takes. None trains on answered problems of
-    the task."""
+    """Source of the training records, in a form that `read_records` takes. None trains on answered problems of the
+    task."""
     data_split: str | None = None
     """Split to read, for a data source with several splits."""
     eval_data: str | None = None
