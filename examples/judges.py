@@ -1,4 +1,4 @@
-"""A judge for examples/iterative.py: the known preference that the reward model is to learn from pairs."""
+"""A judge for examples/iterative.py: the known preference, which the reward model has to learn from pairs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ _BARE_NUMBER = re.compile(r"-?[0-9]+\.?")
 
 
 def bare_number(problem: Problem, text: str) -> float:
-    """Return 1.0 where the answer is one whole number, right or wrong, perhaps with a full stop; else 0.0."""
+    """Return 1.0 if the answer is one whole number, right or wrong, perhaps with a full stop. Otherwise 0.0."""
     del problem
     return float(_BARE_NUMBER.fullmatch(text.strip()) is not None)

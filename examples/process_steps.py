@@ -1,7 +1,7 @@
-"""A reward of steps for examples/process.yaml: does this line carry the sum one term further, and rightly?
+"""A step reward for examples/process.yaml: does this line add the next term of the sum, and rightly?
 
 For "9 + 1 - 4 =" the steps are 9+1=10 and 10-4=6: a line begins with the result so far, takes the next term and gives
-the new result. A line that repeats one, that leaves one out or that comes after the last is wrong.
+the new result. A line is wrong if it repeats or skips a term, or comes after the last one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _TERMS = re.compile(r"[+-]?\d+")
 
 
 def right_step(problem: Problem, text: str) -> float:
-    """Return 1.0 where the last line of `text`, the completion so far, is the right step at its place, else 0.0."""
+    """Return 1.0 if the last line of `text`, the completion so far, is the right step at its place, else 0.0."""
     terms = _terms(problem)
     lines = [line.replace(" ", "") for line in text.strip().splitlines() if line.strip()]
     if not 1 <= len(lines) < len(terms):
@@ -34,12 +34,12 @@ def worked(problem: Problem) -> str:
 
 
 def _terms(problem: Problem) -> list[str]:
-    """Return the terms with their signs, -0 among them; the first of "9 + 1 - 4" is 9."""
+    """Return the terms with their signs, also -0. The first term of "9 + 1 - 4" is 9."""
     return _TERMS.findall(problem.entry["metadata"]["expression"].replace(" ", ""))
 
 
 if __name__ == "__main__":
     task = load_task("chain_sum", min_terms=3, max_terms=3, min_digits=1, max_digits=1)
-    # Far behind those that a run of examples/process.yaml trains on.
+    # Far behind the training problems of examples/process.yaml in the stream.
     for example in task.train(192, start=5000):
         print(json.dumps({"prompt": example.prompt, "completion": worked(example)}))

@@ -7,9 +7,14 @@
     fastrl verify [--device cpu|cuda|...] [--backend NAME|all] [--seed N] [--quick] [--json]
     fastrl bench cpu|gpu|table|plot ...
 
-It exits with 0 when all went well, 2 when the command line or a field of the configuration is wrong, 1 when the work
-or a check failed or settings turned out not to fit the model, the data or each other, and 130 when it was interrupted.
-An error is one line; with the environment variable FASTRL_DEBUG set it comes with its traceback.
+| exit code | meaning |
+|---|---|
+| 0 | success |
+| 1 | the work or a check failed, or settings do not fit the model, the data or each other |
+| 2 | the command line or a field of the configuration is wrong |
+| 130 | interrupted |
+
+An error is one line. With the environment variable FASTRL_DEBUG set, it comes with its traceback.
 """
 
 from __future__ import annotations
@@ -30,26 +35,26 @@ import fastrl
 
 OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 
-# The loops: the class of the settings, and the function that trains.
+# Loop -> the class of its settings, and the function that trains.
 ALGORITHMS = {
     "grpo": ("fastrl.train.config:GRPOConfig", "fastrl.train.grpo:run_grpo"),
-    "ppo": ("fastrl.train.config.ppo:PPOConfig", "fastrl.train.ppo:run_ppo"),
-    "sft": ("fastrl.train.sft:SFTConfig", "fastrl.train.sft:run_sft"),
-    "rft": ("fastrl.train.rft:RFTConfig", "fastrl.train.rft:run_rft"),
-    "online-rft": ("fastrl.train.rft:OnlineRFTConfig", "fastrl.train.rft:run_rft"),
-    "reward-model": ("fastrl.train.reward_model:RewardModelConfig", "fastrl.train.reward_model:run_reward_model"),
-    "dpo": ("fastrl.train.config.dpo:DPOConfig", "fastrl.train.dpo:run_dpo"),
-    "online-dpo": ("fastrl.train.config.dpo:OnlineDPOConfig", "fastrl.train.online_dpo:run_online_dpo"),
+    "ppo": ("fastrl.train.config:PPOConfig", "fastrl.train.ppo:run_ppo"),
+    "sft": ("fastrl.train.config:SFTConfig", "fastrl.train.sft:run_sft"),
+    "rft": ("fastrl.train.config:RFTConfig", "fastrl.train.rft:run_rft"),
+    "online-rft": ("fastrl.train.config:OnlineRFTConfig", "fastrl.train.rft:run_rft"),
+    "reward-model": ("fastrl.train.config:RewardModelConfig", "fastrl.train.reward_model:run_reward_model"),
+    "dpo": ("fastrl.train.config:DPOConfig", "fastrl.train.dpo:run_dpo"),
+    "online-dpo": ("fastrl.train.config:OnlineDPOConfig", "fastrl.train.online_dpo:run_online_dpo"),
 }
-# What makes data for them: the class of the settings, and the function that writes a file and returns its path.
+# Maker of data -> the class of its settings, and the function that writes a file and returns its path.
 MAKERS = {
-    "pairs": ("fastrl.train.pairs:PairsConfig", "fastrl.train.pairs:make_pairs"),
+    "pairs": ("fastrl.train.config:PairsConfig", "fastrl.train.pairs:make_pairs"),
     "constitutional-pairs": (
-        "fastrl.train.constitutional:ConstitutionalConfig",
+        "fastrl.train.config:ConstitutionalConfig",
         "fastrl.train.constitutional:make_constitutional_pairs",
     ),
 }
-# What `train` imports before anything else; each comes with the extra.
+# Packages of the extra `train` that a loop imports.
 TRAIN_NEEDS = ("tyro", "yaml", "rich", "transformers", "accelerate", "safetensors", "reasoning_gym", "matplotlib")
 
 
@@ -76,12 +81,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    # The options of a loop are the fields of a dataclass: they are read by tyro, which is not always installed.
+    # tyro reads the options of a loop, which are the fields of a dataclass. It is not always installed, so argparse
+    # reads all other commands.
     if arguments[:1] == ["train"] and arguments[1:2] and arguments[1] in ALGORITHMS:
         return _train(arguments[1], arguments[2:])
     if arguments[:1] and arguments[0] in MAKERS:
         return _make(arguments[0], arguments[1:])
-    # So does the benchmark with its own: it is a program of the checkout.
+    # The benchmark, a program of the checkout, reads its own options.
     if arguments[:1] == ["bench"]:
         return _bench(arguments[1:])
     options = _parser().parse_args(arguments)
@@ -145,7 +151,7 @@ def _doctor(as_json: bool) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     if options.backend == "triton" and options.device is not None and options.device.partition(":")[0] == "cpu":
-        # Asked for by name where only the interpreter runs it. Triton reads this when the kernels are first imported.
+        # Only the interpreter runs Triton on a CPU. Triton reads this variable when the kernels are first imported.
         os.environ.setdefault("TRITON_INTERPRET", "1")
     from fastrl import verify
 
@@ -180,7 +186,7 @@ def _bench(arguments: list[str]) -> int:
             "the benchmarks are not part of the installed package: they are the folder bench/ of fastrl's repository; "
             "run `python -m bench` in a checkout, or `fastrl bench` where it is installed with pip install -e ."
         )
-    # -P: a folder called bench in the current directory is not taken for it.
+    # -P: Python must not take a folder called bench in the current directory for the package.
     path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-P", "-m", "bench", *arguments]
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
@@ -199,7 +205,7 @@ def _report(run_dir: str, record_dir: str | None) -> int:
 
 
 def _make(command: str, arguments: list[str]) -> int:
-    # They sample for minutes and have no progress bar: what they log is what there is to see.
+    # The makers sample for minutes without a progress bar, so their log shows the progress.
     logging.basicConfig(format="%(message)s")
     logging.getLogger("fastrl.train").setLevel(logging.INFO)
     print(_configured(*MAKERS[command], arguments, f"fastrl {command}"))
@@ -216,7 +222,7 @@ def _train(algorithm: str, arguments: list[str]) -> int:
 
 
 def _configured(config_class: str, function: str, arguments: list[str], program: str) -> Any:
-    """Return what the function makes of the settings in the arguments."""
+    """Call the function with the settings in the arguments, and return its result."""
     missing = [name for name in TRAIN_NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f'training needs {", ".join(missing)}: pip install "fastrl[train]"')
@@ -226,14 +232,14 @@ def _configured(config_class: str, function: str, arguments: list[str], program:
         config = parse_config(_named(config_class), arguments, program)
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(str(error)) from error
-    # A reward may be a function of the user's own, module:function, in the current directory.
+    # A reward may be module:function with a module in the current directory.
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     return _named(function)(config)
 
 
 def _named(path: str) -> Any:
-    """Return what `module:name` names."""
+    """Import and return `module:name`."""
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
 

@@ -1,6 +1,6 @@
-"""What `fastrl doctor` tells: versions, devices, compilers, and which backend each operation uses here, and why.
+"""The findings of `fastrl doctor`: versions, devices, compilers, and the backend of each operation with the reason.
 
-Nothing here may fail because something is missing: a probe that raises is reported with what it raised.
+A missing part must not make the command fail. If a probe raises, the exception is its finding.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 20
-# Extras whose packages are only needed for development or for comparisons.
+# Extras for development and for comparisons only.
 QUIET_EXTRAS = ("bench", "dev")
 
 
 def diagnose() -> dict[str, Any]:
-    """Return what is installed and what will run on this machine, as JSON-able values.
+    """Return the installed software and the backends of this machine, as JSON values.
 
     Returns:
         `system`, `packages` (per extra, name -> version or None), `devices`, `compilers`, `triton`, and `backends`:
@@ -88,7 +88,7 @@ def processor() -> str:
 
 
 def _packages() -> dict[str, dict[str, str | None]]:
-    """Return the versions of what the distribution requires, per extra; `core` holds what it always needs."""
+    """Return the versions of the required packages, per extra. `core` holds those without an extra."""
     found: dict[str, dict[str, str | None]] = {"core": {}}
     for requirement in _requirements():
         name = re.match(r"[A-Za-z0-9._-]+", requirement)
@@ -100,7 +100,7 @@ def _packages() -> dict[str, dict[str, str | None]]:
 
 
 def _requirements() -> list[str]:
-    """Return what the distribution requires; of a checkout that is not installed, what its pyproject.toml says."""
+    """Return the requirements of the installed distribution, or of the checkout's pyproject.toml."""
     try:
         return importlib.metadata.requires("fastrl") or []
     except importlib.metadata.PackageNotFoundError:
@@ -159,7 +159,7 @@ def _compilers() -> dict[str, Any]:
 
 
 def _tool_version(command: list[str], *, first: bool) -> str:
-    """Return the line of a tool's answer that says its version (the first, or nvcc's with `release`), and its path."""
+    """Return the version line of a tool's answer (the first line, or nvcc's with `release`), and the tool's path."""
     path = shutil.which(command[0])
     if path is None:
         return f"not found ({command[0]})"

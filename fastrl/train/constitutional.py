@@ -19,71 +19,26 @@ import logging
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastrl.train.config.run import check_int
+from fastrl.train.config.pairs import ConstitutionalConfig, PairSourceConfig
 from fastrl.train.data.encoding import encode_prompts
 from fastrl.train.model import load_model, stop_token_ids
-from fastrl.train.pairs import SamplingConfig, check_output, write_pairs
+from fastrl.train.pairs import check_output, write_pairs
 from fastrl.train.rewards.reward_set import build_rewards, check_rewards
 from fastrl.train.rewards.tasks import Problem, load_task
 from fastrl.train.rollouts.generate import decode, generate
 
 logger = logging.getLogger(__name__)
 
-PRINCIPLES = (
-    "The answer must be correct.",
-    "The answer must be short, without anything that was not asked for.",
-)
-CRITIQUE = "Question: {prompt}\nAnswer: {answer}\nPrinciple: {principle}\nCriticise the answer by the principle."
-REVISION = (
-    "Question: {prompt}\nAnswer: {answer}\nCritique: {critique}\n"
-    "Rewrite the answer so that the critique no longer holds. Write the new answer only."
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConstitutionalConfig(SamplingConfig):
-    """Settings of `make_constitutional_pairs`."""
-
-    principles: tuple[str, ...] = PRINCIPLES
-    """What answers are criticised by."""
-    critique_template: str = CRITIQUE
-    """The request for a critique: a text with `{prompt}`, `{answer}` and `{principle}`."""
-    revision_template: str = REVISION
-    """The request for a revision: a text with `{prompt}`, `{answer}` and `{critique}`; `{principle}` is known too."""
-    critique_tokens: int = 128
-    """Longest critique; one that is longer is cut there, and used."""
-    rewards: dict[str, float] = field(default_factory=dict)
-    """Reward functions by name, with their weights, that a revision must earn more of than the answer; none: all pairs
-    are kept."""
-
-    output: str = "constitutional.jsonl"
-    """The file that is written; one that is there is replaced."""
-
-    def __post_init__(self) -> None:
-        """Raise `ValueError` for values that cannot be."""
-        super().__post_init__()
-        check_int("critique_tokens", self.critique_tokens, at_least=1)
-        object.__setattr__(self, "principles", tuple(self.principles))
-        if not self.principles:
-            raise ValueError("principles must have at least one text, got none")
-        for name, words in (
-            ("critique_template", ("{prompt}", "{answer}", "{principle}")),
-            ("revision_template", ("{prompt}", "{answer}", "{critique}")),
-        ):
-            if missing := [word for word in words if word not in getattr(self, name)]:
-                raise ValueError(f"{name} must contain {', '.join(words)}, got none of {', '.join(missing)}")
-
 
 class Speaker:
     """A model that is asked questions, one sampled reply to each."""
 
-    def __init__(self, config: SamplingConfig) -> None:
+    def __init__(self, config: PairSourceConfig) -> None:
         """Load the model of the configuration."""
         self._config = config
         self._model, self._tokenizer = load_model(config.model, dtype=config.dtype, device=config.device)

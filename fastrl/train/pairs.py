@@ -18,14 +18,13 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastrl.train.config.run import check_choice, check_int, check_positive
+from fastrl.train.config.pairs import PairsConfig
 from fastrl.train.data.encoding import encode_prompts
 from fastrl.train.model import load_model, stop_token_ids
 from fastrl.train.rewards.reward_set import RewardSet, build_rewards, check_rewards
@@ -33,86 +32,6 @@ from fastrl.train.rewards.tasks import Problem, load_task
 from fastrl.train.rollouts.generate import decode, generate
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """Settings of what makes data from a model's completions of a task's problems."""
-
-    model: str = "smollm2"
-    """A folder with a saved model, a name on the Hugging Face hub, or `smollm2`."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the parameters."""
-    device: str = "cpu"
-    """Where the model goes: cpu, cuda, ..."""
-    prompt_template: str = "chat"
-    """`chat` for the tokenizer's chat template, or a text with `{prompt}`."""
-    system_prompt: str | None = None
-    """System message of the chat template."""
-
-    task: str = "chain_sum"
-    """Name of a reasoning-gym dataset."""
-    task_parameters: dict[str, int | float | str | bool] = field(default_factory=dict)
-    """Parameters of the task."""
-    problems: int = 200
-    """Problems of the training stream that are asked."""
-    first_problem: int = 0
-    """Number of the first of them in the stream: files of different stretches share no draw."""
-
-    max_new_tokens: int = 128
-    """Longest completion."""
-    temperature: float = 1.0
-    """Divides the logits."""
-    reward_timeout_s: float | None = 5.0
-    """Seconds that one call of a reward may take; None calls rewards in this process, without a limit."""
-    sample_batch_size: int = 64
-    """Completions that are sampled together."""
-    keep_truncated: bool = True
-    """Pair completions that did not end by themselves too; the file, which is text, then gives them an end."""
-    seed: int = 0
-    """Seed of the problems and the sampling."""
-
-    def __post_init__(self) -> None:
-        """Raise `ValueError` for values that cannot be."""
-        for name in ("problems", "max_new_tokens", "sample_batch_size"):
-            check_int(name, getattr(self, name), at_least=1)
-        for name in ("first_problem", "seed"):
-            check_int(name, getattr(self, name), at_least=0)
-        check_positive("temperature", self.temperature)
-        if self.reward_timeout_s is not None:
-            check_positive("reward_timeout_s", self.reward_timeout_s)
-        check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairsConfig(SamplingConfig):
-    """Settings of `make_pairs`."""
-
-    rewards: dict[str, float] = field(default_factory=lambda: {"exact": 1.0})
-    """Reward functions by name, with their weights; they rank the completions."""
-    group_size: int = 8
-    """Completions of each problem, a divisor of `sample_batch_size`."""
-    chosen: Literal["sampled", "answer"] = "sampled"
-    """The better completion: the best sampled one, or the problem's answer."""
-    answer_template: str = "{answer}"
-    """What `chosen: answer` writes."""
-
-    output: str = "pairs.jsonl"
-    """The file that is written; one that is there is replaced."""
-
-    def __post_init__(self) -> None:
-        """Raise `ValueError` for values that cannot be."""
-        super().__post_init__()
-        check_int("group_size", self.group_size, at_least=1)
-        check_choice("chosen", self.chosen, ("sampled", "answer"))
-        if self.sample_batch_size % self.group_size:
-            raise ValueError(
-                f"sample_batch_size must be a multiple of group_size={self.group_size}, got {self.sample_batch_size}"
-            )
-        if self.chosen == "sampled" and self.group_size < 2:
-            raise ValueError(f"group_size must be at least 2 to pair sampled completions, got {self.group_size}")
-        if "{answer}" not in self.answer_template:
-            raise ValueError(f"answer_template must contain '{{answer}}', got {self.answer_template!r}")
 
 
 def best_and_worst(

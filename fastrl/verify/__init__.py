@@ -1,7 +1,7 @@
-"""`fastrl verify`: is every operation right, here, on every backend that can run?
+"""`fastrl verify`: check every operation on every backend that this machine can run.
 
 judge.py    the rule: how large an error may be, and the verdict
-checks.py   what is checked, operation by operation
+checks.py   the checks, operation by operation
 run.py      all checks on all devices and backends, as a table
 """
 

@@ -1,7 +1,7 @@
-"""What `fastrl verify` checks: inputs on which kernels go wrong, the properties, and the losses of several presets.
+"""The checks of `fastrl verify`: inputs on which kernels go wrong, properties, and the losses of several presets.
 
-Every operation has a function that yields (name of the check, how to look): looking draws the inputs from a seed of
-the check's own, runs the operation, and returns a `Verdict` by the rule of `fastrl.verify`.
+Every operation has a function that yields (name of the check, function that runs it). The second draws its inputs from
+the check's own seed, runs the operation, and returns a `Verdict` by the rule of `fastrl.verify.judge`.
 
 Legend: N rows, B batch, T time, D hidden, V vocabulary.
 """
@@ -31,7 +31,7 @@ HALVES = (torch.bfloat16, torch.float16)
 REAL_VOCABULARIES = (49152, 151936, 256000)
 # The interpreter takes seconds for one real vocabulary.
 INTERPRETED_VOCABULARY = 49152
-# Batches whose losses are judged together: one scalar can be right by luck, in the eager code too.
+# Number of batches whose losses are judged together, because one scalar can be right by luck.
 BATCHES = 8
 
 
@@ -54,18 +54,18 @@ def _upstream(n: int, generator: torch.Generator, names: Sequence[str] = OUTPUTS
 
 @dataclass(frozen=True)
 class Inputs:
-    """Leaves, labels and options of a vocabulary operation; which leaves and outputs the gradient goes through."""
+    """The inputs of a vocabulary operation, and the leaves and outputs that the gradient goes through."""
 
-    leaves: dict[str, Tensor]  # logits (N, V); or hidden (N, D), weight (V, D), bias (V,)
+    leaves: dict[str, Tensor]  # logits (N, V), or hidden (N, D), weight (V, D), bias (V,)
     labels: Tensor  # (N,)
     upstream: dict[str, Tensor]  # output -> (N,)
     options: dict[str, Any] = field(default_factory=dict)
     trains: tuple[str, ...] = ("logits", "hidden", "weight", "bias")
     own: dict[str, Any] = field(default_factory=dict)
-    """Options that only the operation has, not the reference."""
+    """Options of the operation that the reference lacks."""
 
     def evaluate(self, operation: Callable[..., Sequence[Tensor]], device: torch.device, dtype: Any, **own: Any) -> Any:
-        """Return outputs and gradients by name; `dtype` None keeps every leaf's own."""
+        """Return outputs and gradients by name. `dtype` None keeps the dtype of every leaf."""
         leaves = {
             name: leaf.to(device, dtype or leaf.dtype).detach().clone().requires_grad_(name in self.trains)
             for name, leaf in self.leaves.items()
@@ -80,17 +80,17 @@ class Inputs:
         return found | {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.requires_grad}
 
     def run(self, setting: Setting) -> dict[str, Tensor]:
-        """Return what the operation under test gives."""
+        """Return outputs and gradients of the operation under test."""
         operation = token_logprobs if "logits" in self.leaves else linear_token_logprobs
         return self.evaluate(operation, setting.device, None, backend=setting.backend, **self.own)
 
     def plain(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return what the reference gives at `dtype`."""
+        """Return outputs and gradients of the reference at `dtype`."""
         operation = reference.token_logprobs if "logits" in self.leaves else reference.linear_token_logprobs
         return self.evaluate(operation, device, dtype)
 
     def judge(self, setting: Setting) -> Verdict:
-        """Judge the operation against the reference in float64, which runs on the CPU: not every device has it."""
+        """Judge the operation against the reference in float64 on the CPU, because some devices have no float64."""
         exact = self.plain(torch.device("cpu"), torch.float64)
         return judged(self.run(setting), exact, self.plain(setting.device, torch.float32))
 
@@ -136,7 +136,7 @@ def hidden_inputs(
 
 
 def hard_rows(generator: torch.Generator, vocabulary: int) -> dict[str, Inputs]:
-    """Return name -> four rows on which careless kernels go wrong; the label is the last entry unless said."""
+    """Return name -> four rows on which careless kernels go wrong. Most labels are the last entry."""
     base = 2.0 * torch.randn(4, vocabulary, generator=generator)
     last = torch.full((4,), vocabulary - 1)
     blocks_first, blocks_last, label_banned = base.clone(), base.clone(), base.clone()
@@ -240,9 +240,9 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _offset(setting: Setting) -> Verdict:
-    """Judge rows at an offset of 1e6 by what eager code makes of them without it; that of logsumexp itself is rounded.
+    """Judge rows at an offset of 1e6 by the error of eager code on the same rows without the offset.
 
-    float32 logits near 1e6 are multiples of 1/16, so that taking the offset away is exact.
+    float32 logits near 1e6 are multiples of 1/16, so removing the offset is exact. Adding it to the logsumexp rounds.
     """
     inputs = logits_inputs(setting.generator("offset"), 6, 1025)
     inputs = replace(inputs, upstream={name: inputs.upstream[name] for name in OUTPUTS[:2]})
@@ -257,16 +257,16 @@ def _offset(setting: Setting) -> Verdict:
 
 
 def _near_certain(setting: Setting) -> Verdict:
-    """Judge log p and p - 1 relative to themselves where float32 cannot tell p from 1, which eager code gets all wrong.
+    """Judge the relative errors of log p and p - 1 for p that float32 rounds to 1. Eager code gets these all wrong.
 
-    Granted are `ROUNDINGS` roundings of the largest gap between logits: what it costs to hold the argument of exp.
+    The bound is `ROUNDINGS` roundings of the largest gap between logits, the error of rounding the argument of exp.
     """
     gaps = torch.tensor([6e-6, 1e-7, 1e-9, 1e-12], dtype=torch.float64)
     logits = torch.zeros(gaps.numel(), 64)
     logits[:, 7] = (63.0 / gaps).log().float()
     inputs = Inputs({"logits": logits}, torch.full((gaps.numel(),), 7), {"logprobs": torch.ones(gaps.numel())})
     result, exact = inputs.run(setting), inputs.plain(torch.device("cpu"), torch.float64)
-    # In float64 too, log p is formed as a difference here: 1e-12 of it has 4 digits. Exactly, it is -log1p(63 / e^z).
+    # The float64 reference forms log p as a difference, in which 1e-12 has 4 digits. Exactly, it is -log1p(63 / e^z).
     others = 63.0 * torch.exp(-logits[:, 7].double())
     truth = {"logprobs": -torch.log1p(others), "dlogits": others / (1.0 + others)}
     found = {"logprobs": result["logprobs"], "dlogits": result["dlogits"][:, 7]}
@@ -287,10 +287,10 @@ def _banned(setting: Setting) -> Verdict:
 
 
 def _bitwise(setting: Setting, draw: Callable[..., Inputs]) -> Named:
-    """Yield the checks that two ways to the same rows give the same bits."""
+    """Yield the checks that two ways to compute the same rows give the same bits."""
     n = 21 if setting.interpreted else 77
     inputs = draw(setting.generator("bitwise"), n, 203 if setting.interpreted else 1003)
-    # The gradient of a head is a sum over rows, whose bits go with their order; everything per row must not change.
+    # A head's gradient sums over rows, so its bits depend on their order. Bits of a row must not.
     per_row = (*OUTPUTS, "dlogits") if draw is logits_inputs else OUTPUTS
 
     def rows(of: Inputs) -> dict[str, Tensor]:
@@ -324,7 +324,7 @@ def _bitwise(setting: Setting, draw: Callable[..., Inputs]) -> Named:
 
 
 def _run_masked(inputs: Inputs, setting: Setting) -> dict[str, Tensor]:
-    """Return outputs and gradients, the upstream gradients passed as they are: NaN times 0 would be NaN in a sum."""
+    """Return outputs and gradients. A weighted sum would turn an upstream NaN under the mask into NaN everywhere."""
     operation = token_logprobs if "logits" in inputs.leaves else linear_token_logprobs
     leaves = {name: leaf.to(setting.device).clone().requires_grad_() for name, leaf in inputs.leaves.items()}
     outputs = operation(**leaves, labels=inputs.labels.to(setting.device), backend=setting.backend, **inputs.own)
@@ -355,14 +355,14 @@ POLICIES: dict[str, PolicyLoss] = {
     "topr": PolicyLoss.preset("topr"),
 }
 QUICK_POLICIES = 4
-# Its inverse is exact. The rounding of 1/T is a factor common to all log-probs, which does not average out in a loss.
+# Its inverse is exact. A rounded 1/T would be a common factor of all log-probs, which does not average out in a loss.
 TEMPERATURE = 2.0
 
 
 class PolicyBatch(NamedTuple):
-    """One batch: hidden states and head, or the logits that they give, and what a trainer knows about the tokens."""
+    """One batch: hidden states and head, or their logits, and a trainer's values for the tokens."""
 
-    leaves: dict[str, Tensor]  # logits (B, T, V); or hidden (B, T, D), weight (V, D)
+    leaves: dict[str, Tensor]  # logits (B, T, V), or hidden (B, T, D), weight (V, D)
     labels: Tensor  # (B, T)
     tokens: dict[str, Tensor]  # (B, T), advantages (B,)
 
@@ -388,7 +388,7 @@ def policy_batch(generator: torch.Generator, from_logits: bool, dtype: torch.dty
 
 
 def fused_loss(spec: PolicyLoss, batch: PolicyBatch, setting: Setting) -> dict[str, Tensor]:
-    """Return loss and gradients of the operation under test, NaN standing under the mask."""
+    """Return loss and gradients of the operation under test, with NaN under the mask."""
     mask = batch.tokens["mask"]
     leaves = {
         name: (leaf if name == "weight" else torch.where(mask.unsqueeze(-1), leaf, math.nan))
@@ -474,7 +474,7 @@ def check_policy_loss(setting: Setting) -> Named:
 
 
 def plain_advantages(rewards: Tensor, groups: Tensor, scale: str, baseline: str, eps: float) -> Tensor:
-    """Return the advantages group by group, as one would write them down."""
+    """Return the advantages by plain code, group by group."""
     found = torch.zeros_like(rewards)
     for group in groups.unique():
         place = groups == group
@@ -488,7 +488,7 @@ def plain_advantages(rewards: Tensor, groups: Tensor, scale: str, baseline: str,
 
 
 def check_group_advantages(setting: Setting) -> Named:
-    """Yield the checks of the advantages, for the backends that they have."""
+    """Yield the checks of the advantages, on their own backends."""
     if setting.backend not in ADVANTAGE_BACKENDS:
         return
 

@@ -1,4 +1,4 @@
-"""The rule of `fastrl verify`: a kernel's error beside the error of plain PyTorch in the same precision."""
+"""The rule of `fastrl verify`: compare a kernel's error with the error of plain PyTorch in the same precision."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from fastrl.backends import choice
 
-# Roundings granted beside the eager code's own error, relative to the largest magnitude of the exact result.
-# A rounding is one unit in the last place of the dtype in which the result is returned.
+# Roundings granted on top of the eager code's own error, relative to the largest magnitude of the exact result.
+# A rounding is one unit in the last place of the result's dtype.
 ROUNDINGS = 4.0
 
 
-# Numbers that are judged at a time, in float64: a gradient of real logits has 10^9.
+# Number of values to judge at a time in float64: a gradient of real logits has 10^9.
 PIECE = 1 << 26
 
 
@@ -26,14 +26,14 @@ PIECE = 1 << 26
 
 
 class Disagreement(AssertionError):
-    """A result that no error bound can forgive: another shape, or not finite where the exact one is."""
+    """A result that no error bound can allow: another shape, or a non-finite value where the exact one is finite."""
 
 
 def max_error(result: Tensor, exact: Tensor) -> float:
-    """Return max |result - exact| in float64; positions must agree on where they are not finite.
+    """Return max |result - exact| in float64. Both must have the same non-finite values at the same places.
 
     Raises:
-        Disagreement: the shapes differ, or the places and values that are not finite do.
+        Disagreement: the shapes differ, or the non-finite values or their places.
     """
     if result.shape != exact.shape:
         raise Disagreement(f"expected shape {tuple(exact.shape)}, got {tuple(result.shape)}")
@@ -61,7 +61,7 @@ def budget(exact: Tensor, eager: Tensor, dtype: torch.dtype) -> float:
 
 
 def _pieces(result: Tensor, exact: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield both in float64, flat and piece by piece, where `exact` is: a device judges its largest results itself."""
+    """Yield both in float64, flat and piece by piece: on the GPU if both are there, else on the CPU."""
     place = exact.device if result.device == exact.device and exact.device.type == "cuda" else torch.device("cpu")
     pairs = zip(result.detach().reshape(-1).split(PIECE), exact.detach().reshape(-1).split(PIECE), strict=True)
     for got, right in pairs:
@@ -69,7 +69,7 @@ def _pieces(result: Tensor, exact: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _largest_difference(a: Tensor, b: Tensor, where: Tensor) -> float:
-    """Return max |a - b| over the places that count, 0 if there are none."""
+    """Return max |a - b| over the places in `where`, 0 if the tensors are empty."""
     return float(torch.where(where, a - b, 0.0).abs().max()) if a.numel() else 0.0
 
 
@@ -82,7 +82,7 @@ class Verdict(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Error as a share of what is granted; above 1 it is too large."""
+        """Error divided by the granted error. Above 1 it is too large."""
         if self.granted > 0.0:
             return self.error / self.granted
         return 0.0 if self.error == 0.0 else math.inf
@@ -119,7 +119,7 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a check runs, and the seed of its inputs."""
+    """Device and backend of a check, and the seed of its inputs."""
 
     device: torch.device
     backend: str
@@ -132,7 +132,7 @@ class Setting:
         return self.backend == "triton" and self.device.type not in choice.GPU_TYPES
 
     def generator(self, name: str) -> torch.Generator:
-        """Return a generator of its own for every check, so that checks do not depend on which others run."""
+        """Return the generator of a check. It does not depend on which other checks run."""
         return torch.Generator().manual_seed(zlib.crc32(name.encode()) + self.seed)
 
 

@@ -1,8 +1,8 @@
-"""`fastrl verify`: is every operation right, here, on every backend that can run? And the rule that decides it.
+"""All checks of `fastrl verify`, on all devices and backends, and their table.
 
-float64 decides. A result passes when its error is at most twice that of PyTorch's float32 eager code on the same
-numbers, plus a few roundings of the largest value (`budget`). Bitwise properties grant nothing. The test suite judges
-by the same two functions. What is checked stands in `fastrl.verify.checks`.
+Results are compared with float64. A result passes if its error is at most twice the error of PyTorch's float32 eager
+code on the same numbers, plus a few roundings of the largest value (`budget`). Bitwise properties allow no error. The
+test suite uses the same two functions. `fastrl.verify.checks` lists the checks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BACKENDS = tuple(name for name in choice.BACKENDS if name != "auto")
 
 @dataclass(frozen=True)
 class Check:
-    """What became of one check."""
+    """One check and its result."""
 
     device: str
     backend: str
@@ -39,12 +39,12 @@ class Check:
     error: float | None = None
     granted: float | None = None
     reason: str | None = None
-    """Why it was not run, or what it raised."""
+    """Reason why it was not run, or the exception that it raised."""
     seconds: float = 0.0
 
 
 def devices_here() -> list[str]:
-    """Return the device types that this machine has and that backends exist for."""
+    """Return the device types of this machine for which there are backends."""
     here = ["cpu"]
     here += ["cuda"] if torch.cuda.is_available() else []
     here += ["xpu"] if torch.xpu.is_available() else []
@@ -54,10 +54,10 @@ def devices_here() -> list[str]:
 def verify(
     devices: Sequence[str] | None = None, backends: Sequence[str] = BACKENDS, *, seed: int = 0, quick: bool = False
 ) -> Iterator[Check]:
-    """Yield the result of every check on every device and backend, one after another as they are done.
+    """Yield the result of every check on every device and backend, each as soon as it is done.
 
     Args:
-        devices: "cpu", "cuda", "cuda:1", ...; None: all that are here.
+        devices: "cpu", "cuda", "cuda:1", ... None takes all of this machine.
         backends: of the vocabulary operations, some of `BACKENDS`. One that cannot run on a device gives one `Check`
             with the status "not run" and the reason.
         seed: of the inputs.
@@ -81,7 +81,7 @@ def _device(name: str) -> torch.device:
 
 
 def _checks(settings: Sequence[Setting]) -> Iterator[Check]:
-    # The checks need every loss; whoever needs only the rule does not load them.
+    # Late, because the checks import every loss, and the test suite needs only the rule.
     from fastrl.verify.checks import OPERATIONS
 
     for setting in settings:
@@ -98,7 +98,7 @@ def _obstacle(setting: Setting) -> str | None:
     """Return why the backend cannot run on the device, or None."""
     try:
         torch.empty(1, device=setting.device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has no one type for a missing device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has several types for a missing device
         return f"device {setting.device} cannot be used: {str(error).strip().splitlines()[0]}"
     try:
         choice.choose(setting.backend, setting.device)
@@ -108,11 +108,11 @@ def _obstacle(setting: Setting) -> str | None:
 
 
 def result(check: Check, look: Look) -> Check:
-    """Return the check with what looking found: the verdict, or what it raised, and the time it took."""
+    """Run the check, and return it with its verdict or exception, and its time."""
     start = time.perf_counter()
     try:
         verdict = look()
-    except Exception as error:  # whatever a kernel raises is a failed check, with what it said
+    except Exception as error:  # any exception of a kernel is a failed check
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return replace(check, status=FAIL, reason=reason, seconds=time.perf_counter() - start)
     seconds = time.perf_counter() - start
@@ -142,7 +142,7 @@ def line(check: Check) -> str:
 
 
 def succeeded(checks: Sequence[Check]) -> bool:
-    """Return whether something was checked and nothing failed."""
+    """Return whether at least one check passed and none failed."""
     return any(check.status == PASS for check in checks) and all(check.status != FAIL for check in checks)
 
 
@@ -152,7 +152,7 @@ def counts(checks: Sequence[Check]) -> dict[str, int]:
 
 
 def summary(checks: Sequence[Check]) -> str:
-    """Return the last line: how many passed, what failed, and which backends were not run."""
+    """Return the last line: the numbers of passed, failed and skipped checks, and the skipped backends."""
     number = counts(checks)
     skipped = [f"{check.backend} on {check.device}" for check in checks if check.status == NOT_RUN]
     said = f"{number[PASS]} passed, {number[FAIL]} failed, {number[NOT_RUN]} not run"

@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 
 from fastrl.train.run.curves import Series, _drawings, _painted, draw_curves, smoothed
 from fastrl.train.run.measure import ACCURACY, PERPLEXITY, Measure, Measurement
-from fastrl.train.run.report import Evaluation, Gain, gains, read_run, write_report
+from fastrl.train.run.report import EvaluationPoint, Gain, gains, read_run, write_report
 
 
 def write_run(folder: Path, *, steps: int = 12, **files: object) -> Path:
@@ -71,8 +71,12 @@ def test_the_report_is_one_small_file_that_needs_no_network(tmp_path):
 
 
 def test_gains_against_hand_arithmetic():
-    points = [Evaluation(0, 0.1, 0.03, 100), Evaluation(5, math.nan, math.nan, 0), Evaluation(9, 0.5, 0.04, 100)]
-    train = [Evaluation(0, 0.9, 0.0, 0), Evaluation(9, 0.8, 0.0, 0)]
+    points = [
+        EvaluationPoint(0, 0.1, 0.03, 100),
+        EvaluationPoint(5, math.nan, math.nan, 0),
+        EvaluationPoint(9, 0.5, 0.04, 100),
+    ]
+    train = [EvaluationPoint(0, 0.9, 0.0, 0), EvaluationPoint(9, 0.8, 0.0, 0)]
     held_out, trained = gains(
         {Series("train", ""): train, Series("held_out", "greedy"): points, Series("lonely", ""): points[:1]}
     )

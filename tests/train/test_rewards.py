@@ -411,7 +411,7 @@ def test_length_rewards_by_name(task):
 
 
 def test_a_function_of_the_users_own_by_name(task):
-    with build_rewards({"test_rewards:length_in_tens": 1.0}, task, timeout_s=None) as rewards:
+    with build_rewards({"tests.train.test_rewards:length_in_tens": 1.0}, task, timeout_s=None) as rewards:
         assert rewards([QUESTION], ["12345"]).total.tolist() == [0.5]
 
 
@@ -429,8 +429,8 @@ def test_a_function_of_the_users_own_by_name(task):
         ({"format": math.nan}, "weight of reward 'format' must be a finite number, got nan"),
         ({"format": "1"}, "weight of reward 'format' must be a finite number, got '1'"),
         ({"no_such_module:f": 1.0}, "'no_such_module:f' cannot be imported"),
-        ({"test_rewards:nothing": 1.0}, "'test_rewards:nothing' cannot be imported"),
-        ({"test_rewards:QUESTION": 1.0}, "must be a function, got Problem"),
+        ({"tests.train.test_rewards:nothing": 1.0}, "'tests.train.test_rewards:nothing' cannot be imported"),
+        ({"tests.train.test_rewards:QUESTION": 1.0}, "must be a function, got Problem"),
     ],
 )
 def test_refusals(task, names, message):

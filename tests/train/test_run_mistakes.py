@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import safetensors.torch
@@ -14,16 +14,14 @@ from tiny_model import save_tiny_model
 
 from fastrl import cli, doctor
 from fastrl.backends import cpu, cuda
+from fastrl.train import config as settings
 from fastrl.train import constitutional, grpo, online_dpo, pairs, ppo, rft
-from fastrl.train.config.dpo import OnlineDPOConfig
-from fastrl.train.config.grpo import GRPOConfig
-from fastrl.train.config.ppo import PPOConfig
-from fastrl.train.config.rft import RFTConfig
-from fastrl.train.constitutional import ConstitutionalConfig, make_constitutional_pairs
+from fastrl.train.config import ConstitutionalConfig, GRPOConfig, OnlineDPOConfig, PairsConfig, PPOConfig, RFTConfig
+from fastrl.train.constitutional import make_constitutional_pairs
 from fastrl.train.grpo import run_grpo
 from fastrl.train.model import cache_dir
 from fastrl.train.online_dpo import run_online_dpo
-from fastrl.train.pairs import PairsConfig, make_pairs
+from fastrl.train.pairs import make_pairs
 from fastrl.train.ppo import run_ppo
 from fastrl.train.rft import run_rft
 
@@ -131,6 +129,19 @@ def test_groups_that_teach_nothing_are_refused(changes: dict[str, Any], message:
     with pytest.raises(ValueError, match=message):
         GRPOConfig(**changes)
     assert GRPOConfig(group_size=1, advantage_baseline="none", advantage_scale="batch").batch_size == 8
+
+
+@pytest.mark.parametrize("name", [name for name in vars(settings) if name.endswith("Config")])
+def test_every_choice_of_an_annotation_is_checked(name: str) -> None:
+    kind = getattr(settings, name)
+    for field, hint in get_type_hints(kind).items():
+        several = get_origin(hint) is tuple
+        choice = get_args(hint)[0] if several else hint
+        if get_origin(choice) is Literal:
+            with pytest.raises(
+                ValueError, match=f"^{field} must be one of {', '.join(get_args(choice))}, got 'no such'"
+            ):
+                kind(**{field: ("no such",) if several else "no such"})
 
 
 @pytest.mark.parametrize(

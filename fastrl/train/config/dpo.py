@@ -1,4 +1,4 @@
-"""The configuration of the preference loops, and the losses that they can feed."""
+"""Settings of DPO and online DPO."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class DPOConfig(ComparisonDataConfig, TaskEvaluationConfig):
     loss: str = "sigmoid"
     """A preset of `fastrl.PreferenceLoss`: sigmoid (DPO), ipo, simpo, orpo, kto, bco, ..."""
     beta: float | None = None
-    """Scale of the implicit rewards; None keeps the preset's."""
+    """Scale of the implicit rewards. None keeps the preset's value."""
     loss_options: dict[str, int | float | str | bool] = field(default_factory=dict)
     """Any other field of `fastrl.PreferenceLoss`, and `style`."""
 
     task: str | None = None
-    """A reasoning-gym dataset whose held-out problems are answered in evaluations."""
+    """A reasoning-gym dataset. Evaluations answer its held-out problems."""
     temperature: float = 1.0
-    """Divides the logits where evaluations sample; the loss is at 1."""
+    """Divides the logits when evaluations sample. The loss always has temperature 1."""
     learning_rate: float = 1e-6
     """Peak learning rate of AdamW."""
 
@@ -33,12 +33,12 @@ class DPOConfig(ComparisonDataConfig, TaskEvaluationConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineDPOConfig(BatchConfig):
-    """Settings of `fastrl.train.online_dpo.run_online_dpo`: the best and the worst of a group are a pair."""
+    """Settings of `fastrl.train.online_dpo.run_online_dpo`, which pairs the best and the worst of a group."""
 
     loss: str = "sigmoid"
     """A preset of `fastrl.PreferenceLoss` for pairs."""
     beta: float | None = None
-    """Scale of the implicit rewards; None keeps the preset's."""
+    """Scale of the implicit rewards. None keeps the preset's value."""
     loss_options: dict[str, int | float | str | bool] = field(default_factory=dict)
     """Any other field of `fastrl.PreferenceLoss`, and `style`."""
     learning_rate: float = 1e-6
@@ -48,7 +48,7 @@ class OnlineDPOConfig(BatchConfig):
     """Folder of the run: metrics, evaluations, samples, checkpoints and the final model."""
 
     def __post_init__(self) -> None:
-        """Raise `ValueError` for values that cannot be."""
+        """Raise `ValueError` for groups of one, several minibatches, or masked truncated completions."""
         super().__post_init__()
         check_int("group_size", self.group_size, at_least=2)
         if self.minibatches != 1:

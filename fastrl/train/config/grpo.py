@@ -9,81 +9,80 @@ from fastrl.losses.advantages.group import BASELINES, SCALES
 from fastrl.train.config.run import check_choice, check_int
 from fastrl.train.config.sampling import BatchConfig
 
-# A baseline that is given for each prompt (ReMax) would need a greedy completion, which this loop does not sample.
+# The baseline `given` (ReMax) needs the reward of a greedy completion, and this loop samples none.
 GROUP_BASELINES = tuple(name for name in BASELINES if name != "given")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOConfig(BatchConfig):
-    """Settings of `fastrl.train.grpo.run_grpo`; the completions of a group are compared with each other."""
+    """Settings of `fastrl.train.grpo.run_grpo`."""
 
     # The loss
     loss: str = "grpo"
     """A preset of `fastrl.PolicyLoss`: grpo, dr_grpo, dapo, gspo, cispo, ..."""
     clip_low: float | None = None
-    """Width of the clip below 1; None keeps the preset's."""
+    """Width of the clip below 1. None keeps the preset's value."""
     clip_high: float | None = None
-    """Width of the clip above 1; None keeps the preset's."""
+    """Width of the clip above 1. None keeps the preset's value."""
     kl: str | None = None
-    """KL estimator in the loss (k1, k2, k3, abs); None keeps the preset's."""
+    """KL estimator in the loss (k1, k2, k3, abs). None keeps the preset's value."""
     kl_coef: float | None = None
-    """Coefficient of the KL; None keeps the preset's, 0 switches the KL off and saves the reference model."""
+    """Coefficient of the KL. None keeps the preset's value. 0 turns the KL off and loads no reference model."""
     entropy_coef: float | None = None
-    """Coefficient of the entropy bonus; None keeps the preset's."""
+    """Coefficient of the entropy bonus. None keeps the preset's value."""
     loss_options: dict[str, int | float | str | bool] = field(default_factory=dict)
     """Any other field of `fastrl.PolicyLoss`, and `style`."""
     clip_cov_fraction: float = 2e-4
-    """With `loss: clip_cov`: share of the tokens of a minibatch that are detached, at least one token (Cui et al. 2025,
+    """With `loss: clip_cov`: share of a minibatch's tokens to detach, at least one token (Cui et al. 2025,
     arXiv 2505.22617)."""
     clip_cov_low: float = 1.0
-    """With `loss: clip_cov`: detached are tokens whose covariance of advantage and log-prob is greater than this."""
+    """With `loss: clip_cov`: detach only tokens whose covariance of advantage and log-prob is greater than this."""
     clip_cov_high: float = 5.0
-    """With `loss: clip_cov`: and less than this."""
+    """With `loss: clip_cov`: detach only tokens whose covariance is less than this."""
     advantage_scale: str = "group"
     """Divisor of the advantages: `group` (std of the group), `batch`, `none` (Dr. GRPO), ..."""
     advantage_baseline: str = "group_mean"
-    """What is subtracted from a reward: `group_mean`, `leave_one_out`, ..."""
+    """Baseline to subtract from a reward: `group_mean`, `leave_one_out`, ..."""
     step_rewards: dict[str, float] = field(default_factory=dict)
-    """Process supervision: rewards of the steps of a completion, by name, with their weights. Each is called with the
-    text up to the end of a step. Their advantages are added to those of `rewards`, whose weights may be 0."""
+    """Process supervision: the weight of each step reward, by name. A step reward scores the text up to the end of a
+    step. Its advantages are added to the advantages from `rewards`, whose weights may be 0."""
     step_marker: str = "\n"
-    """What ends a step: a newline, `<step>`, ...; a text, not a special token, which the text of a completion lacks."""
+    """Text that ends a step: a newline, `<step>`, ... Not a special token, because decoding drops special tokens."""
 
     # The prompts
     dynamic_sampling: Literal["off", "reward", "correct"] = "off"
-    """Sample further prompts in the place of groups that teach nothing: those whose rewards are all equal (`reward`),
-    or whose answers are all right or all wrong (`correct`, DAPO)."""
+    """Redraw groups without a gradient: `reward` redraws groups whose rewards are all equal, `correct` (DAPO) redraws
+    groups whose answers are all right or all wrong."""
     dynamic_sampling_tries: int = 4
-    """Rounds of sampling for one batch; groups that are still missing are filled up with some that teach nothing."""
+    """Rounds of sampling for one batch. After the last round, groups without a gradient fill the empty places."""
     filter_prompts: int = 0
-    """Train on those of this many problems that the model, before training, answers right sometimes but not always
-    (of `group_size` completions), again and again; 0 trains on the endless stream of problems."""
+    """Before training, answer this many problems with `group_size` completions each. Train repeatedly on the problems
+    that got both right and wrong answers. 0 trains on the endless stream of problems."""
     curriculum_parameter: str | None = None
-    """Parameter of the task that makes it harder in stages, in the training problems only."""
+    """Parameter of the task that changes in stages, for training problems only."""
     curriculum_values: tuple[int | float | str | bool, ...] = ()
-    """Its value in each stage, the easiest first."""
+    """Value of the parameter in each stage, the easiest first."""
     curriculum_threshold: float = 0.8
-    """Share of right answers, over the last `curriculum_window` steps of a stage, from which the next one begins."""
+    """Share of right answers that ends a stage, averaged over the last `curriculum_window` steps of the stage."""
     curriculum_window: int = 5
-    """Steps over which that share is taken."""
+    """Steps in the average for `curriculum_threshold`."""
 
     # The reference of the KL
     reference_sync_steps: int = 0
-    """Steps after which the reference follows the policy; 0 keeps the model before training."""
+    """Steps between updates of the reference from the policy. 0 keeps the model before training."""
     reference_ema: float = 0.0
-    """Share of the old reference that a synchronisation keeps: 0 takes the policy as it is."""
+    """Weight of the old reference in an update. 0 copies the policy."""
 
     run_dir: str = "runs/grpo"
     """Folder of the run: metrics, evaluations, samples, checkpoints and the final model."""
 
     def __post_init__(self) -> None:
-        """Raise `ValueError` for values that cannot be."""
+        """Raise `ValueError` for a number out of range, an unknown choice, or settings that contradict each other."""
         super().__post_init__()
         for name in ("dynamic_sampling_tries", "curriculum_window"):
             check_int(name, getattr(self, name), at_least=1)
         for name in ("filter_prompts", "reference_sync_steps"):
             check_int(name, getattr(self, name), at_least=0)
-        check_choice("dynamic_sampling", self.dynamic_sampling, ("off", "reward", "correct"))
         self._check_advantages()
         self._check_covariance()
         object.__setattr__(self, "curriculum_values", tuple(self.curriculum_values))

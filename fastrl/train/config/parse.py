@@ -1,6 +1,7 @@
 """A configuration dataclass from a YAML file and the command line, which overrides the file.
 
-Keys of the file are the fields; an unknown one is refused with the close ones, and a value of the wrong type by name.
+The keys of the file are the fields. An error for an unknown key lists similar fields, and an error for a value of the
+wrong type names the key.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], program: 
     """Return the configuration that the arguments describe: `--config FILE.yaml` and `--FIELD VALUE` for any field.
 
     Raises:
-        ValueError: the file is wrong, or a value is; the message names the key.
+        ValueError: the file or a value is wrong. The message names the key.
         FileNotFoundError: there is no such file.
-        SystemExit: with 2 where the arguments are wrong (after a message), with 0 after `--help`.
+        SystemExit: with 2 and a message for wrong arguments, with 0 after `--help`.
     """
     import tyro
 
@@ -53,7 +54,7 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], program: 
 
 
 def load_config(config_class: type[Config], path: str | Path) -> Config:
-    """Return the configuration in a YAML file; fields that it leaves out have their defaults."""
+    """Return the configuration in a YAML file. Fields that are not in the file have their defaults."""
     import yaml
 
     path = Path(path)

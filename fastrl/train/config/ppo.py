@@ -1,4 +1,4 @@
-"""The settings of the PPO loop."""
+"""Settings of PPO."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fastrl.train.config.run import check_choice, check_int, check_positive
+from fastrl.train.config.run import check_int, check_positive
 from fastrl.train.config.sampling import BatchConfig
 
 
@@ -15,9 +15,9 @@ class PPOConfig(BatchConfig):
     """Settings of `fastrl.train.ppo.run_ppo`."""
 
     prompts_per_step: int = 32
-    """Different prompts in a batch."""
+    """Number of different prompts in a batch."""
     group_size: int = 1
-    """Completions of each prompt; they share its forward pass and are not compared with each other."""
+    """Completions of each prompt. They share its forward pass, and PPO does not compare them."""
     epochs_per_batch: int = 2
     """Passes over a batch of rollouts."""
     minibatches: int = 2
@@ -25,17 +25,17 @@ class PPOConfig(BatchConfig):
 
     # The update
     update: Literal["clip", "gradient", "trust_region"] = "clip"
-    """`clip` is PPO; `gradient` one plain policy-gradient step per batch (REINFORCE with the critic as baseline);
-    `trust_region` a step along that gradient, halved until the KL to the old policy is at most `target_kl` and the
-    surrogate has improved."""
+    """`clip` is PPO. `gradient` takes one plain policy-gradient step per batch (REINFORCE with the critic as baseline).
+    `trust_region` steps along this gradient, and halves the step until the KL to the old policy is at most `target_kl`
+    and the surrogate has improved."""
     target_kl: float | None = None
-    """Nats per token. `clip`: no further step on a batch once KL(old || new) of a minibatch exceeds it. `trust_region`:
-    the bound of a step, needed there."""
+    """In nats per token. `clip` stops the steps on a batch once KL(old || new) of a minibatch exceeds this number.
+    `trust_region` needs it as the bound of each step."""
     trust_region_step: float = 1.0
-    """Longest step of `trust_region`, in the Euclidean norm of the parameters; each search starts at twice the step
+    """Longest step of `trust_region`, in the Euclidean norm of the parameters. Each search starts at twice the step
     that was taken last."""
     max_halvings: int = 10
-    """Times that a step of `trust_region` is halved before the old policy is kept."""
+    """Halvings of a `trust_region` step before the search gives up and keeps the old policy."""
     clip_low: float = 0.2
     """Width of the clip below 1, with `update: clip`."""
     clip_high: float = 0.2
@@ -47,8 +47,8 @@ class PPOConfig(BatchConfig):
 
     # The critic
     critic: Literal["head", "shared", "separate"] = "head"
-    """`head` trains a linear head on the policy's hidden states, `shared` the backbone of the policy too, `separate` a
-    copy of the whole backbone."""
+    """Each critic trains a linear head. `head` reads the policy's hidden states, `shared` trains the policy's backbone
+    too, `separate` trains a copy of the whole backbone."""
     critic_lr_factor: float = 1.0
     """Multiplies the learning rate of a separate backbone."""
     value_head_lr_factor: float = 10.0
@@ -56,43 +56,41 @@ class PPOConfig(BatchConfig):
     value_coef: float = 0.5
     """Coefficient of the squared error of the values."""
     value_clip: float | None = 0.2
-    """Half-width of the clip of a value around the old one; None: the plain squared error."""
+    """Half-width of the clip of a value around the old value. None takes the plain squared error."""
     critic_warmup_steps: int = 0
-    """First steps, in which only the critic is trained."""
+    """Number of first steps that train the critic only."""
 
     # Advantages
     gamma: float = 1.0
     """Discount per token."""
     lam: float = 0.95
-    """Decay of generalised advantage estimation; 1 takes whole returns, 0 one-step differences of values."""
+    """Decay of generalised advantage estimation. 1 takes whole returns, 0 one-step differences of values."""
     whiten_advantages: bool = True
     """Shift and scale the advantages of a batch to mean 0 and variance 1."""
 
     # KL in the reward
     kl_coef: float = 0.05
-    """Coefficient of the KL to the initial policy, subtracted from the reward of each token; 0 saves the reference."""
+    """Coefficient of the KL to the initial policy, subtracted from the reward of each token. 0 loads no
+    reference model."""
     kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
-    """Estimate of the KL of a token; with k1 the rewards of a completion sum to R - coef log(p / p_ref)."""
+    """Estimate of the KL of a token. With k1 the rewards of a completion sum to R - coef log(p / p_ref)."""
     kl_target: float | None = None
-    """Nats per completion: the coefficient follows this KL (Ziegler et al. 2019); None keeps it fixed."""
+    """Target of the adaptive coefficient, in nats per completion (Ziegler et al. 2019). None keeps it fixed."""
     kl_horizon: float = 10_000.0
     """Completions over which the adaptive coefficient can move by a fifth."""
 
     # Truncated completions
     truncated_reward: float | None = None
-    """Reward of a completion without a stop token in place of its own; None: what it earns as it is."""
+    """Reward of a completion without a stop token, in place of its own. None keeps its own."""
     bootstrap_truncated: bool = False
-    """Take the cut for no end: the critic's value of what was cut off stands in for its reward."""
+    """Do not treat truncation as an end: the critic's value at the cut stands in for the later rewards."""
 
     run_dir: str = "runs/ppo"
     """Folder of the run: metrics, evaluations, samples, checkpoints and the final model."""
 
     def __post_init__(self) -> None:
-        """Raise `ValueError` for values that cannot be."""
+        """Raise `ValueError` for a number out of range, an unknown choice, or settings that contradict each other."""
         super().__post_init__()
-        check_choice("update", self.update, ("clip", "gradient", "trust_region"))
-        check_choice("critic", self.critic, ("head", "shared", "separate"))
-        check_choice("kl_estimator", self.kl_estimator, ("k1", "k2", "k3", "abs"))
         check_int("max_halvings", self.max_halvings, at_least=0)
         check_int("critic_warmup_steps", self.critic_warmup_steps, at_least=0)
         for name in ("trust_region_step", "critic_lr_factor", "value_head_lr_factor", "kl_horizon"):

@@ -1,4 +1,4 @@
-"""Settings of the reward model."""
+"""Settings of the training of a reward model."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from fastrl.train.config.run import check_positive
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModelConfig(ComparisonDataConfig):
-    """Settings of `run_reward_model`."""
+    """Settings of `fastrl.train.reward_model.run_reward_model`."""
 
     centering_coef: float = 0.0
-    """Weight of the square of the two scores' sum, which keeps scores around zero."""
+    """Weight of the squared sum of a pair's two scores, which keeps scores around zero."""
     head_learning_rate_factor: float = 1.0
-    """The head's learning rate over that of the backbone."""
+    """The head's learning rate divided by the backbone's."""
     learning_rate: float = 1e-5
     """Peak learning rate of AdamW."""
 
@@ -23,7 +23,7 @@ class RewardModelConfig(ComparisonDataConfig):
     """Folder of the run: metrics, evaluations, checkpoints and the final model."""
 
     def __post_init__(self) -> None:
-        """Raise `ValueError` for values that cannot be."""
+        """Raise `ValueError` for a factor that is not positive, or a negative coefficient."""
         super().__post_init__()
         check_positive("head_learning_rate_factor", self.head_learning_rate_factor)
         if not self.centering_coef >= 0.0:

@@ -1,4 +1,4 @@
-"""Settings that every loop has: the run, the model, the optimiser."""
+"""Settings that every loop has (run, model, optimiser), and the checks that all configurations share."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-# Fields that may change when a run is resumed; any other difference would make it a different run.
+# Fields that may differ on resume. A change of any other field would make it a different run.
 MAY_CHANGE_ON_RESUME = frozenset(
     {
         "steps", "run_dir", "resume", "device", "eval_every", "eval_problems", "eval_modes", "eval_batch_size",
@@ -18,13 +18,13 @@ MAY_CHANGE_ON_RESUME = frozenset(
 )  # fmt: skip
 
 
-# Settings that an error message lists; a checkpoint of another loop differs in dozens.
+# An error message lists this many settings. A checkpoint of another loop differs in dozens.
 MOST_SHOWN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Settings that every loop has; wrong values raise `ValueError` when the object is built."""
+    """Settings that every loop has. Making one checks its values."""
 
     # The model
     model: str = "smollm2"
@@ -32,15 +32,15 @@ class RunConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the parameters. On a CPU float32 is often the fastest."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Autocast of the forward and backward passes; needs float32 parameters."""
+    """Autocast of the forward and backward passes. It needs float32 parameters."""
     device: Literal["auto", "cpu"] = "auto"
-    """`auto` takes the accelerator that there is; `cpu` does not look for one."""
+    """`auto` takes an accelerator if the machine has one, `cpu` does not look for one."""
     prompt_template: str = "chat"
-    """`chat` for the tokenizer's chat template, or a text with `{prompt}` in the place of the question."""
+    """`chat` for the tokenizer's chat template, or a text in which `{prompt}` stands for the question."""
     system_prompt: str | None = None
-    """System message of the chat template; None leaves the template's own default."""
+    """System message of the chat template. None keeps the template's default."""
     lora_rank: int = 0
-    """Rank of LoRA adapters; 0 trains all parameters."""
+    """Rank of LoRA adapters. 0 trains all parameters."""
     lora_alpha: float = 32.0
     """Numerator of LoRA's scale, alpha / rank."""
     lora_targets: str = "all-linear"
@@ -52,7 +52,7 @@ class RunConfig:
     learning_rate: float = 1e-5
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What follows the warm-up: constant, or a decay to 0 at the last step."""
+    """Learning rate after the warm-up: constant, or a decay to 0 at the last step."""
     warmup_steps: int = 0
     """Steps in which the learning rate rises linearly."""
     weight_decay: float = 0.0
@@ -66,44 +66,42 @@ class RunConfig:
 
     # Evaluation
     eval_every: int = 0
-    """Steps between evaluations on held-out data; there is always one before the first and after the last step."""
+    """Steps between evaluations on held-out data. Each run also evaluates before its first and after its last step."""
     eval_batch_size: int = 64
-    """Held-out examples in one forward pass, or answered at once."""
+    """Held-out examples in one forward pass, or held-out problems answered at once."""
     eval_samples: int = 8
-    """Completions of each evaluation that are kept to be read."""
+    """Completions of each evaluation that the run saves for reading."""
 
-    # What is written
+    # Output
     run_dir: str = "runs/run"
     """Folder of the run: metrics, evaluations, samples, checkpoints and the final model."""
     checkpoint_every: int = 0
-    """Steps between checkpoints; 0 writes none."""
+    """Steps between checkpoints. 0 writes none."""
     keep_checkpoints: int = 2
-    """Checkpoints that are kept, the newest ones."""
+    """Number of newest checkpoints to keep."""
     resume: bool = False
-    """Continue from the newest checkpoint in `run_dir`; a run without one starts from the beginning."""
+    """Continue from the newest checkpoint in `run_dir`. Without a checkpoint, start from the beginning."""
     save_model: bool = True
     """Write the trained model (or its adapters) and the tokenizer to `run_dir/model` at the end."""
     overwrite: bool = False
-    """Remove what an earlier run left in `run_dir`; without it, or `resume`, such a folder is refused."""
+    """Remove the files of an earlier run from `run_dir`. Without `overwrite` or `resume` the loop refuses such a
+    folder."""
     tensorboard: bool = False
     """Log to TensorBoard too."""
     trackio: bool = False
     """Log to trackio too."""
     seed: int = 0
-    """Seed of the data, the sampling and everything else that is random."""
+    """Seed of the data order, the sampling and every other random draw."""
 
     def __post_init__(self) -> None:
-        """Raise `ValueError` for values that cannot be."""
+        """Raise `ValueError` for a number out of range, an unknown choice, or settings that exclude each other."""
         for name in ("steps", "eval_batch_size", "keep_checkpoints"):
             check_int(name, getattr(self, name), at_least=1)
         for name in ("lora_rank", "warmup_steps", "eval_every", "eval_samples", "checkpoint_every", "seed"):
             check_int(name, getattr(self, name), at_least=0)
         for name in ("learning_rate", "max_grad_norm", "lora_alpha"):
             check_positive(name, getattr(self, name))
-        check_choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
-        check_choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
-        check_choice("device", self.device, ("auto", "cpu"))
-        check_choice("lr_schedule", self.lr_schedule, ("constant", "linear", "cosine"))
+        check_choices(self)
         if self.mixed_precision != "no" and self.dtype != "float32":
             raise ValueError(f"mixed_precision={self.mixed_precision!r} needs dtype='float32', got {self.dtype!r}")
         if self.resume and self.overwrite:
@@ -111,7 +109,7 @@ class RunConfig:
 
     @property
     def lora_modules(self) -> str | tuple[str, ...]:
-        """The modules that get adapters, as `fastrl.train.model.add_lora` takes them."""
+        """Modules that get adapters, in the form of `fastrl.train.model.add_lora`."""
         return tuple(self.lora_targets.split(",")) if "," in self.lora_targets else self.lora_targets
 
     def learning_rate_at(self, step: int) -> float:
@@ -123,12 +121,12 @@ class RunConfig:
         return self.learning_rate * decay[self.lr_schedule]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields as values that JSON keeps as they are."""
+        """Return the fields as JSON values, so tuples as lists."""
         values = dataclasses.asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def check_resumable(self, saved: Mapping[str, Any]) -> None:
-        """Raise `ValueError` when a run with the `saved` settings would become a different one under these."""
+        """Raise `ValueError` if a setting that must not change on resume differs from its `saved` value."""
         changed = {
             name: (saved.get(name), value)
             for name, value in self.as_dict().items()
@@ -153,6 +151,21 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise `ValueError` unless the value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_choices(config: Any) -> None:
+    """Raise `ValueError` unless every field of the dataclass whose annotation is a `Literal` holds one of its values.
+
+    A field `tuple[Literal[...], ...]` holds values of it only.
+    """
+    # The annotations are the one place that lists the choices: the command line and the YAML reader use them too.
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal:
+            check_choice(name, value, get_args(hint))
+        elif get_origin(hint) is tuple and get_origin(get_args(hint)[0]) is Literal:
+            for item in value:
+                check_choice(name, item, get_args(get_args(hint)[0]))
 
 
 def check_positive(name: str, value: float) -> None:

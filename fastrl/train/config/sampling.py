@@ -1,4 +1,11 @@
-"""The configuration of the loops: frozen dataclasses, every field explained where it stands."""
+"""Settings of the loops that answer problems of a task: three steps of one ladder.
+
+| class | adds | loops |
+|---|---|---|
+| `TaskEvaluationConfig` | held-out problems in evaluations | dpo, sft, and all below |
+| `TaskConfig` | completions to train on, and their rewards | rft, and all below |
+| `BatchConfig` | optimiser steps on a batch of completions | grpo, ppo, online_dpo |
+"""
 
 from __future__ import annotations
 
@@ -11,24 +18,24 @@ from fastrl.train.config.run import RunConfig, check_choice, check_int, check_po
 
 @dataclass(frozen=True, kw_only=True)
 class TaskEvaluationConfig(RunConfig):
-    """Settings of the loops that answer held-out problems of a task."""
+    """Settings of evaluations on held-out problems of a task, the base of `DPOConfig`, `SFTConfig` and `TaskConfig`."""
 
     task_parameters: dict[str, int | float | str | bool] = field(default_factory=dict)
-    """Parameters of the task: those of the dataset, and `extraction` (how an answer is read off a completion)."""
+    """Parameters of the dataset, and `extraction`: how the task finds the answer in a completion."""
     max_new_tokens: int = 128
-    """Longest completion; one that gets there without a stop token counts as truncated."""
+    """Longest completion. One that reaches this length without a stop token counts as truncated."""
     temperature: float = 1.0
-    """Divides the logits, in the sampling and in the loss alike."""
+    """Divides the logits, both in sampling and in the loss."""
     eval_problems: int = 100
-    """Held-out problems in an evaluation; 0 leaves evaluations out."""
+    """Held-out problems in an evaluation. 0 turns evaluations off."""
     eval_modes: tuple[Literal["sampled", "greedy"], ...] = ("sampled",)
     """`sampled` at the training temperature, `greedy`, or both."""
     reward_timeout_s: float | None = 5.0
-    """Seconds that one call of a reward may take, in a worker process; None calls rewards in the process that trains,
-    where nothing stops one that hangs."""
+    """Time limit of one call of a reward, in seconds. Rewards then run in a worker process. None runs them in the
+    training process, which cannot stop a call that hangs."""
 
     def __post_init__(self) -> None:
-        """Raise `ValueError` for values that cannot be."""
+        """Raise `ValueError` for a length, count, temperature or time limit out of range, or an unknown mode."""
         super().__post_init__()
         check_int("max_new_tokens", self.max_new_tokens, at_least=1)
         check_int("eval_problems", self.eval_problems, at_least=0)
@@ -36,26 +43,24 @@ class TaskEvaluationConfig(RunConfig):
         if self.reward_timeout_s is not None:
             check_positive("reward_timeout_s", self.reward_timeout_s)
         object.__setattr__(self, "eval_modes", tuple(self.eval_modes))
-        for mode in self.eval_modes:
-            check_choice("eval_modes", mode, ("sampled", "greedy"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig(TaskEvaluationConfig):
-    """Settings of the loops that sample completions and score them."""
+    """Settings of sampled and scored completions, the base of `RFTConfig` and `BatchConfig`."""
 
     task: str = "chain_sum"
     """Name of a reasoning-gym dataset."""
     rewards: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0})
-    """Reward functions by name, with their weights."""
+    """Weight of each reward function, by name."""
     eval_rewards: tuple[str, ...] = ()
-    """Those of `rewards` whose mean over the answers to held-out problems is measured too: what the policy is meant to
-    be paid for, when a reward model stands in its place."""
+    """Rewards to evaluate on held-out problems too, each one a name in `rewards`. For example the true reward, while a
+    reward model is the training signal."""
     prompts_per_step: int = 8
-    """Different prompts in a batch."""
+    """Number of different prompts in a batch."""
 
     def __post_init__(self) -> None:
-        """Raise `ValueError` for values that cannot be."""
+        """Raise `ValueError` for fewer than one prompt, or a reward to evaluate that is not in `rewards`."""
         super().__post_init__()
         check_int("prompts_per_step", self.prompts_per_step, at_least=1)
         object.__setattr__(self, "eval_rewards", tuple(self.eval_rewards))
@@ -65,17 +70,17 @@ class TaskConfig(TaskEvaluationConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig(TaskConfig):
-    """Settings of the loops that take optimiser steps on batches of sampled completions."""
+    """Settings of optimiser steps on batches of completions, the base of GRPO's, PPO's and online DPO's settings."""
 
     group_size: int = 8
     """Completions of each prompt."""
     mask_truncated: bool = False
     """Leave truncated completions out of the loss (the overlong filtering of DAPO)."""
     reward_model: str | None = None
-    """Folder or hub name of a sequence classifier with one label, whose score is added to the rewards; its tokenizer
-    must be the policy's."""
+    """Folder or hub name of a sequence classifier with one label. Its score is added to the rewards. It must have the
+    tokenizer of the policy."""
     reward_model_weight: float = 1.0
-    """Weight of its score."""
+    """Weight of the reward model's score."""
 
     # Passes over a batch
     epochs_per_batch: int = 1
@@ -83,17 +88,18 @@ class BatchConfig(TaskConfig):
     minibatches: int = 1
     """Optimiser steps in one pass."""
     micro_batch_size: int | None = None
-    """Completions in one forward and backward pass, a divisor of the minibatch; None: the whole minibatch at once.
+    """Completions in one forward and backward pass, a divisor of the minibatch. None takes the whole minibatch.
     It changes the memory, not the gradient: the loss is divided by the counts of the whole optimiser step."""
     packing: bool = False
-    """Run each completion with its prompt as a sequence of a packed stream, without padding. False runs a prompt once
-    for all its completions, and pads these. Both give the same log-probs and gradients, within rounding; what has fewer
-    tokens is faster: packing where completions are long and differ in length, shared prompts elsewhere."""
+    """True packs sequences of prompt and completion into a stream without padding. False runs each prompt once for all
+    its completions, and pads the completions. Both give the same log-probs and gradients, within rounding. The layout
+    with fewer tokens is faster: packing for long completions of different lengths, shared prompts otherwise."""
     packing_tokens: int = 512
-    """Tokens of a packed stream, more where a sequence is longer; without FlashAttention its mask has their square."""
+    """Tokens T of a packed stream. A longer sequence makes a longer stream. Without FlashAttention the
+    attention mask has T x T entries."""
 
     def __post_init__(self) -> None:
-        """Raise `ValueError` for values that cannot be."""
+        """Raise `ValueError` for sizes that do not divide each other, or a batch that nothing scores."""
         super().__post_init__()
         for name in ("group_size", "epochs_per_batch", "minibatches", "packing_tokens"):
             check_int(name, getattr(self, name), at_least=1)

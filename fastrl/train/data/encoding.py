@@ -6,15 +6,17 @@
 
 | kind | fields of a record | function |
 |---|---|---|
-| supervised | `prompt`, `completion`; or `messages`: the assistant's turns are trained | `supervised_examples` |
-| preference | `prompt`, `chosen`, `rejected`; or `chosen`, `rejected` as whole conversations | `preference_examples` |
+| supervised | `prompt`, `completion` | `supervised_examples` |
+| supervised | `messages`, of which the assistant's turns are trained | `supervised_examples` |
+| preference | `prompt`, `chosen`, `rejected` | `preference_examples` |
+| preference | `chosen`, `rejected` as whole conversations | `preference_examples` |
 | unpaired | `prompt`, `completion`, `label` (true or false) | `unpaired_examples` |
 
 A preference record may have a number `margin`: how much better the chosen completion is, for reward models.
 
-A prompt or a completion is a text, or a list of messages `{"role", "content"}`. A prompt is tokenised on its own, as it
-is when a completion is sampled, and the completion after it, up to and with the stop token that ends the turn: the
-tokens that are trained are those that the model will have to write.
+A prompt or a completion is a text, or a list of messages `{"role", "content"}`. The encoder tokenises the prompt on its
+own, as sampling does. Then it tokenises the completion, with the stop token at its end. So training sees the tokens
+that the model has to sample.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -46,15 +48,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Example:
-    """A token sequence of which some tokens are trained."""
+    """A token sequence, and the tokens to train."""
 
     ids: list[int]
     trained: list[bool]
-    """Of each token whether it is a target; never the first one, which nothing predicts."""
+    """Whether each token is a target. The first one never is, because nothing predicts it."""
 
     @classmethod
     def of(cls, prompt: Sequence[int], completion: Sequence[int]) -> Example:
-        """Return the example whose completion is trained."""
+        """Return the example that trains the completion."""
         return cls([*prompt, *completion], [False] * len(prompt) + [True] * len(completion))
 
     @property
@@ -71,12 +73,12 @@ class PreferenceExample:
     chosen: list[int]
     rejected: list[int]
     margin: float = 0.0
-    """How much better the chosen one is, where the record says it in a field `margin`."""
+    """How much better the chosen completion is: the field `margin` of the record, or 0."""
 
 
 @dataclass(frozen=True)
 class UnpairedExample:
-    """A prompt with a completion that is wanted or not, as token ids."""
+    """A prompt with a desirable or undesirable completion, as token ids."""
 
     prompt: list[int]
     completion: list[int]
@@ -85,18 +87,18 @@ class UnpairedExample:
 
 @dataclass(frozen=True)
 class Encoded(Generic[T]):
-    """Examples, and what was done to those that are too long."""
+    """Examples, and the counts of dropped and cut ones."""
 
     examples: list[T]
     dropped: int
-    """Records without an example, because of their length."""
+    """Records that were too long and gave no example."""
     cut: int
     """Examples that lost the end of a completion."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """How text becomes tokens."""
+    """Turns texts and conversations into tokens."""
 
     tokenizer: Any
     stop_ids: Sequence[int]
@@ -104,7 +106,7 @@ class Encoder:
     template: str = CHAT_TEMPLATE
     """`chat`, or a text with `{prompt}`, as in `fastrl.train.data.encoding.encode_prompts`."""
     system: str | None = None
-    """System message of conversations that do not begin with one of their own."""
+    """System message for conversations without one."""
 
     def prompt(self, prompt: str | Sequence[Message]) -> list[int]:
         """Return the ids of a prompt, ready for a completion."""
@@ -124,13 +126,13 @@ class Encoder:
         return example.ids[example.trained.index(True) :]
 
     def conversation(self, messages: Sequence[Message], *, last_only: bool = False) -> Example:
-        """Return a conversation of which the assistant's turns are trained, or the last of them only.
+        """Return a conversation that trains the assistant's turns, or only the last of them.
 
-        What follows the last of these turns is left out. A turn is trained through its stop token.
+        The example ends with the last of these turns. A turn is trained up to and including its stop token.
 
         Raises:
-            ValueError: there is no turn of the assistant, the chat template writes a turn differently once the
-                conversation goes on (so that no cut into prompt and completion is right), or ends one without a stop.
+            ValueError: there is no turn of the assistant, or the chat template ends a turn without a stop token, or it
+                writes a turn differently once the conversation goes on, so that no cut into prompt and completion fits.
         """
         turns = self._begun(messages)
         spoken = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
@@ -157,7 +159,7 @@ class Encoder:
         return Example(ids[:last], trained[:last])
 
     def _end(self, said: Sequence[int]) -> int:
-        """Return the length of a turn up to and with its stop token."""
+        """Return the length of a turn including its stop token."""
         stops = [position for position, token in enumerate(said) if token in self.stop_ids]
         if not stops:
             raise ValueError(
@@ -196,14 +198,14 @@ class Encoder:
 def supervised_examples(
     records: Records, encoder: Encoder, *, max_tokens: int | None = None, overlong: Overlong = "drop"
 ) -> Encoded[Example]:
-    """Return the examples of supervised records; see the table at the top of the module.
+    """Return the examples of supervised records. The top of the module lists their fields.
 
     Args:
-        records: what `fastrl.train.data.read_records` returns.
+        records: a result of `read_records`.
         encoder: the tokenizer and the template.
-        max_tokens: longest example, prompt and completion together; None: no limit.
-        overlong: what becomes of a longer one: `drop` leaves it out; `cut` leaves the end of its last completions out,
-            and the record with them where no target is left. Both are counted.
+        max_tokens: longest example, prompt and completion together. None sets no limit.
+        overlong: `drop` leaves longer examples out. `cut` removes the end of the example, and drops it if no target
+            is left. Both are counted.
 
     Raises:
         ValueError: a record without its fields or with wrong ones (the message names the place), or none fits.
@@ -229,10 +231,10 @@ def supervised_examples(
 def preference_examples(
     records: Records, encoder: Encoder, *, max_tokens: int | None = None, overlong: Overlong = "drop"
 ) -> Encoded[PreferenceExample]:
-    """Return the pairs of preference records; the arguments and errors are those of `supervised_examples`.
+    """Return the pairs of preference records, with the arguments and errors of `supervised_examples`.
 
-    The length of a pair is that of its prompt with the longer completion. Without a field `prompt`, the messages that
-    `chosen` and `rejected` begin with in common are the prompt.
+    A pair is as long as its prompt with the longer completion. Without a field `prompt`, the prompt is the messages
+    that `chosen` and `rejected` have in common at their beginning.
     """
 
     def make(record: Mapping[str, Any]) -> PreferenceExample:
@@ -259,7 +261,7 @@ def preference_examples(
 def unpaired_examples(
     records: Records, encoder: Encoder, *, max_tokens: int | None = None, overlong: Overlong = "drop"
 ) -> Encoded[UnpairedExample]:
-    """Return the examples of unpaired records; the arguments and errors are those of `supervised_examples`."""
+    """Return the examples of unpaired records, with the arguments and errors of `supervised_examples`."""
 
     def make(record: Mapping[str, Any]) -> UnpairedExample:
         prompt, completion, label = _prompt(record), _completion(record, "completion"), record.get("label")
@@ -282,7 +284,7 @@ def _encode(
     max_tokens: int | None,
     overlong: Overlong,
 ) -> Encoded[T]:
-    if overlong not in ("drop", "cut"):
+    if overlong not in get_args(Overlong):
         raise ValueError(f"overlong must be drop or cut, got {overlong!r}")
     if max_tokens is not None and max_tokens < 2:
         raise ValueError(f"max_tokens must be at least 2, got {max_tokens}")
@@ -359,7 +361,7 @@ def _margin(record: Mapping[str, Any]) -> float:
 
 
 def _only_turn(completion: Sequence[Message]) -> str:
-    """Return the text of a completion that is given as messages."""
+    """Return the text of a completion in messages."""
     turns = [(turn.get("role"), turn.get("content")) for turn in completion if isinstance(turn, Mapping)]
     if len(completion) != 1 or [role for role, _ in turns] != ["assistant"] or not isinstance(turns[0][1], str):
         raise ValueError(
@@ -373,8 +375,8 @@ def encode_prompts(
 ) -> list[list[int]]:
     """Return the token ids of each question put into `template`.
 
-    `template` is "chat" for the tokenizer's own chat template, or any text that holds `{prompt}`, in which special
-    tokens may be spelt out. `system` is a system message for the chat template.
+    `template` is "chat" for the tokenizer's own chat template, or any text with `{prompt}`. The text may spell out
+    special tokens. `system` is a system message for the chat template.
     """
     if template == CHAT_TEMPLATE:
         if not tokenizer.chat_template:
@@ -400,7 +402,7 @@ def encode_prompts(
 
 
 def pad_left(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return `(ids, mask)`, both (P, T), with the padding on the left and the mask made from the lengths."""
+    """Return `(ids, mask)`, both (P, T), padded on the left. The lengths make the mask, not the padding token."""
     width = max(len(ids) for ids in sequences)
     padded = [[pad_id] * (width - len(ids)) + list(ids) for ids in sequences]
     lengths = torch.tensor([len(ids) for ids in sequences])

@@ -1,12 +1,12 @@
-"""Packing: sequences of different lengths in one stream of tokens, without padding, that do not see each other.
+"""Packing: sequences of different lengths in one stream of tokens, without padding and without seeing each other.
 
     batches = [collate([examples[i] for i in group]) for group in pack(lengths, budget)]
     hidden = packed_hidden(model, batch)           # (N, D), a row per predicted token
 
-Attention keeps the sequences apart: with FlashAttention by its variable-length kernel, with transformers' other
-implementations by a block-diagonal causal mask, which they make from positions that begin again at 0. Model families
-differ in whether they do (a recurrent state runs on), so nothing is believed: `prove_packing` measures on the first
-batch that a sequence's log-probs are those that it has alone, and that they do not change with its neighbours.
+Attention keeps the sequences apart. FlashAttention has a variable-length kernel for this. The other implementations of
+transformers make a block-diagonal causal mask from positions that begin again at 0. Some model families do not, for
+example because a recurrent state runs on. So `prove_packing` measures it on the first batch: a sequence must have the
+same log-probs as alone, and they must not change with its neighbours.
 
 Shapes: S sequences, N tokens of all of them, D hidden, V vocabulary.
 """
@@ -26,10 +26,10 @@ from fastrl.ops import linear_token_logprobs
 from fastrl.train.data.encoding import Example
 from fastrl.train.model import LARGEST_DIFFERENCE, Head, causal_lm
 
-# Largest change of a hidden state, over the largest hidden state, with other tokens in the sequence before it. A masked
-# entry has weight exactly 0; what is left is rounding where GEMMs are cut differently (mixtures of experts).
+# Largest change of a hidden state, relative to the largest hidden state, if tokens of the sequence before it change.
+# A masked entry has weight exactly 0. Only rounding is left, from GEMMs of other shapes (mixtures of experts).
 _LARGEST_LEAK = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-# Sequences, and tokens of each, that the proof looks at.
+# Size of the proof.
 _PROOF_SEQUENCES, _PROOF_TOKENS = 4, 256
 
 
@@ -39,11 +39,11 @@ class PackedBatch:
 
     input_ids: Tensor  # (N,)
     labels: Tensor  # (N,) the token after each input
-    mask: Tensor  # (N,) bool, labels that are trained
+    mask: Tensor  # (N,) bool, trained labels
     position_ids: Tensor  # (N,) from 0 in each sequence
-    cu_seqlens: Tensor  # (S+1,) int32, where the sequences begin, and N
+    cu_seqlens: Tensor  # (S+1,) int32, first index of each sequence, and N
     max_length: int
-    """Inputs of the longest sequence."""
+    """Number of inputs of the longest sequence."""
 
 
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -91,7 +91,7 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> 
 def packed_batches(
     examples: Sequence[Example], budget: int | None, device: torch.device | str = "cpu"
 ) -> list[tuple[list[int], PackedBatch]]:
-    """Return batches of at most `budget` inputs, each with the indices of its examples; None: one example in each."""
+    """Return batches of at most `budget` inputs, or of one example if None, each with the indices of its examples."""
     lengths = [len(example.ids) - 1 for example in examples]
     groups = [[index] for index in range(len(examples))] if budget is None else pack(lengths, budget)
     return [(group, collate([examples[index] for index in group], device)) for group in groups]
@@ -108,7 +108,7 @@ def packed_hidden(model: Any, batch: PackedBatch) -> Tensor:
             "max_length_q": batch.max_length,
             "max_length_k": batch.max_length,
         }
-    # No attention mask and no cache: with either, transformers would not look for several sequences in the positions.
+    # No attention mask and no cache: with either, transformers does not look for several sequences in the positions.
     out = inner.base_model(
         input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False, **lengths
     )
@@ -116,7 +116,7 @@ def packed_hidden(model: Any, batch: PackedBatch) -> Tensor:
 
 
 def use_flash_attention(model: Any) -> bool:
-    """Switch the model to FlashAttention's variable-length kernels where they can run, and return whether they can.
+    """Switch the model to FlashAttention's variable-length kernels if they can run, and return whether they can.
 
     They need the package flash-attn, a GPU, 16-bit parameters and a model family that supports them.
     """
@@ -137,21 +137,21 @@ def use_flash_attention(model: Any) -> bool:
 
 @torch.no_grad()
 def prove_packing(model: Any, head: Head, examples: Sequence[Example], *, packed: bool = True) -> float:
-    """Return the largest |difference| in nats between packed log-probs and those of the model's own logits.
+    """Return max |packed log-prob - log-prob of the sequence alone|, in nats, for a few shortened examples.
 
-    The model's own logits are those of each sequence alone. A few of the examples are looked at, shortened; one example
-    is packed with itself. The number covers how the head was read (bias, scale, softcap) as well, which is all of it
-    where the batches are not to be `packed` but hold one example each.
+    The second log-prob comes from the logits of the model itself, so the difference also covers the reading of the head
+    (bias, scale, softcap). A single example is packed with itself. Without `packed`, each batch holds one example, and
+    the reading of the head is all that the number covers.
 
     Raises:
-        ValueError: the log-probs differ, or change with the tokens of a neighbouring sequence; both by more than
-            rounding. The model cannot be trained on packed sequences.
+        ValueError: by more than rounding, the log-probs differ, or the hidden states change with the tokens of a
+            neighbouring sequence. The model cannot be trained on packed sequences.
     """
     few = [_start_of(example) for example in examples[:_PROOF_SEQUENCES]]
     if packed and len(few) == 1:
         few = few * 2
     batches = [collate(few, head.weight.device)] if packed else [collate([e], head.weight.device) for e in few]
-    # In the parameters' own precision: under autocast the model's own head would round its logits to 16 bits.
+    # Under autocast the model's own head would round its logits to 16 bits.
     with torch.autocast(head.weight.device.type, enabled=False):
         if packed:
             _check_leak(model, batches[0])
@@ -159,7 +159,7 @@ def prove_packing(model: Any, head: Head, examples: Sequence[Example], *, packed
 
 
 def _check_leak(model: Any, batch: PackedBatch) -> None:
-    """Raise where hidden states change with the tokens of the first sequence, to which they do not belong."""
+    """Raise if the hidden states of later sequences change with the tokens of the first one."""
     first = int(batch.cu_seqlens[1])
     others = (batch.input_ids[:first] + 1) % causal_lm(model).get_input_embeddings().weight.shape[0]
     changed = torch.cat([others, batch.input_ids[first:]])

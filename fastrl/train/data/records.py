@@ -1,9 +1,9 @@
-"""Records from files, folders, the hub or memory, with errors that say where the wrong one stands.
+"""Records from files, folders, the hub or memory, with errors that name the place of a wrong one.
 
     records = read_records("pairs.jsonl")          # a list of dicts that knows the line of each
     train, held_out = split_held_out(records, share=0.1)
 
-What a record holds is up to the loop; `fastrl.train.data.encoding` turns the usual kinds into tokens.
+The loop decides on the fields. `fastrl.train.data.encoding` turns the usual kinds of records into tokens.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ _HUB_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?(?::[\w.-]+)?")
 
 
 class Records(list[dict[str, Any]]):
-    """A list of records that knows where each of them stands."""
+    """A list of records that knows the place of each in its source."""
 
     def __init__(
         self, records: Iterable[dict[str, Any]], *, source: str, unit: str, numbers: Sequence[int] | None = None
     ) -> None:
-        """Take the records over.
+        """Keep the records with their places.
 
         Args:
             records: one mapping each.
-            source: the file or name that they come from, for messages.
-            unit: what is counted in it: `line`, `row`, `record`.
-            numbers: the number of each record; 1, 2, ... unless given.
+            source: their file or name, for error messages.
+            unit: the word before a number in messages: `line`, `row`, `record`.
+            numbers: the number of each record, 1, 2, ... if None.
         """
         super().__init__(records)
         self.source = source
@@ -53,14 +53,14 @@ def read_records(source: Any, *, split: str | None = None) -> Records:
     """Return the records of a data source.
 
     Args:
-        source: a file (.jsonl or .ndjson, one object a line; .json, a list of objects; .parquet), a folder written by
-            `datasets.Dataset.save_to_disk`, a dataset on the Hugging Face hub (`owner/name` or `owner/name:config`), a
-            `datasets.Dataset`, or a sequence of mappings.
-        split: the split of a source that has several, `train` unless given; refused for one that has none.
+        source: a file (.jsonl and .ndjson with one object a line, .json with a list of objects, or .parquet), a folder
+            written by `datasets.Dataset.save_to_disk`, a dataset on the Hugging Face hub (`owner/name` or
+            `owner/name:config`), a `datasets.Dataset`, or a sequence of mappings.
+        split: the split to read, `train` if None. A source without splits refuses it.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the source cannot be read or is empty, or a record is no object; the message names the place.
+        ValueError: the source cannot be read or is empty, or a record is no object. The message names the place.
         TypeError: a source of another kind.
     """
     if isinstance(source, str | Path):
@@ -81,10 +81,10 @@ def read_records(source: Any, *, split: str | None = None) -> Records:
 
 
 def split_held_out(records: Records, share: float) -> tuple[Records, Records]:
-    """Return (training, held-out) records; about `share` of the prompts are held out.
+    """Return (training, held-out) records, with about `share` of the prompts held out.
 
-    The hash of its prompt decides for a record, so no prompt is on both sides, whatever the order and the number of
-    the records. The prompt is the field `prompt`, or else the messages before the first of the assistant.
+    A hash of the prompt decides, so no prompt is on both sides, for any order and number of records. The prompt is the
+    field `prompt`, or else the messages before the first turn of the assistant.
 
     Raises:
         ValueError: `share` is outside (0, 1), or one side would be empty.

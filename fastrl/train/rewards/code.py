@@ -1,14 +1,18 @@
 """A reward for programs: the share of tests that a completion's Python program passes, each in a confined process.
 
 A test is an input for stdin and the expected output, the form of APPS (Hendrycks et al., arXiv 2105.09938) and
-CodeContests (Li et al., arXiv 2203.07814). The output is judged here, outside the process that runs the program: a
-program can exit early, or look for the tests in its own process, but it can only pass by printing what is expected.
+CodeContests (Li et al., arXiv 2203.07814). The training side compares the outputs, outside the process that runs the
+program. A program can exit early or search its own process for the tests, but only printing the expected text passes.
 
-What the process cannot do (Linux on x86_64, enforced by the kernel): start a process or a thread, run another program,
-use the network or any socket, signal another process, write, create, rename or remove a file, use more CPU time, wall
-time, memory or output than granted. What it can do: read the files that this user can read, and import the standard
-library. It shares the kernel with everything else: this is no virtual machine, and secrets on the disk can be read
-(though not sent anywhere but to the output, which is only compared).
+| the process (Linux on x86_64, enforced by the kernel) | |
+|---|---|
+| cannot | start a process or a thread, run another program, use the network or any socket, signal another process |
+| cannot | write, create, rename or remove a file |
+| cannot | use more CPU time, wall time, memory or output than granted |
+| can | read the files that this user can read, and import the standard library |
+
+This is no virtual machine: the process shares the kernel. A program can read secrets on the disk. It can send them only
+to its output, which is compared and discarded.
 """
 
 from __future__ import annotations
@@ -39,26 +43,26 @@ def extract_program(completion: str) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class CodeTests:
-    """1 where the program passes all tests of the problem, else 0; or the share of the tests that it passes.
+    """1 if the program passes all tests of the problem, else 0. With `partial`, the share of passed tests.
 
-    The tests are `problem.entry["tests"]`: a list of mappings with the texts `input` and `output`. Outputs are compared
-    line by line, without white space at the ends of lines and of the whole.
+    The tests are `problem.entry["tests"]`: a list of mappings with the texts `input` and `output`. Outputs are
+    compared line by line, without white space at the ends of lines and at the end of the text.
 
     Raises:
         RuntimeError: this system cannot confine a process (it is not Linux on x86_64, or refuses the filter).
     """
 
     partial: bool = False
-    """Give the share of the tests that pass."""
+    """Return the share of passed tests."""
     timeout_s: float = 4.0
-    """Wall time for all tests of a completion; keep it below the time limit of a reward call."""
+    """Wall time for all tests of a completion. Keep it below the time limit of a reward call."""
     memory_mb: int = 256
     """Address space of the process."""
     output_kb: int = 256
-    """Longest output; a program that writes more fails."""
+    """Longest output. A program that writes more fails."""
 
     def __post_init__(self) -> None:
-        """Check the settings, and that the confinement works here."""
+        """Check the settings, and run a small program to check that the confinement works here."""
         for name in ("timeout_s", "memory_mb", "output_kb"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and greater than 0, got {getattr(self, name)}")
@@ -70,7 +74,7 @@ class CodeTests:
             )
 
     def __call__(self, problem: Problem, completion: str) -> float | None:
-        """Return the reward, None for a problem without tests."""
+        """Return the reward, or None for a problem without tests."""
         tests: Sequence[Mapping[str, Any]] = problem.entry.get("tests") or ()
         if not tests:
             return None
@@ -89,7 +93,7 @@ class CodeTests:
         return passed / len(tests)
 
     def _output(self, program: str, given: str, seconds: float) -> str | None:
-        """Return what the program prints, None where it fails or takes too long."""
+        """Return the program's output, or None if it fails or takes too long."""
         with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout:
             source.write(program.encode(errors="replace"))
             stdin.write(given.encode(errors="replace"))

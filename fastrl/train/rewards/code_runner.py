@@ -1,7 +1,7 @@
-"""The child's side of `fastrl.train.rewards.code`: gives up every right that a program does not need, and runs it.
+"""The child's side of `fastrl.train.rewards.code`: give up every right that a program does not need, and run it.
 
 Run as a script, with nothing but the standard library: `python -I -S code_runner.py CPU_SECONDS MEMORY_BYTES
-OUTPUT_BYTES SOURCE_FD`. The program cannot regain what a seccomp filter (Linux, seccomp(2)) has taken.
+OUTPUT_BYTES SOURCE_FD`. No program can remove a seccomp filter (Linux, seccomp(2)).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ARCH_X86_64 = 0xC000003E
 X32 = 0x40000000
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 ALLOW, DENY, KILL = 0x7FFF0000, 0x00050001, 0x80000000  # DENY: errno 1, EPERM
-NUMBER, ARCH, FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data; an argument takes 8 bytes
+NUMBER, ARCH, FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data, whose arguments take 8 bytes each
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, MODE_FILTER = 1, 38, 22, 2
 
 
@@ -55,7 +55,7 @@ class FilterProgram(ctypes.Structure):
 
 
 def confine(cpu_seconds: int, memory_bytes: int, output_bytes: int) -> None:
-    """Set the limits and the filter; raise OSError where the kernel refuses."""
+    """Set the limits and the filter. Raise OSError if the kernel refuses."""
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     for limit, value in (

@@ -1,8 +1,7 @@
 """Reward functions: of one completion's text, and of the lengths of a batch of completions.
 
-A function of a text takes a problem and a completion and returns a number, or None where it cannot judge. One of
-lengths takes tensors: it needs token counts, and may look at the other completions of the group. Every docstring
-names the paper or project that the reward comes from.
+A function of a text takes a problem and a completion, and returns a number, or None if it cannot judge. A function of
+lengths takes tensors, because it compares token counts within a group. Every docstring names the reward's source.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from fastrl.train.rewards.tasks import Problem, Task, extract_answer
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _INTEGER_OR_DECIMAL = re.compile(r"[-+]?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.[0-9]+)?")
-# Enough for any answer; int() and float() of a longer digit string would be slow or refused.
+# Enough for any answer. int() is slow for longer strings of digits, or refuses them.
 _MAX_NUMBER_LENGTH = 400
 
 
@@ -41,7 +40,7 @@ class Accuracy:
 
 @dataclasses.dataclass(frozen=True)
 class Exact:
-    """1 where the task gives the full score, else 0: the accuracy reward of DeepSeek-R1 (arXiv 2501.12948)."""
+    """1 if the task gives the full score, else 0: the accuracy reward of DeepSeek-R1 (arXiv 2501.12948)."""
 
     task: Task
 
@@ -51,10 +50,10 @@ class Exact:
 
 
 class MathVerify:
-    """1 where math-verify finds the completion's expression equal to the answer, else 0.
+    """1 if math-verify finds the completion's expression equal to the answer, else 0.
 
-    The project's own time limits are switched off: they use the process's one alarm, and turn a time-out into a wrong
-    answer. None where the reference answer itself cannot be parsed.
+    None if the reference answer itself cannot be parsed. The project's own time limits are off: they use the process's
+    one alarm, and turn a time-out into a wrong answer.
     Source: https://github.com/huggingface/Math-Verify.
     """
 
@@ -80,7 +79,7 @@ class MathVerify:
 
 
 def format_reward(problem: Problem, completion: str) -> float:
-    """Return 1 for `<think>...</think> <answer>...</answer>` and nothing else, each tag once and in order; else 0.
+    """Return 1 for `<think>...</think> <answer>...</answer>` and nothing else, each tag once and in order. Otherwise 0.
 
     Source: the format reward of DeepSeek-R1 (arXiv 2501.12948, section 2.2.2) with its template.
     """
@@ -104,9 +103,9 @@ def tag_count_reward(problem: Problem, completion: str) -> float:
 
 
 def number_only_reward(problem: Problem, completion: str) -> float:
-    """Return 1 where the whole completion is one number in ASCII digits, right or wrong; else 0.
+    """Return 1 if the whole completion is one number in ASCII digits, right or wrong. Otherwise 0.
 
-    The format reward (arXiv 2501.12948) for short answers without reasoning. `-5`, `1,234` and `12.0` are numbers;
+    The format reward (arXiv 2501.12948) for short answers without reasoning. `-5`, `1,234` and `12.0` are numbers.
     `1,23`, `٥` and `5 apples` are not.
     """
     del problem
@@ -114,7 +113,7 @@ def number_only_reward(problem: Problem, completion: str) -> float:
 
 
 def last_number_reward(problem: Problem, completion: str) -> float | None:
-    """Return 1 where the last number of the completion's answer equals the reference, else 0; None for other answers.
+    """Return 1 if the last number of the completion's answer equals the reference, else 0. None for other references.
 
     Source: the answer rule of GSM8K (Cobbe et al., arXiv 2110.14168), in the lenient form of lm-evaluation-harness.
     """
@@ -135,8 +134,8 @@ def _number(text: str) -> float | int | None:
 class Repetition:
     """Minus the share of word n-grams that repeat an earlier one: `-(1 - different / all)`, in (-1, 0].
 
-    Source: the repetition penalty of "Demystifying Long Chain-of-Thought Reasoning" (arXiv 2502.03373); the paper's
-    experiments put a penalty on the repeated tokens, its code has this form for a whole completion too.
+    Source: the repetition penalty of "Demystifying Long Chain-of-Thought Reasoning" (arXiv 2502.03373). The paper's
+    experiments penalise the repeated tokens. Its code also has this form, for a whole completion.
     """
 
     ngram: int = 3
@@ -158,12 +157,12 @@ class Repetition:
 
 @dataclasses.dataclass(frozen=True)
 class LanguageConsistency:
-    """The share of words written in one script; 0 for a completion without any word.
+    """The share of words written in one script, 0 for a completion without words.
 
-    A word counts when all its letters are of the script (the first word of their Unicode name: LATIN, CYRILLIC, CJK,
-    ARABIC, ...); numbers and signs are no words.
+    A word counts if all its letters are of the script, the first word of their Unicode name: LATIN, CYRILLIC, CJK,
+    ARABIC, ... Numbers and signs are no words.
     Source: the language consistency reward of DeepSeek-R1 (arXiv 2501.12948, section 2.3.2), which takes the share of
-    words in the target language; the script stands for the language here.
+    words in the target language. Here the script stands for the language.
     """
 
     script: str = "LATIN"
@@ -199,7 +198,7 @@ def kimi_length_reward(
 ) -> Tensor:
     """Return `0.5 - (len - min) / (max - min)` over the group's lengths for right completions, min(0, that) for others.
 
-    0 for a group whose completions all have one length. NaN where `correct` is.
+    0 for a group whose completions all have one length. NaN where `correct` is NaN.
     Source: the length penalty of Kimi k1.5 (arXiv 2501.12599, section 2.3.3).
     """
     lengths = lengths.float()
@@ -224,7 +223,7 @@ def cosine_length_reward(
 ) -> Tensor:
     """Return `long + (short - long) (1 + cos(pi len / max_length)) / 2`, with the bounds of right or wrong answers.
 
-    `exceeded` where len reaches `max_length`. NaN where `correct` is. The defaults are the paper's setting.
+    `exceeded` if len reaches `max_length`. NaN where `correct` is NaN. The defaults are the paper's setting.
     Source: the cosine reward of "Demystifying Long Chain-of-Thought Reasoning" (arXiv 2502.03373, section 4.2).
     """
     lengths = lengths.float()

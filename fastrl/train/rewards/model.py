@@ -1,4 +1,4 @@
-"""Scores of completions that come from a model: the protocol, and sequence classifiers of transformers.
+"""Reward models: the protocol, and sequence classifiers of transformers.
 
 Shapes: B completions, T time.
 """
@@ -16,7 +16,7 @@ from fastrl.train.model import DTYPES, check_folder
 
 
 class RewardModel(Protocol):
-    """What gives a score to each completion of a prompt."""
+    """A model that scores each completion of a prompt."""
 
     def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> Tensor:
         """Return float32 scores (B,) of `completion_ids[i]`, stop token included, after `prompt_ids[i]`."""
@@ -27,7 +27,7 @@ class SequenceClassifier:
     """A reward model saved by transformers: a sequence classifier with one label, whose logit is the score."""
 
     def __init__(self, model: Any, *, batch_size: int = 16) -> None:
-        """Take a model with one label, in eval mode.
+        """Wrap a model with one label, in eval mode.
 
         Raises:
             ValueError: more labels than one.
@@ -40,7 +40,7 @@ class SequenceClassifier:
 
     @torch.no_grad()
     def score(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> Tensor:
-        """Return the scores (B,), each what the model gives the sequence on its own."""
+        """Return the scores (B,). A score does not depend on the other sequences of the batch."""
         if len(prompt_ids) != len(completion_ids):
             raise ValueError(
                 f"completion_ids must be as many as prompt_ids ({len(prompt_ids)}), got {len(completion_ids)}"
@@ -72,7 +72,7 @@ def load_reward_model(
 ) -> SequenceClassifier:
     """Return the sequence classifier saved in `folder` (or with that name on the hub), in eval mode.
 
-    The token ids of the policy go to it as they are, so its tokenizer must be the policy's `tokenizer`.
+    It reads the token ids of the policy, so its tokenizer must be the policy's `tokenizer`.
 
     Raises:
         ValueError: no such model, a model without trained scores, more labels than one, or another vocabulary.

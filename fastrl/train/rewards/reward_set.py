@@ -1,8 +1,8 @@
-"""Rewards by name, their weighted sum, and what becomes of a reward function that fails.
+"""Rewards by name, their weighted sum, and the handling of failures.
 
-A reward function takes a problem and the text of a completion. One that raises, hangs, returns None or anything that
-is not a finite number gives NaN, is counted, and never ends the run or passes as a zero: the mean of a group must not
-move because a grader crashed.
+A reward function takes a problem and the text of a completion. A call fails if it raises, hangs, or returns anything
+but a finite number. A failed call gives NaN and is counted. It does not end the run. It does not count as 0 either,
+because a crash of a grader must not move the mean of a group.
 
 The functions themselves are in `fastrl.train.rewards.functions`.
 """
@@ -51,11 +51,11 @@ class RewardBatch:
     """The rewards of B completions."""
 
     total: Tensor
-    """(B,) float32: the weighted sum; NaN where a component with a weight is NaN."""
+    """(B,) float32, the weighted sum. NaN where a component with a nonzero weight is NaN."""
     components: dict[str, Tensor]
-    """Name -> (B,) float32, before weighting; NaN where the function failed."""
+    """Name -> (B,) float32, before weighting. NaN where the function failed."""
     failures: int
-    """How many calls raised, hung, or returned something that is not a finite number."""
+    """Number of failed calls."""
     reasons: tuple[str, ...] = ()
     """Up to five different reasons of failures, each with the name of its reward."""
 
@@ -71,7 +71,7 @@ class RewardBatch:
         )
 
     def select(self, rows: Tensor) -> RewardBatch:  # (R,) int64
-        """Return the rewards at `rows`; failures and reasons stay those of all calls that were made."""
+        """Return the rewards at `rows`, with the failures and reasons of the whole batch."""
         components = {name: values[rows] for name, values in self.components.items()}
         return dataclasses.replace(self, total=self.total[rows], components=components)
 
@@ -135,7 +135,7 @@ def _check_positive(**values: float) -> None:
             raise ValueError(f"{name} must be greater than 0, got {value:g}")
 
 
-# Name -> (takes the task, builder). A builder's parameters are the ones that the name may carry in brackets.
+# Name -> (takes the task, builder). The name may carry the builder's parameters in brackets.
 _BUILDERS: dict[str, tuple[bool, Callable[..., RewardFunction | LengthReward]]] = {
     "accuracy": (True, Accuracy),
     "exact": (True, Exact),
@@ -154,7 +154,7 @@ _BUILDERS: dict[str, tuple[bool, Callable[..., RewardFunction | LengthReward]]] 
 
 
 def reward_names() -> list[str]:
-    """Return the names that `build_rewards` knows, each with its parameters in brackets where it has some."""
+    """Return the names that `build_rewards` knows, each with its parameters in brackets."""
     shown = []
     for name, (takes_task, builder) in _BUILDERS.items():
         parameters = list(inspect.signature(builder).parameters.values())[1 if takes_task else 0 :]
@@ -166,12 +166,12 @@ def build_rewards(names_and_weights: Mapping[str, float], task: Task, timeout_s:
     """Return the weighted sum of the named rewards.
 
     Args:
-        names_and_weights: name -> weight; a weight of 0 reports the component and leaves it out of the sum. A name is
+        names_and_weights: name -> weight. A weight of 0 reports the component and leaves it out of the sum. A name is
             one of `reward_names()`, with parameters as in `"overlong(max_length=256, cache=64)"`, or
             `"module:function"` for a reward function of your own.
         task: the task that scores the answers.
         timeout_s: the time that one call may take. The functions run in a worker process that is replaced when a call
-            takes longer (POSIX only). None calls them in this process, where nothing can stop one that hangs.
+            takes longer (POSIX only). None calls them in this process, which cannot stop a call that hangs.
 
     Raises:
         ValueError: an unknown name or parameter (the message lists the known ones), a weight that is not finite.
@@ -184,7 +184,7 @@ def build_rewards(names_and_weights: Mapping[str, float], task: Task, timeout_s:
 
 
 def check_rewards(names_and_weights: Mapping[str, float], task: Task) -> None:
-    """Raise what `build_rewards` would raise, without starting a worker: before a model is loaded or sampled from."""
+    """Raise the errors of `build_rewards` without starting a worker, so before a model is loaded."""
     _check_weights({name: _build(name, task) for name in names_and_weights}, names_and_weights)
 
 
@@ -208,7 +208,7 @@ def _build(specification: str, task: Task) -> RewardFunction | LengthReward:
 
 
 def _parse(specification: str) -> tuple[str, dict[str, Any]]:
-    """Split `name(key=value, ...)`; values are literals."""
+    """Split `name(key=value, ...)`, whose values are literals."""
     try:
         call = ast.parse(specification.strip(), mode="eval").body
         if isinstance(call, ast.Name):
@@ -237,8 +237,7 @@ def _import_function(specification: str) -> RewardFunction:
 class RewardSet:
     """The weighted sum of named rewards. Build it with `build_rewards`, or from functions of your own.
 
-    Safe to call from any thread. `close` ends its worker process; so does leaving it as a context manager, and the
-    end of this process.
+    Any thread may call it. The worker process ends with `close`, at the end of the `with` block, or with this process.
     """
 
     def __init__(
@@ -253,7 +252,7 @@ class RewardSet:
         Args:
             rewards: name -> function of one completion, or `LengthReward`.
             weights: name -> weight, the same names.
-            task: judges whether a completion is right; only a `LengthReward` needs it.
+            task: judges whether a completion is right. Only a `LengthReward` needs it.
             timeout_s: see `build_rewards`.
         """
         _check_weights(rewards, weights)
@@ -277,7 +276,7 @@ class RewardSet:
         Args:
             problems: B problems, a problem repeated for each completion of its group.
             completions: B texts.
-            lengths: (B,) token counts of the completions; rewards of lengths need them, the others do not look.
+            lengths: (B,) token counts of the completions. Only rewards of lengths need them.
         """
         if len(problems) != len(completions):
             raise ValueError(f"completions must be as many as problems ({len(problems)}), got {len(completions)}")
@@ -303,7 +302,7 @@ class RewardSet:
         self.close()
 
     def close(self) -> None:
-        """End the worker process; a later call would start a new one."""
+        """End the worker process. A later call would start a new one."""
         if self._worker is not None:
             self._worker.close()
 
@@ -343,7 +342,7 @@ class RewardSet:
         return {name: part.function(counts, correct, group) for name, part in self._length_rewards.items()}
 
 
-# No reward can be called this: the name is not one that build_rewards takes.
+# Not a name that `build_rewards` takes, so no reward can have it.
 _CORRECT = "(correct)"
 
 

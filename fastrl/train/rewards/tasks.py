@@ -1,7 +1,7 @@
 """Tasks with answers that can be checked: the generators of reasoning-gym, split into training and held-out questions.
 
-A question belongs to the held-out split when a hash of its text says so, whatever the seed, so that the two splits
-cannot share a question however many problems are drawn from either, in whichever order, in whichever run.
+A hash of its text decides whether a question is held out. The seed does not matter. So the two splits never share a
+question, for any number of draws, in any order, in any run.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Extraction = Literal["marked", "last_number"]
 
 # One question in this many is held out.
 HELD_OUT_SHARE = 8
-# Problems per generator object. Some generators draw a table of `size` entries when built, so neither 1 nor a million.
+# Problems per generator object: not 1 and not a million, because some generators build a table of `size` entries.
 CHUNK = 512
-# Draws that may fall into the other split (or repeat) before the question space is declared too small.
+# Number of unusable draws (of the other split, or repeated) after which the question space counts as too small.
 MAX_DRAWS = 400
 
-# A sign counts only where it does not follow an operand: the last number of "12-5" is 5.
+# A sign after an operand is an operator: the last number of "12-5" is 5.
 _NUMBER = re.compile(r"(?:(?<![0-9A-Za-z)])[-+])?[0-9](?:[0-9,]*[0-9])?(?:\.[0-9]+)?")
 _PLAIN_NUMBER = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+)?")
 
@@ -42,7 +42,7 @@ class Problem:
     answer: str
     """The reference answer as text."""
     entry: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
-    """What the task's scorer needs: the generator's own record of this question."""
+    """The generator's own record of this question, for the task's scorer."""
 
 
 def extract_answer(completion: str, extraction: Extraction = "marked") -> str:
@@ -50,9 +50,9 @@ def extract_answer(completion: str, extraction: Extraction = "marked") -> str:
 
     Args:
         completion: the text that the model wrote.
-        extraction: `"marked"` takes the last `<answer>...</answer>`, else the last `\\boxed{...}`, else the whole
-            text; `"last_number"` takes the last number of that, or the empty string where there is none. Either way
-            everything up to the last `</think>` is left out first.
+        extraction: both ways first drop everything up to the last `</think>`. `"marked"` takes the last
+            `<answer>...</answer>`, else the last `\\boxed{...}`, else the whole text. `"last_number"` takes the last
+            number of the marked text, or the empty string if it has none.
     """
     text = completion.rpartition("</think>")[2]
     text = _last_tagged(text) or _last_boxed(text) or text.strip()
@@ -85,7 +85,7 @@ def _last_boxed(text: str) -> str | None:
 class Task:
     """A stream of training problems, a held-out set that shares no question with it, and a scorer.
 
-    Build it with `load_task`. A task is cheap to pickle: it is rebuilt from its name, seed and parameters.
+    Build it with `load_task`. A pickled task holds its name, seed and parameters only.
     """
 
     def __init__(self, name: str, seed: int, extraction: Extraction, parameters: Mapping[str, Any]) -> None:
@@ -93,7 +93,7 @@ class Task:
         self.seed = seed
         self.extraction: Extraction = extraction
         self.parameters = dict(parameters)
-        # Twice the working set: training and held-out problems may be drawn in turn.
+        # Twice the working set, because training and held-out draws may alternate.
         self._chunk = functools.lru_cache(maxsize=4)(self._build_chunk)
         self._held_out: list[Problem] = []
         self._held_out_seen: set[str] = set()
@@ -109,7 +109,7 @@ class Task:
 
     @functools.cached_property
     def instruction(self) -> str:
-        """One sentence on what the answer should look like, to be added to the prompt if wanted; may be empty."""
+        """One sentence on the form of the answer, for those who want it in the prompt. It may be empty."""
         if self.extraction == "last_number":
             return ""
         if all(_PLAIN_NUMBER.fullmatch(problem.answer) for problem in self.train(8)):
@@ -117,17 +117,17 @@ class Task:
         return "Give only the final answer between <answer> and </answer>."
 
     def train(self, n: int, start: int = 0) -> list[Problem]:
-        """Return problems `start` to `start + n` of the endless training stream; the same ones on every call."""
+        """Return problems `start` to `start + n` of the endless training stream, the same ones on every call."""
         _check_count("n", n)
         _check_count("start", start)
         with _global_randomness_untouched():
             return [self._train_problem(slot) for slot in range(start, start + n)]
 
     def held_out(self, n: int) -> list[Problem]:
-        """Return the first `n` held-out problems: distinct questions, none of which `train` ever gives.
+        """Return the first `n` held-out problems: distinct questions that `train` never gives.
 
-        Because they are distinct, kinds of questions of which there are few (sums of one digit among sums of one or
-        two) make up less of them than of the training stream, which draws such questions again and again.
+        The training stream repeats questions, this set does not. So kinds with few different questions are rarer here:
+        for example sums of one digit, among sums of one or two digits.
 
         Raises:
             ValueError: the task has fewer than `n` different held-out questions (within a bounded search).
@@ -139,10 +139,10 @@ class Task:
         return self._held_out[:n]
 
     def score(self, problem: Problem, completion: str) -> float:
-        """Return the generator's own score of the answer in `completion`, 1.0 for a right one.
+        """Return the generator's own score of the answer in `completion`, 1.0 for a right answer.
 
         Most generators of reasoning-gym give part of the score to a text that contains the answer among other
-        things: `len(answer) / len(text)`. Use `is_correct` where only a right answer counts.
+        things: `len(answer) / len(text)`. Use `is_correct` if only a right answer counts.
         """
         return float(self._scorer.score_answer(extract_answer(completion, self.extraction), dict(problem.entry)))
 
@@ -151,7 +151,7 @@ class Task:
         return self.score(problem, completion) >= 1.0
 
     def _train_problem(self, slot: int) -> Problem:
-        # The draws of neighbouring slots are neighbours too, so one generator object serves many slots.
+        # Neighbouring slots draw neighbouring items, so one generator object serves many slots.
         for attempt in range(MAX_DRAWS):
             problem = self._draw("train", attempt, slot)
             if not _is_held_out(problem.prompt):
@@ -177,8 +177,8 @@ class Task:
         return Problem(prompt=str(entry["question"]).strip(), answer=str(entry["answer"]), entry=entry)
 
     def _build_chunk(self, stream: str, number: int) -> Any:
-        # Generators seed item i with seed + i, so the chunks of one stream must not overlap; 31 bits because some
-        # of them seed numpy, which takes 32.
+        # Generators seed item i with seed + i, so the chunks of one stream must not overlap. The seed has 31 bits,
+        # because some generators seed numpy, which takes 32.
         digest = hashlib.blake2b(f"{self.seed}/{stream}".encode(), digest_size=4).digest()
         seed = (int.from_bytes(digest, "big") + number * CHUNK) % 2**31
         return _create_dataset(self.name, {**self.parameters, "seed": seed, "size": CHUNK})
@@ -188,8 +188,8 @@ def load_task(name: str, *, seed: int = 0, extraction: Extraction = "marked", **
     """Return the reasoning-gym task called `name`, for example `load_task("chain_sum", max_terms=2, max_digits=2)`.
 
     Args:
-        name: a dataset of reasoning-gym (Stojanovski et al., arXiv 2505.24760); `task_names()` lists them.
-        seed: chooses the problems; the same seed gives the same problems. The split does not depend on it.
+        name: a dataset of reasoning-gym (Stojanovski et al., arXiv 2505.24760). `task_names()` lists them.
+        seed: chooses the problems. The same seed gives the same problems. The split does not depend on it.
         extraction: how the answer is found in a completion, see `extract_answer`.
         **parameters: fields of the dataset's configuration, except `seed` and `size`.
 
@@ -263,7 +263,7 @@ def _check_count(name: str, value: int) -> None:
 
 @contextlib.contextmanager
 def _global_randomness_untouched() -> Iterator[None]:
-    """Restore the global generators: a few datasets reseed them, which would correlate the caller's own draws."""
+    """Restore the global generators. A few datasets reseed them, which would correlate the caller's own draws."""
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         yield

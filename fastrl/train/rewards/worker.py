@@ -1,13 +1,13 @@
-"""Reward functions in a process of their own, which is killed when a call takes too long.
-
-A signal in the training process is no way to stop a reward: signals reach the main thread only, a long call into C
-never returns to the interpreter to notice one, and some reward libraries arm the process's single alarm themselves.
-So the functions live in a child that is started once. It imports what they need and then forks the process that does
-the scoring; when a call hangs or crashes, that process is killed and a fork replaces it within milliseconds.
+"""Reward functions in a separate process with a time limit for each call. POSIX only.
 
     this process --- socket pair ---> supervisor (imports, forks, waits) ---> scorer (answers over the same socket)
 
-POSIX only. The supervisor ends the scorer and itself when the process that started it is gone, however it went.
+The supervisor starts once and imports the reward functions. It then forks the scorer, which calls them. If a call hangs
+or crashes, the scorer is killed, and the supervisor forks a new one within milliseconds. When the process that started
+the supervisor is gone, for whatever reason, the supervisor ends the scorer and itself.
+
+A signal in the training process could not replace this. Signals reach the main thread only. A long call into C does not
+return to the interpreter, so the interpreter never sees the signal. Some reward libraries set the process's one alarm.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 # Importing torch and a reward library takes a second or two on a quiet machine.
 STARTUP_TIMEOUT_S = 120.0
-# How often the supervisor looks whether the scorer, and the process it serves, are still there.
+# Seconds between the supervisor's checks that the scorer and the calling process are alive.
 SUPERVISE_S = 0.02
 MAX_REASON = 300
 
@@ -38,24 +38,24 @@ VALUE, FAILED, INTERRUPTED, READY, BROKEN = b"V", b"F", b"I", b"R", b"B"
 
 
 class Score(NamedTuple):
-    """What one call of a reward function gave."""
+    """The result of one call of a reward function."""
 
     value: float
-    """The reward; NaN where the call failed."""
+    """The reward, NaN if the call failed."""
     failure: str | None
-    """Why the call failed, None where it did not."""
+    """Reason of the failure, None if the call succeeded."""
 
 
 Scorer = Callable[[Any, str], Any]
 
 
 def call_reward(function: Scorer, item: Any, completion: str) -> Score:
-    """Return the score that `function` gives; anything it raises, except `KeyboardInterrupt`, is a failed score."""
+    """Return the score that `function` gives. Any exception except `KeyboardInterrupt` makes a failed score."""
     try:
         return _as_score(function(item, completion))
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # a library's time-out, or SystemExit, must not end the worker
+    except BaseException as error:  # a library's time-out or SystemExit must not end the worker
         return Score(math.nan, f"raised {type(error).__name__}: {error}"[:MAX_REASON])
 
 
@@ -71,10 +71,10 @@ def _as_score(value: Any) -> Score:
 
 
 class RewardWorker:
-    """The calling side: evaluates reward functions in the worker, each call within `timeout_s` seconds."""
+    """The caller's side: evaluates reward functions in the worker, each call within `timeout_s` seconds."""
 
     def __init__(self, functions: Sequence[Scorer], timeout_s: float) -> None:
-        """Start the worker; it imports in the background, and the first call waits for it.
+        """Start the worker. It imports in the background, and the first call waits for it.
 
         Raises:
             TypeError: a function cannot be sent to another process.
@@ -90,7 +90,7 @@ class RewardWorker:
         self._start()
 
     def evaluate(self, items: Sequence[Any], completions: Sequence[str], functions: int) -> list[Score]:
-        """Return the score of every (function, completion), functions outermost; `items[i]` goes with each."""
+        """Return the scores of function 0 for all (item, completion), then of function 1, and so on."""
         with self._lock:
             if self._process.poll() is not None:
                 self._close()
@@ -98,7 +98,7 @@ class RewardWorker:
             try:
                 return self._evaluate(items, completions, functions * len(completions))
             except BaseException:
-                # The worker may be anywhere in the batch: the next call starts a new one.
+                # The worker may still send scores of this batch, so the next call starts a new one.
                 self._close()
                 raise
 
@@ -117,10 +117,11 @@ class RewardWorker:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", code],
                 stdin=subprocess.DEVNULL,
-                stdout=2,  # what a reward prints must not end up in the caller's output
+                stdout=2,  # stderr: prints of a reward must not end up in the caller's output
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C is for the caller, who ends the worker
-                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},  # no threads: it forks
+                start_new_session=True,  # Ctrl-C goes to the caller, which ends the worker
+                # No threads in the supervisor: they would not survive its fork.
+                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             )
         self._connection = Connection(ours.detach())
         self._scorer: int | None = None
@@ -143,7 +144,7 @@ class RewardWorker:
         return scores
 
     def _collect(self, scores: list[Score], calls: int) -> str | None:
-        """Append the scores that arrive; return why the scorer is a new one now, or None when all are in."""
+        """Append arriving scores. Return None when all are in, or the reason why a new scorer took over."""
         while len(scores) < calls:
             if not self._connection.poll(self.timeout_s):
                 _kill_group(self._scorer)
@@ -161,7 +162,7 @@ class RewardWorker:
         return None
 
     def _await_scorer(self, timeout_s: float) -> None:
-        """Wait for the next scorer; what the one before still sent is dropped."""
+        """Wait for the next scorer, and drop late messages of the previous one."""
         self._scorer = None
         deadline = time.monotonic() + timeout_s
         while self._connection.poll(max(0.0, deadline - time.monotonic())):
@@ -197,22 +198,22 @@ def _portable(function: Scorer) -> Scorer:
 
 
 def _kill_group(leader: int | None) -> None:
-    """Kill a process and what it started, if it is there."""
+    """Kill a process group, if it exists."""
     if leader is not None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(leader, signal.SIGKILL)
 
 
 def _end(process: subprocess.Popen[bytes], connection: Connection, owner: int) -> None:
-    if os.getpid() != owner:  # a fork of the caller: the worker is not its own to end
+    if os.getpid() != owner:  # a fork of the caller must not end the caller's worker
         return
-    connection.close()  # the scorer reads the end of the stream and goes; a hanging one goes with its supervisor
+    connection.close()  # the scorer reads the end of the stream and exits
     _kill_group(process.pid)
     process.wait()
 
 
 def supervise(descriptor: int, caller: int) -> None:
-    """Load the functions, then keep one scorer alive until the caller closes the connection or is gone."""
+    """Load the functions, then keep one scorer alive until the caller closes the connection or disappears."""
     connection = Connection(descriptor)
     try:
         functions = pickle.loads(connection.recv_bytes())
@@ -222,7 +223,7 @@ def supervise(descriptor: int, caller: int) -> None:
     while True:
         scorer = os.fork()
         if scorer == 0:
-            os.setpgid(0, 0)  # a kill takes along what a reward function started
+            os.setpgid(0, 0)  # a group of its own: killing it also kills processes that a reward started
             _answer(connection, functions, os.getppid())
             os._exit(0)
         while os.waitpid(scorer, os.WNOHANG)[0] == 0:
@@ -233,7 +234,7 @@ def supervise(descriptor: int, caller: int) -> None:
 
 
 def _answer(connection: Connection, functions: Sequence[Scorer], supervisor: int) -> None:
-    """Serve requests until the connection closes; then take the supervisor along."""
+    """Serve requests until the connection closes. Then kill the supervisor."""
     try:
         connection.send_bytes(READY + str(os.getpid()).encode())
         while True:

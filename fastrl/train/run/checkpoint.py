@@ -1,9 +1,12 @@
-"""Checkpoints that survive a kill at any moment and continue to the bit.
+"""Checkpoints that survive a kill at any moment and restore a run to the bit.
 
-A checkpoint is a folder `step_00000010` with safetensors files and one `state.json`. It is written under a temporary
-name on the same filesystem, every file is synced, then the folder is renamed and the file `latest`, which holds the
-name of the newest complete checkpoint, is replaced. A kill before the last rename leaves the previous checkpoint in
-force; what was half written is removed by the next save. Nothing is pickled.
+A checkpoint is a folder `step_00000010` with safetensors files and one `state.json`. Nothing is pickled. A save
+
+1. writes the folder under a temporary name on the same filesystem, and syncs every file,
+2. renames the folder, and then
+3. replaces the file `latest`, which holds the name of the newest complete checkpoint.
+
+After a kill before step 3 the previous checkpoint is still the latest. The next save removes the leftovers.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ PARTIAL = ".partial-"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds."""
+    """The content of a checkpoint."""
 
     path: Path
     tensors: dict[str, dict[str, Tensor]]
@@ -41,9 +44,9 @@ class Checkpoint:
 def save_checkpoint(
     root: str | Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *, keep: int
 ) -> Path:
-    """Write the checkpoint of `step` under `root` atomically, make it the latest, and drop all but the newest `keep`.
+    """Write the checkpoint of `step` under `root` atomically, make it the latest, and keep the newest `keep` only.
 
-    Raises ValueError when the latest checkpoint already is the one of `step`, and OSError when it cannot be written.
+    Raises ValueError if the latest checkpoint is already at `step`, and OSError if it cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -75,7 +78,7 @@ def save_checkpoint(
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what safetensors raises for a full disk into an `OSError` that names the folder."""
+    """Turn the error of safetensors for a full disk into an `OSError` that names the folder."""
     from safetensors import SafetensorError
 
     try:
@@ -119,7 +122,7 @@ def optimizer_to_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Te
 def optimizer_from_tensors(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]
 ) -> None:
-    """Load what `optimizer_to_tensors` returned."""
+    """Restore the state that `optimizer_to_tensors` returned."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
@@ -148,7 +151,7 @@ def random_state(generator: torch.Generator) -> tuple[dict[str, Tensor], dict[st
 
 
 def set_random_state(generator: torch.Generator, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Restore what `random_state` returned."""
+    """Restore the states that `random_state` returned."""
     torch.set_rng_state(tensors["torch"])
     generator.set_state(tensors["generator"])
     cuda = [tensors[f"cuda.{i}"] for i in range(sum(name.startswith("cuda.") for name in tensors))]

@@ -1,4 +1,4 @@
-"""The curves of a run as one PNG: a panel for each thing that was recorded."""
+"""The curves of a run as one PNG, with a panel for each family of metrics and each evaluated measure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastrl.train.run.measure import ACCURACY, Measure
 
 
 class Series(NamedTuple):
-    """What one curve of evaluations shows."""
+    """The name of one curve of evaluations."""
 
     split: str
     mode: str
@@ -23,7 +23,7 @@ class Series(NamedTuple):
 
 
 Metrics = Sequence[Mapping[str, Any]]
-# What was measured -> steps, values, standard errors
+# Series -> steps, values, standard errors
 Evaluated = Mapping[Series, tuple[Sequence[int], Sequence[float], Sequence[float]]]
 
 BLUE, AMBER, GREEN, RED, VIOLET, SLATE = "#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#64748b"
@@ -36,15 +36,15 @@ TITLE_WIDTH = 40
 
 
 class Panel(NamedTuple):
-    """A plot of every metric whose name matches, as lines over the steps."""
+    """A plot of every metric whose name matches, one line each."""
 
     title: str
     names: re.Pattern[str]
-    """Matched in full; the group `label`, where it takes part, names the line."""
+    """Pattern of the whole name. Its group `label`, if it matched, names the line."""
     percent: bool = False
     smooth: bool = True
     at_least: int = 1
-    """How many lines it takes: a single part of the reward would be the reward again."""
+    """Least number of lines: a single part of the reward would repeat the reward."""
 
 
 PANELS = (
@@ -69,7 +69,7 @@ PANELS = (
     Panel("Learning rate", re.compile(r"learning_rate|lr"), smooth=False),
 )
 TIMES = re.compile(r"(?:time|seconds)[/_](?P<label>.+?)(?:_s|_seconds)?|(?P<l2>.+)_seconds")
-# The whole, of which the other times are the parts.
+# The other times are parts of these.
 TOTALS = ("step", "total")
 
 
@@ -77,8 +77,8 @@ def draw_curves(metrics: Metrics, evaluated: Evaluated) -> bytes:
     """Return a PNG with a panel per evaluated measure, one per recorded family of metrics, and where the time went.
 
     Args:
-        metrics: one record per step, with the key `step`; a value that is missing or not finite is a gap.
-        evaluated: what was measured -> steps, values, standard errors.
+        metrics: one record per step, with the key `step`. A missing or non-finite value is a gap.
+        evaluated: series -> steps, values, standard errors.
     """
     return _png(np.asarray(_painted(_drawings(metrics, evaluated)).buffer_rgba()))
 
@@ -137,7 +137,7 @@ def _png(pixels: np.ndarray) -> bytes:
 def _drawings(metrics: Metrics, evaluated: Evaluated) -> list[Callable[[Any], None]]:
     names = list(dict.fromkeys(name for record in metrics for name in record if name != "step"))
     series = {name: _series(metrics, name) for name in names}
-    # What a long run recorded once (in its first step, say) is no curve.
+    # A metric that a long run recorded once, for example in its first step, is no curve.
     series = {name: values for name, values in series.items() if len(values[0]) > (len(metrics) > 2)}
     drawings: list[Callable[[Any], None]] = []
     for panel in PANELS:
@@ -163,7 +163,7 @@ def _series(metrics: Metrics, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _is_number(value: Any) -> bool:
-    # Beyond the range of float32 an axis cannot be labelled; such a value is a gap as infinity is.
+    # matplotlib cannot label an axis beyond the range of float32, so such a value is a gap, like infinity.
     return isinstance(value, (int, float)) and abs(value) < MAX_VALUE
 
 
@@ -197,7 +197,7 @@ def _draw_evaluations(axis: Any, curves: Evaluated) -> None:
 
 
 def _draw_times(axis: Any, metrics: Metrics, times: Mapping[str, str]) -> None:
-    """Stack the seconds of each step; a missing part counts as none."""
+    """Stack the seconds of each step. A missing part counts as 0."""
     steps = [record["step"] for record in metrics]
     parts = [[r[name] if _is_number(r.get(name)) else 0.0 for r in metrics] for name in times.values()]
     colours = [COLOURS[index % len(COLOURS)] for index in range(len(parts))]

@@ -1,4 +1,4 @@
-"""What an evaluation measures, and its record in `evaluations.json`: accuracy unless said otherwise.
+"""The measures of evaluations, and their records in `evaluations.json`. A record without a measure is an accuracy.
 
     MARGIN = Measure("reward margin")
     run.log.add(Measurement(step, value=1.3, standard_error=0.2, n=100, measure=MARGIN).record())
@@ -18,17 +18,17 @@ Direction = Literal["higher", "lower", "neither"]
 
 @dataclass(frozen=True)
 class Measure:
-    """A kind of number: two measurements with equal measures can be compared."""
+    """A kind of number. Measurements with equal measures can be compared."""
 
     name: str
-    """As it is written in the report: `accuracy`, `perplexity`, `win rate`, ..."""
+    """Name in the report: `accuracy`, `perplexity`, `win rate`, ..."""
     better: Direction = "higher"
-    """Which way is an improvement; `neither` for a number that is only watched, as a length is."""
+    """Direction of an improvement. `neither` is for numbers without one, for example a length."""
     share: bool = False
-    """A share from 0 to 1, written in percent."""
+    """True for a share from 0 to 1, which the report shows in percent."""
 
     def __post_init__(self) -> None:
-        """Raise `ValueError` for a direction that is none, or an empty name."""
+        """Raise `ValueError` for an unknown direction or an empty name."""
         if self.better not in get_args(Direction):
             raise ValueError(f"better must be one of {', '.join(get_args(Direction))}, got {self.better!r}")
         if not self.name:
@@ -36,7 +36,7 @@ class Measure:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Measure:
-        """Return the measure of a record of `evaluations.json`; one that names none is of accuracy."""
+        """Return the measure of a record of `evaluations.json`, accuracy if the record names none."""
         name = str(record.get("measure") or ACCURACY.name)
         known = ACCURACY if name == ACCURACY.name else cls(name)
         better = record.get("better", known.better)
@@ -45,13 +45,13 @@ class Measure:
         )
 
     def text(self, value: float, *, signed: bool = False) -> str:
-        """Return a value as it is written for people: 41.5 % for a share, four digits for anything else."""
+        """Return a value as text: 41.5 % for a share, four significant digits for anything else."""
         if self.share:
             return f"{100 * value:+.1f} points" if signed else f"{100 * value:.1f} %"
         return f"{value:{'+' if signed else ''}.4g}"
 
     def improved(self, difference: float) -> bool | None:
-        """Return whether a change is one for the better; None where neither way is, or nothing changed."""
+        """Return whether a change is an improvement, None without a direction or a change."""
         if self.better == "neither" or not math.isfinite(difference) or difference == 0:
             return None
         return (difference > 0) == (self.better == "higher")
@@ -63,20 +63,20 @@ PERPLEXITY = Measure("perplexity", better="lower")
 
 @dataclass(frozen=True)
 class Measurement:
-    """One evaluation that ends in one number."""
+    """The number that one evaluation found."""
 
     step: int
     value: float
     standard_error: float
     n: int
-    """Held-out examples that were looked at."""
+    """Number of held-out examples."""
     measure: Measure
     split: str = "held_out"
     mode: str = ""
-    """What tells it from another evaluation of the same split and measure: `sampled`, `greedy`, ..."""
+    """Distinguishes evaluations of the same split and measure: `sampled`, `greedy`, ..."""
 
     def record(self) -> dict[str, Any]:
-        """Return what `evaluations.json` keeps."""
+        """Return the record for `evaluations.json`."""
         return {
             "step": self.step,
             "split": self.split,

@@ -1,7 +1,7 @@
-"""The report of a run: one HTML file that needs nothing else, and its curves as a PNG.
+"""The report of a run: one self-contained HTML file, and its curves as a PNG.
 
-It reads what a run leaves in its directory (`metrics.jsonl`, `evaluations.json`, `samples.json`, `config.json`,
-`environment.json`). What is missing is left out and said to be; a value that is not a number is a gap in its curve.
+It reads `metrics.jsonl`, `evaluations.json`, `samples.json`, `config.json` and `environment.json` in the run's
+directory. The report names missing files and leaves out their parts. A value that is not a number is a gap in a curve.
 """
 
 from __future__ import annotations
@@ -24,63 +24,63 @@ MAX_TEXT = 600
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """What was measured at one step."""
+class EvaluationPoint:
+    """The value of one series at one step."""
 
     step: int
     value: float
     standard_error: float
-    """NaN where it was not recorded and cannot be computed."""
+    """NaN if it was not recorded and cannot be computed."""
     n: int
-    """0 where it was not recorded."""
+    """Number of examples, 0 if it was not recorded."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Gain:
-    """What training changed in one measured number."""
+    """The first and the last evaluation of one series."""
 
     series: Series
-    before: Evaluation
-    after: Evaluation
+    before: EvaluationPoint
+    after: EvaluationPoint
 
     @property
     def difference(self) -> float:
-        """The value after minus the one before."""
+        """The value after training minus the value before."""
         return self.after.value - self.before.value
 
     @property
     def standard_error(self) -> float:
-        """Standard error of the difference, the two evaluations taken as independent."""
+        """Standard error of the difference, if the two evaluations are independent."""
         return math.hypot(self.before.standard_error, self.after.standard_error)
 
     @property
     def in_standard_errors(self) -> float:
-        """The difference over its standard error; NaN where there is none."""
+        """The difference divided by its standard error, NaN without one."""
         return self.difference / self.standard_error if self.standard_error > 0 else math.nan
 
 
-Evaluations = dict[Series, list[Evaluation]]
+Evaluations = dict[Series, list[EvaluationPoint]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """All that a run directory holds; empty where a file is missing."""
+class RecordedRun:
+    """The content of a run directory. The field of a missing file is empty."""
 
     name: str
     metrics: list[dict[str, Any]]
     evaluations: Evaluations
-    """What was measured, and on what -> evaluations by step."""
+    """Series (split, mode, measure) -> its values in the order of steps."""
     samples: list[dict[str, Any]]
     config: dict[str, Any]
     environment: dict[str, Any]
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write `curves.png` and `report.html` into the run directory and return the path of the latter.
+    """Write `curves.png` and `report.html` into the run directory and return the path of `report.html`.
 
     Raises:
         FileNotFoundError: no such directory.
-        ValueError: the directory holds neither metrics nor evaluations, or a file is not what it should be.
+        ValueError: the directory holds neither metrics nor evaluations, or a file has the wrong form.
     """
     run_dir = Path(run_dir)
     run = read_run(run_dir)
@@ -91,28 +91,28 @@ def write_report(run_dir: str | Path) -> Path:
     return path
 
 
-def read_run(run_dir: str | Path) -> Run:
-    """Return what a run directory holds; raises as `write_report` does."""
+def read_run(run_dir: str | Path) -> RecordedRun:
+    """Return the content of a run directory. It raises the errors of `write_report`."""
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise FileNotFoundError(f"{run_dir} is not a directory; expected the directory of a run")
     metrics_path = run_dir / METRICS_FILE
     metrics = read_metrics(metrics_path) if metrics_path.exists() else []
-    evaluations = _evaluations(_read_json(run_dir / "evaluations.json", list))
+    evaluations = _evaluations(read_json(run_dir / "evaluations.json", list))
     if not metrics and not evaluations:
         raise ValueError(f"{run_dir} holds neither {METRICS_FILE} nor evaluations.json with an entry: no run to report")
-    return Run(
+    return RecordedRun(
         name=run_dir.resolve().name,
         metrics=metrics,
         evaluations=evaluations,
-        samples=[sample for sample in _read_json(run_dir / "samples.json", list) if isinstance(sample, dict)],
-        config=_read_json(run_dir / "config.json", dict),
-        environment=_read_json(run_dir / "environment.json", dict),
+        samples=[sample for sample in read_json(run_dir / "samples.json", list) if isinstance(sample, dict)],
+        config=read_json(run_dir / "config.json", dict),
+        environment=read_json(run_dir / "environment.json", dict),
     )
 
 
 def gains(evaluations: Evaluations) -> list[Gain]:
-    """Return the gain of every series that was evaluated at two steps or more; held-out splits first."""
+    """Return the gain of every series with evaluations at two steps or more, held-out splits first."""
     found = []
     for series, points in evaluations.items():
         known = [point for point in points if math.isfinite(point.value)]
@@ -121,7 +121,8 @@ def gains(evaluations: Evaluations) -> list[Gain]:
     return sorted(found, key=lambda gain: not gain.series.split.startswith("held"))
 
 
-def _read_json(path: Path, kind: type) -> Any:
+def read_json(path: Path, kind: type) -> Any:
+    """Return the list or dict in a JSON file, an empty one if there is no file."""
     if not path.exists():
         return kind()
     try:
@@ -134,8 +135,8 @@ def _read_json(path: Path, kind: type) -> Any:
 
 
 def _evaluations(entries: Iterable[Any]) -> Evaluations:
-    # A resumed run may evaluate a step again: the later entry stands.
-    by_series: dict[Series, dict[int, Evaluation]] = {}
+    # A resumed run may evaluate a step again. The later entry counts.
+    by_series: dict[Series, dict[int, EvaluationPoint]] = {}
     for entry in entries:
         if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
             continue
@@ -145,7 +146,7 @@ def _evaluations(entries: Iterable[Any]) -> Evaluations:
     return {series: [points[step] for step in sorted(points)] for series, points in by_series.items()}
 
 
-def _evaluation(entry: Mapping[str, Any], *, share: bool) -> Evaluation:
+def _evaluation(entry: Mapping[str, Any], *, share: bool) -> EvaluationPoint:
     value, n = _float(entry.get("value", entry.get("accuracy"))), _float(entry.get("n"))
     error = _float(entry.get("standard_error"))
     highest = 1.0 if share else MAX_VALUE
@@ -153,10 +154,10 @@ def _evaluation(entry: Mapping[str, Any], *, share: bool) -> Evaluation:
     error = error if 0.0 <= error <= highest else math.nan
     if share and math.isnan(error) and n > 0:
         error = math.sqrt(value * (1.0 - value) / n)
-    return Evaluation(entry["step"], value, error, int(n) if n > 0 else 0)
+    return EvaluationPoint(entry["step"], value, error, int(n) if n > 0 else 0)
 
 
-def _columns(points: Sequence[Evaluation]) -> tuple[list[int], list[float], list[float]]:
+def _columns(points: Sequence[EvaluationPoint]) -> tuple[list[int], list[float], list[float]]:
     return (
         [point.step for point in points],
         [point.value for point in points],
@@ -168,7 +169,7 @@ def _float(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
 
 
-def _page(run: Run, image: bytes) -> str:
+def _page(run: RecordedRun, image: bytes) -> str:
     picture = base64.b64encode(image).decode()
     title = html.escape(f"fastrl run {run.name}")
     sections = [
@@ -187,7 +188,7 @@ def _page(run: Run, image: bytes) -> str:
     )
 
 
-def _headline(run: Run) -> str:
+def _headline(run: RecordedRun) -> str:
     found = gains(run.evaluations)
     cards = [_gain_card(gain) for gain in found] or [
         _card("Evaluation", "no gain to report", "it takes evaluations at two steps or more")
@@ -208,8 +209,8 @@ def _gain_card(gain: Gain) -> str:
         change += f" = {gain.in_standard_errors:+.1f} standard errors"
     counts = f"step {before.step} &rarr; {after.step}"
     if before.n and after.n:
-        what = "problems" if measure == ACCURACY else "examples"
-        counts += f", {after.n} {what}" if before.n == after.n else f", {before.n} and {after.n} {what}"
+        noun = "problems" if measure == ACCURACY else "examples"
+        counts += f", {after.n} {noun}" if before.n == after.n else f", {before.n} and {after.n} {noun}"
     numbers = (
         f"<span>{_value(measure, before)}</span> <span class='arrow'>&rarr;</span> "
         f"<span><strong>{_value(measure, after)}</strong></span>"
@@ -221,7 +222,7 @@ def _gain_card(gain: Gain) -> str:
     )
 
 
-def _value(measure: Measure, point: Evaluation) -> str:
+def _value(measure: Measure, point: EvaluationPoint) -> str:
     if not math.isfinite(point.standard_error):
         return measure.text(point.value)
     error = f"{100 * point.standard_error:.1f}" if measure.share else f"{point.standard_error:.2g}"
@@ -235,7 +236,7 @@ def _card(name: str, number: str, below: str) -> str:
     )
 
 
-def _described(run: Run) -> str:
+def _described(run: RecordedRun) -> str:
     parts = [
         f"{key} {run.config[key]}" for key in ("model", "data", "task", "loss") if isinstance(run.config.get(key), str)
     ]
@@ -252,7 +253,7 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
     for sample in samples:
         if sample.get("step") in (first, last):
             by_prompt.setdefault(str(sample.get("prompt", "")), {}).setdefault(sample["step"], []).append(sample)
-    # Prompts that both steps answered tell most.
+    # Prompts with completions of both steps come first.
     chosen = sorted(by_prompt.items(), key=lambda item: -len(item[1]))[:MAX_SAMPLES]
     wanted = (first,) if first == last else (first, last)
     rows = []

@@ -1,4 +1,4 @@
-"""What every loop shares: the folder of a run, its device, optimiser, checkpoints, evaluations, metrics and clock.
+"""A training run: its folder, device, optimiser, checkpoints, evaluations, metrics and clock, for every loop.
 
     run = Run(config)                          # folder, accelerator, seeds
     model, tokenizer = load_model(..., device=run.device)
@@ -9,11 +9,11 @@
             run.backward(loss)
             run.clip_and_step()
             ...
-            run.finish_step(step, metrics)     # metrics.jsonl, and a checkpoint where one is due
+            run.finish_step(step, metrics)     # metrics.jsonl, and a checkpoint if one is due
 
-A loop keeps its own state of further kinds (a KL coefficient, averaged weights) with `run.register`, before
-`run.optimize`. Everything that is random comes from `run.generator` or the seeded global generators, so a resumed run
-continues to the bit on a CPU.
+A loop saves further state (a KL coefficient, averaged weights) with `run.register`, before
+`run.optimize`. All random draws come from `run.generator` or the seeded global generators, so a resumed run continues
+to the bit on a CPU.
 """
 
 from __future__ import annotations
@@ -64,42 +64,42 @@ Config = TypeVar("Config", bound=RunConfig)
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run leaves behind."""
+    """The outcome of a run."""
 
     run_dir: Path
     steps: int
     evaluations: list[dict[str, Any]]
-    """Records of `evaluations.json`, in the order in which they were made."""
+    """Records of `evaluations.json`, oldest first."""
     metrics: dict[str, float]
     """Metrics of the last step."""
 
 
 class Stateful(Protocol):
-    """Something whose state is saved with the run: a flat mapping from names to tensors and JSON values."""
+    """An object with state to save: a flat mapping from names to tensors and JSON values."""
 
     def state_dict(self) -> Mapping[str, Any]:
         """Return the state."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Any:
-        """Take a state over."""
+        """Restore a state."""
         ...
 
 
 class MetricSums:
-    """Sums and counts of metrics, added over micro-batches and divided once."""
+    """Sums and counts of metrics, added over micro-batches and divided once at the end."""
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
 
     def add(self, metrics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Add (sum, count) by name; the tensors stay where they are."""
+        """Add (sum, count) by name, without moving the tensors to the host."""
         for name, (total, count) in metrics.items():
             before = self._sums.get(name)
             self._sums[name] = (total, count) if before is None else (before[0] + total, before[1] + count)
 
     def means(self) -> dict[str, float]:
-        """Return the quotients, NaN where nothing was counted; waits for the device."""
+        """Return sum / count by name, NaN if the count is 0. The host waits for the device."""
         return {
             name: float(total) / float(count) if float(count) else math.nan
             for name, (total, count) in self._sums.items()
@@ -107,7 +107,7 @@ class MetricSums:
 
 
 class Clock:
-    """Wall time of the parts of a step."""
+    """Wall time of the parts of a step, in seconds."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -115,26 +115,27 @@ class Clock:
         self._start = self._last = self._now()
 
     def lap(self, name: str) -> None:
-        """Book the time since the last lap under `name`."""
+        """Add the time since the last lap to `name`."""
         now = self._now()
         self._laps[name] = self._laps.get(name, 0.0) + now - self._last
         self._last = now
 
     def times(self) -> dict[str, float]:
-        """Return seconds per part and of the whole step."""
+        """Return `time/NAME` of each part, and `time/step` of the whole step."""
         return {
             **{f"time/{name}": seconds for name, seconds in self._laps.items()},
             "time/step": self._last - self._start,
         }
 
     def _now(self) -> float:
+        # Kernels run asynchronously: without this their time would count for a later part.
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
 
 class RunLog:
-    """`evaluations.json` and `samples.json` of a run; on resuming, what came after the checkpoint is dropped."""
+    """The files `evaluations.json` and `samples.json` of a run. A resumed run drops records after its checkpoint."""
 
     def __init__(self, run_dir: Path, start_step: int) -> None:
         self._dir = run_dir
@@ -156,7 +157,7 @@ class RunLog:
 
 
 class Run(Generic[Config]):
-    """One training run; see the top of the module for the order of its calls."""
+    """One training run. The top of the module shows the order of the calls."""
 
     def __init__(self, config: Config) -> None:
         """Open the folder of the run and seed everything.
@@ -173,28 +174,27 @@ class Run(Generic[Config]):
         self.generator = torch.Generator(device=self.device).manual_seed(config.seed)
         self.start_step = 0
         self.metrics: dict[str, float] = {}
-        self._kept: dict[str, Stateful] = {}
+        self._registered: dict[str, Stateful] = {}
         self._stack = contextlib.ExitStack()
 
-    def register(self, name: str, kept: Stateful) -> None:
-        """Save and restore the state of `kept` with every checkpoint; call it before `optimize`."""
-        if name in self._kept or name in ("weights", "optimizer", "random"):
+    def register(self, name: str, stateful: Stateful) -> None:
+        """Save and restore the state of `stateful` with every checkpoint. Call this before `optimize`."""
+        if name in self._registered or name in ("weights", "optimizer", "random"):
             raise ValueError(f"the state {name!r} is registered already")
-        self._kept[name] = kept
+        self._registered[name] = stateful
 
     def optimize(
         self, parameters: Mapping[str, torch.nn.Parameter], *, factors: Mapping[str, float] | None = None
     ) -> None:
-        """Make the optimiser of the named parameters, and continue from the newest checkpoint where the run resumes.
+        """Make the optimiser of the named parameters, and continue from the newest checkpoint if the run resumes.
 
         `factors` multiply the learning rate of the parameters whose name begins with the key and a dot.
-
-        What `overwrite` removes is removed here: settings, model and data have been read, and were right.
 
         Raises:
             ValueError: the checkpoint belongs to other settings, or is beyond the last step.
         """
         config = self.config
+        # Not earlier: a mistake in the settings, the model or the data must not cost the earlier run.
         if config.overwrite:
             _remove_earlier_run(self.dir)
         self.parameters = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
@@ -225,7 +225,7 @@ class Run(Generic[Config]):
         return self.dir / "checkpoints"
 
     def __enter__(self) -> Run[Config]:
-        """Open the progress bar and the trackers, and enter autocast where the run has mixed precision."""
+        """Open the progress bar and the trackers, and enter autocast if the run has mixed precision."""
         config = self.config
         tracker = RunTracker(self.dir, config.steps, tensorboard=config.tensorboard, trackio=config.trackio)
         self.tracker = self._stack.enter_context(tracker)
@@ -235,11 +235,11 @@ class Run(Generic[Config]):
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        """Close what `__enter__` opened."""
+        """Close the progress bar and the trackers, and leave autocast."""
         self._stack.close()
 
     def steps(self) -> Iterator[int]:
-        """Yield the steps that are left, counted from 0, each with its learning rate set and a new `clock`."""
+        """Yield the remaining steps, counted from 0. Each starts with its learning rate and a new `clock`."""
         for step in range(self.start_step, self.config.steps):
             self.clock = Clock(self.device)
             self.learning_rate = self.config.learning_rate_at(step)
@@ -248,21 +248,21 @@ class Run(Generic[Config]):
             yield step
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss` to that of the parameters."""
+        """Add the gradient of `loss` to the gradients of the parameters."""
         self.accelerator.backward(loss)
 
     def clip_and_step(self, parts: Mapping[str, Sequence[Tensor]] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
-        """Clip the gradient, take an optimiser step and zero the gradient; return its norm and `skipped_updates`.
+        """Clip the gradient, take an optimiser step and zero the gradient. Return its norm and `skipped_updates`.
 
-        `parts` are parameters that are clipped apart from each other, by the name that their norm gets among the
-        metrics; without them all are clipped together, `grad_norm`. A gradient that is not finite would leave nothing
-        of the model: the step is left out, and counted.
+        `parts` maps the name of a norm among the metrics to the parameters that are clipped by it. Without `parts`, one
+        norm `grad_norm` clips all. Steps with a non-finite gradient norm are skipped and counted in `skipped_updates`.
         """
         self.accelerator.unscale_gradients()
         norms = {
             name: torch.nn.utils.clip_grad_norm_(list(part), self.config.max_grad_norm)
             for name, part in (parts or {"grad_norm": list(self.parameters.values())}).items()
         }
+        # One such update would make every parameter NaN.
         finite = all(bool(torch.isfinite(norm)) for norm in norms.values())
         if finite:
             self.optimizer.step()
@@ -271,12 +271,12 @@ class Run(Generic[Config]):
         return {**{name: (norm, one) for name, norm in norms.items()}, "skipped_updates": (one * (not finite), one)}
 
     def evaluation_due(self, done: int) -> bool:
-        """Return whether an evaluation belongs after `done` steps: as configured, and after the last one."""
+        """Return whether the run evaluates after `done` steps: every `eval_every` steps, and after the last one."""
         every = self.config.eval_every
         return done == self.config.steps or bool(every and done % every == 0)
 
     def finish_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of step `step`, counted from 0, and write a checkpoint where one is due."""
+        """Record the metrics of step `step`, counted from 0, and write a checkpoint if one is due."""
         done, config = step + 1, self.config
         self.metrics = dict(metrics)
         self.tracker.log(done, self.metrics)
@@ -284,14 +284,14 @@ class Run(Generic[Config]):
             self._save(done)
 
     def save_model(self, model: Any, tokenizer: Any) -> None:
-        """Write the model (or its adapters) and the tokenizer to `model/`, where the configuration wants it."""
+        """Write the model (or its adapters) and the tokenizer to `model/`, if `save_model` is set."""
         if self.config.save_model:
             with disk_errors(self.dir / "model"):
                 model.save_pretrained(self.dir / "model")
                 tokenizer.save_pretrained(self.dir / "model")
 
     def result(self) -> RunResult:
-        """Return what the run leaves behind."""
+        """Return the outcome of the run."""
         return RunResult(self.dir, self.config.steps, self.log.evaluations, self.metrics)
 
     def _save(self, step: int) -> None:
@@ -304,29 +304,29 @@ class Run(Generic[Config]):
             "random": random_values,
             "kept": {},
         }
-        for name, kept in self._kept.items():
-            state = kept.state_dict()
+        for name, stateful in self._registered.items():
+            state = stateful.state_dict()
             tensors[name] = {key: value for key, value in state.items() if isinstance(value, Tensor)}
             values["kept"][name] = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
         save_checkpoint(self.checkpoints, step, tensors, values, keep=self.config.keep_checkpoints)
 
     def _restore(self, path: Path) -> int:
-        """Load the checkpoint in `path` into the parameters, the optimiser and the generators; return its step."""
+        """Load the checkpoint in `path` into the parameters, the optimiser and the generators. Return its step."""
         saved = load_checkpoint(path)
         self.config.check_resumable(saved.state["config"])
         _same_names(path, "parameters", saved.tensors["weights"], self.parameters)
-        _same_names(path, "state", saved.state["kept"], self._kept)
+        _same_names(path, "state", saved.state["kept"], self._registered)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(saved.tensors["weights"][name])
         optimizer_from_tensors(self.optimizer, saved.tensors["optimizer"], saved.state["optimizer_groups"])
-        for name, kept in self._kept.items():
-            kept.load_state_dict({**saved.tensors.get(name, {}), **saved.state["kept"][name]})
+        for name, stateful in self._registered.items():
+            stateful.load_state_dict({**saved.tensors.get(name, {}), **saved.state["kept"][name]})
         self._restore_random(saved)
         return int(saved.state["step"])
 
     def _check_finished(self) -> None:
-        """Say that no step is left, or raise where the checkpoint has more of them than this run."""
+        """Log that no step is left, or raise if the checkpoint has more steps than this run."""
         if self.start_step > self.config.steps:
             raise ValueError(
                 f"steps={self.config.steps} are fewer than the {self.start_step} of the checkpoint in {str(self.dir)!r}"
@@ -337,13 +337,13 @@ class Run(Generic[Config]):
         set_random_state(self.generator, saved.tensors["random"], saved.state["random"])
 
 
-def _same_names(path: Path, what: str, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+def _same_names(path: Path, kind: str, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     if different := sorted(saved.keys() ^ here.keys()):
-        raise ValueError(f"the checkpoint {path} holds other {what} than this run: {different[:4]}")
+        raise ValueError(f"the checkpoint {path} holds other {kind} than this run: {different[:4]}")
 
 
 def open_run_dir(config: RunConfig) -> Path:
-    """Return the folder of the run, made where there is none; raise where an earlier run is in it that must stay."""
+    """Return the folder of the run, made if needed. Raise if it holds an earlier run that must stay."""
     run_dir = Path(config.run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

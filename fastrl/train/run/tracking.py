@@ -1,7 +1,7 @@
-"""What a run leaves behind while it runs: a line of metrics per step, a progress bar, and other trackers if asked for.
+"""Metrics of a run as it goes: `metrics.jsonl`, a progress bar, and TensorBoard or Trackio if wanted.
 
-`metrics.jsonl` is the record; every line is strict JSON (a value that is not finite is written as null), complete on
-disk before `log` returns to the loop, and a line that a crash cut short is dropped when the file is opened again.
+`metrics.jsonl` has one line of strict JSON per step, in which null stands for a value that is not finite. `log` returns
+after the file has the whole line. After a crash, opening the file again drops an incomplete last line.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import IO, Any, Protocol
 
 METRICS_FILE = "metrics.jsonl"
 
-# Shown beside the progress bar: a label, the names under which the number may come, and its format.
+# The numbers beside the progress bar: label, pattern of the metric's name, format.
 SHOWN: tuple[tuple[str, re.Pattern[str], str], ...] = (
     ("loss", re.compile(r"loss"), "{:.3f}"),
     ("reward", re.compile(r"reward(/mean|_mean)?"), "{:.3f}"),
@@ -26,12 +26,12 @@ SHOWN: tuple[tuple[str, re.Pattern[str], str], ...] = (
     ("clip", re.compile(r"clip_(ratio|fraction)(/(region_)?mean)?"), "{:.1%}"),
     ("tok/s", re.compile(r"(.*/)?tokens_per_(s|sec|second)"), "{:,.0f}"),
 )
-# Without a terminal, a run prints about this many lines.
+# Number of lines, about, that a run prints without a terminal.
 PLAIN_LINES = 50
 
 
 class _Sink(Protocol):
-    """Another place that the metrics go to."""
+    """Another tracker that receives the metrics."""
 
     def resume(self, step: int) -> None: ...
 
@@ -44,7 +44,7 @@ class RunTracker:
     """The metrics of one run. Use it as a context manager around the loop.
 
     with RunTracker(run_dir, total_steps) as tracker:
-        tracker.resume(start)      # only where a run goes on
+        tracker.resume(start)      # only if the run resumes
         for step in range(start + 1, total_steps + 1):
             ...
             tracker.log(step, {"reward": 0.5, "kl": 0.01})
@@ -53,16 +53,16 @@ class RunTracker:
     def __init__(
         self, run_dir: str | Path, total_steps: int, *, tensorboard: bool = False, trackio: bool = False
     ) -> None:
-        """Open the run directory, creating it where there is none.
+        """Open the run directory, and create it if needed.
 
         Args:
-            run_dir: where `metrics.jsonl` goes (and `tensorboard/`).
-            total_steps: the length of the run, for the bar and the time left.
+            run_dir: folder of `metrics.jsonl` (and `tensorboard/`).
+            total_steps: length of the run, for the bar and the remaining time.
             tensorboard: also write TensorBoard scalars.
             trackio: also log to Trackio, under the name of the directory.
 
         Raises:
-            ImportError: a tracker that is asked for is not installed; the message names the extra.
+            ImportError: a requested tracker is not installed. The message names the extra.
             ValueError: `metrics.jsonl` holds a line that is not a record of a step.
         """
         if total_steps < 0:
@@ -81,7 +81,7 @@ class RunTracker:
         self._display = _Display(total_steps)
 
     def resume(self, step: int) -> None:
-        """Go on after `step`: drop the lines of later steps, which the resumed run writes anew. -1 drops all."""
+        """Continue after `step`. Drop the lines of later steps, which the run will write again. -1 drops all lines."""
         self._file.close()
         self._last_step = _truncate(self._path, step)
         self._file = self._path.open("a", encoding="utf-8")
@@ -93,11 +93,11 @@ class RunTracker:
         """Record the metrics of one step.
 
         Args:
-            step: greater than the last one recorded.
-            metrics: name -> number; tensors with one element are taken too.
+            step: greater than the last recorded step.
+            metrics: name -> number, or a tensor with one element.
 
         Raises:
-            ValueError: the step is already there, or a name is empty or `step`.
+            ValueError: the step is not greater than the last one, or a name is empty or `step`.
             TypeError: a value is no number.
         """
         values = {name: _number(name, value) for name, value in metrics.items()}
@@ -135,10 +135,10 @@ class RunTracker:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Return the records of a `metrics.jsonl`, null as NaN; a last line that was cut short is left out.
+    """Return the records of a `metrics.jsonl`, null as NaN, without an incomplete last line.
 
     Raises:
-        ValueError: another line is not a record of a step; the message names it.
+        ValueError: another line is not a record of a step. The message names the line.
     """
     records = []
     for _, record in _complete_lines(Path(path)):
@@ -162,7 +162,7 @@ def _complete_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 def _truncate(path: Path, last: int | None) -> int | None:
-    """Drop a torn last line, and the steps after `last` unless that is None; return the last step that stays."""
+    """Drop an incomplete last line and, unless `last` is None, later steps. Return the last step that stays."""
     if not path.exists():
         return None
     kept = [(line, record) for line, record in _complete_lines(path) if last is None or record["step"] <= last]
@@ -191,7 +191,7 @@ def _number(name: str, value: Any) -> float | int:
 
 
 class _Display:
-    """A progress bar on a terminal, a line now and then elsewhere; both on stderr."""
+    """A progress bar on a terminal, otherwise a line every few steps. Both go to stderr."""
 
     def __init__(self, total_steps: int) -> None:
         try:
@@ -226,7 +226,7 @@ class _Display:
         self._progress.start()
 
     def start_at(self, step: int) -> None:
-        # reset, not update: the steps before the resumed one must not count towards the speed.
+        # reset, not update: steps of the earlier process must not count towards the speed.
         self._progress.reset(self._task, total=self._total, completed=step, shown="")
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -284,7 +284,7 @@ class _Trackio:
         trackio.init(project="fastrl", name=run_dir.resolve().name)
 
     def resume(self, step: int) -> None:
-        """Do nothing: Trackio has no way to take steps back, so it shows the repeated ones twice."""
+        """Do nothing: Trackio cannot remove steps, so it shows repeated ones twice."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._trackio.log({name: value for name, value in metrics.items() if math.isfinite(value)}, step=step)
