@@ -16,12 +16,12 @@ _TINY32 = F32(2.0**-126)  # the smallest normal number
 
 
 def flush(x: np.ndarray) -> np.ndarray:
-    """Subnormal float32 to zero of the same sign."""
+    """Return float32 with subnormal numbers as zeros of the same sign: `.ftz`."""
     return np.where(np.abs(x) < _TINY32, np.copysign(F32(0), x), x)
 
 
 def _odd(total: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """Round total + error (|error| <= ulp / 2) to odd, in float64."""
+    """Return total + error (|error| <= ulp / 2) rounded to odd: rounding it once more is then exact."""
     bits = total.view(I64)
     move = (error != 0) & (bits & 1 == 0) & np.isfinite(total)
     toward = np.where((error > 0) == (total > 0), 1, -1)
@@ -29,13 +29,14 @@ def _odd(total: np.ndarray, error: np.ndarray) -> np.ndarray:
 
 
 def two_sum(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (a + b rounded, its error), exact (Knuth)."""
     s = a + b
     bb = s - a
     return s, (a - (s - bb)) + (b - bb)
 
 
 def to_f32(x: np.ndarray, error: np.ndarray, mode: str) -> np.ndarray:
-    """Round x + error to float32 in a rounding mode."""
+    """Return x + error in float32, rounded to nearest ("rn"), toward zero ("rz"), down ("rm") or up ("rp")."""
     exact = _odd(x, error)
     r = exact.astype(F32)
     if mode == "rn":
@@ -47,6 +48,7 @@ def to_f32(x: np.ndarray, error: np.ndarray, mode: str) -> np.ndarray:
 
 
 def fma32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """Return a b + c in float32, rounded once."""
     p = np.multiply(a, b, dtype=F64)  # exact
     s = np.add(p, c, dtype=F64)
     r = s.astype(F32)
@@ -61,13 +63,14 @@ def fma32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 
 def _halves64(a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return two float64 of 26 bits each with the sum a (Dekker)."""
     t = a * F64(134217729.0)
     high = t - (t - a)
     return high, a - high
 
 
 def fma64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """Boldo and Melquiond: the error of the product is added to odd; extremes go through exact fractions."""
+    """Return a b + c in float64, rounded once (Boldo and Melquiond 2008); extremes go through exact fractions."""
     a, b, c = np.broadcast_arrays(np.asarray(a, F64), np.asarray(b, F64), np.asarray(c, F64))
     uh = a * b
     (ah, al), (bh, bl) = _halves64(a), _halves64(b)
@@ -93,62 +96,86 @@ def fma64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 
 class Approximate:
-    """Results of approximate instructions: correctly rounded, then moved by up to the documented error."""
+    """Results of approximate instructions: rounded correctly, then moved by up to the error that a device may have.
+
+    | instruction | error |
+    |---|---|
+    | ex2.approx.f32 | 2 ulp; 2^0 is exactly 1 |
+    | div.full.f32, div.approx.f32 | 2 ulp |
+    | rcp.approx.f32, sqrt.approx.f32 | 1 ulp |
+    | rsqrt.approx.f32 | 2^-22.9 relative: 2 ulp |
+    | lg2.approx.f32 | 2^-22, absolute below 1, else relative |
+    | tanh.approx.f32 | 2^-11 relative |
+
+    The bounds are the PTX manual's as they are commonly quoted; no copy of it was at hand to check them. `mode` is
+    "nominal" (no error), "high" or "low" (all of it, up or down), or "random": a hash of the input, as a device's error
+    is a function of the input.
+    """
 
     def __init__(self, mode: str = "nominal", seed: int = 0) -> None:
         self.mode, self.seed = mode, seed
 
     def move(self, r: np.ndarray, ulps: int, source: np.ndarray) -> np.ndarray:
+        """Return float32 results moved by up to some ulps, as a function of their `source`."""
         if self.mode == "nominal":
             return r
         bits = r.view(I32)
         if self.mode == "random":
-            # A function of the input, as on a device.
             mixed = (source.view(U32) ^ U32(self.seed)) * U32(2654435761)
             step = (mixed >> U32(16)).astype(I32) % (2 * ulps + 1) - ulps
         else:
             step = I32(ulps if self.mode == "high" else -ulps)
-        return np.where(np.isfinite(r) & (np.abs(r) >= _TINY32) & (np.abs(r) < F32(3e38)), bits + step, bits).view(F32)
+        movable = np.isfinite(r) & (np.abs(r) >= _TINY32) & (np.abs(r) < F32(3e38))
+        return np.where(movable, bits + step, bits).view(F32)
 
     def ex2(self, x: np.ndarray) -> np.ndarray:
+        """Return 2^x."""
         return np.where(x == 0, F32(1), self.move(np.exp2(x.astype(F64)).astype(F32), 2, x))
 
-    def lg2(self, x: np.ndarray) -> np.ndarray:  # 2^-22 absolute within (0.5, 2), relative elsewhere
+    def lg2(self, x: np.ndarray) -> np.ndarray:
+        """Return log2(x)."""
         r = np.log2(x.astype(F64))
         if self.mode != "nominal":
-            sign = {"low": -1.0, "high": 1.0}.get(self.mode, 1.0)
+            sign = -1.0 if self.mode == "low" else 1.0
             r = r + sign * 2.0**-22 * np.maximum(np.abs(r), 1.0) * np.isfinite(r)
         return r.astype(F32)
 
-    def tanh(self, x: np.ndarray) -> np.ndarray:  # 2^-11 relative
+    def tanh(self, x: np.ndarray) -> np.ndarray:
+        """Return tanh(x)."""
         return self.move(np.tanh(x.astype(F64)).astype(F32), 1 << 12, x)
 
     def divide(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Return a / b."""
         r = np.divide(a, b)
         return self.move(r, 2, r)
 
     def rcp(self, x: np.ndarray) -> np.ndarray:
+        """Return 1 / x."""
         return self.move(np.divide(F32(1), x), 1, x)
 
-    def sqrt(self, x: np.ndarray) -> np.ndarray:  # 2^-23 relative
+    def sqrt(self, x: np.ndarray) -> np.ndarray:
+        """Return the square root."""
         return self.move(np.sqrt(x), 1, x)
 
-    def rsqrt(self, x: np.ndarray) -> np.ndarray:  # 2^-22.9 relative
+    def rsqrt(self, x: np.ndarray) -> np.ndarray:
+        """Return 1 over the square root."""
         return self.move((1 / np.sqrt(x.astype(F64))).astype(F32), 2, x)
 
 
 def bf16_to_f32(x: np.ndarray) -> np.ndarray:
+    """Return float32 from the bits of bfloat16."""
     return (np.asarray(x).astype(U32) << U32(16)).view(F32)
 
 
 def f32_to_bf16(x: np.ndarray) -> np.ndarray:
+    """Return the bits of bfloat16, rounded to nearest even; NaN is 0x7FFF."""
     bits = np.ascontiguousarray(x, F32).view(U32)
     rounded = (bits + (((bits >> U32(16)) & U32(1)) + U32(0x7FFF))) >> U32(16)
     return np.where(np.isnan(x), U32(0x7FFF), rounded).astype(U16)
 
 
 def to_integer(x: np.ndarray, kind: str) -> np.ndarray:
-    """Saturating; NaN is 0."""
+    """Return whole numbers as integers of a type, saturated; NaN is 0."""
     info = np.iinfo(DTYPE[kind])
     top = float(info.max)
     wide = np.nan_to_num(x.astype(F64), nan=0.0)
