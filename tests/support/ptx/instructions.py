@@ -462,8 +462,9 @@ class Builder:
 
     def memory(self, ins: Instruction, base: str, mods: list[str], kind: str) -> Step:
         loads = base == "ld"
-        space = next((mod for mod in mods if mod in ("global", "shared", "param", "local", "const")), "generic")
-        if space in ("local", "const"):
+        spaces = ("global", "shared", "shared::cta", "shared::cluster", "param", "local", "const")
+        space = next((mod for mod in mods if mod in spaces), "generic").removesuffix("::cta")
+        if space in ("shared::cluster", "local", "const"):
             raise Fault(f"not implemented: {ins.op}")
         value, place = ins.operands[:2] if loads else reversed(ins.operands[:2])
         names = split(value[1:-1]) if value.startswith("{") else [value]

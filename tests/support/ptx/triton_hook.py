@@ -23,6 +23,32 @@ from ptx.memory import Memory
 from ptx.text import Kernel, parse
 
 
+@dataclass(frozen=True)
+class Launch:
+    """A launch as it was made, to be made again with another kernel."""
+
+    kernel: Kernel
+    blocks: int
+    threads: int
+    shared_bytes: int
+    arguments: list[Any]
+    """Tensors stand for their addresses."""
+
+    def run(self, kernel: Kernel, options: Options) -> list[torch.Tensor]:
+        """Run a kernel over copies of the tensors; return the copies."""
+        memory, values = Memory(), []
+        copies = copied(self.arguments)
+        for i, argument in enumerate(copies):
+            if isinstance(argument, torch.Tensor):
+                memory.add(argument, f"argument {i}")
+                values.append(argument.data_ptr())
+            else:
+                values.append(argument)
+        size = self.shared_bytes
+        launch(kernel, self.blocks, self.threads, values, memory=memory, shared_bytes=size, options=options)
+        return [x for x in copies if isinstance(x, torch.Tensor)]
+
+
 @dataclass
 class Session:
     """A target, the options of its launches, what is compiled, and counts for the summary."""
@@ -33,6 +59,8 @@ class Session:
     binders: dict[Any, Any] = field(default_factory=dict)
     launches: Counter[str] = field(default_factory=Counter)
     seconds: Counter[str] = field(default_factory=Counter)
+    recorded: list[Launch] | None = None
+    """Launches are appended where this is a list."""
 
     def kernel_of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Return (kernel, signature, threads, shared bytes) of a launch, and its arguments by name."""
@@ -68,24 +96,25 @@ class Session:
                 continue
             if isinstance(value, torch.Tensor):
                 memory.add(value, name)
-                arguments.append(value.data_ptr())
+                arguments.append(value)
             else:
                 arguments.append(float(value) if kind in ("fp32", "fp64") else int(value))
         arguments += [0] * (len(kernel.params) - len(arguments))  # Triton's scratch pointers
+        if self.recorded is not None:
+            self.recorded.append(Launch(kernel, blocks, threads, shared_bytes, copied(arguments)))
+        values = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments]
         started = time.perf_counter()
         try:
-            launch(
-                kernel,
-                blocks,
-                threads,
-                arguments,
-                memory=memory,
-                shared_bytes=shared_bytes,
-                options=self.options,
-            )
+            launch(kernel, blocks, threads, values, memory=memory, shared_bytes=shared_bytes, options=self.options)
         finally:
             self.launches[function.__name__] += 1
             self.seconds["run"] += time.perf_counter() - started
+
+
+def copied(arguments: list[Any]) -> list[Any]:
+    """Return arguments with copies of the tensors; one that is passed twice, as for work in place, stays one."""
+    copies = {x.data_ptr(): x.clone() for x in arguments if isinstance(x, torch.Tensor)}
+    return [copies[x.data_ptr()] if isinstance(x, torch.Tensor) else x for x in arguments]
 
 
 def without_ptxas(*stage: Any) -> Any:
