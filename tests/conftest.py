@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from ptx import plugin as ptx_lane
 
 
 def _is_gpu_lane(config: pytest.Config) -> bool:
@@ -12,12 +13,25 @@ def _is_gpu_lane(config: pytest.Config) -> bool:
     return torch.cuda.is_available() and asked is not None and asked[1] is None
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare the options of the lane of compiled kernels."""
+    ptx_lane.add_options(parser)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what ran in the lane of compiled kernels."""
+    if config.getoption("ptx"):
+        ptx_lane.summary(config, terminalreporter)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Let Triton interpret, on a machine with a GPU too, unless this is the gpu lane: most tests are on the CPU.
 
     Triton reads this when a kernel is decorated: it must be set before the first import of fastrl_kernels.
     """
-    if not _is_gpu_lane(config):
+    if config.getoption("ptx"):
+        ptx_lane.configure(config)
+    elif not _is_gpu_lane(config):
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
