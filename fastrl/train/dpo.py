@@ -110,7 +110,7 @@ def run_dpo(config: DPOConfig) -> RunResult:
         head = head_of(model)
     rewards_so_far = RunningMean()
     run.register("rewards_so_far", rewards_so_far)
-    run.optimize(dict(model.named_parameters()))
+    run.start(dict(model.named_parameters()))
 
     def gradient(chosen: list[int]) -> dict[str, float]:
         return backward_preferences(

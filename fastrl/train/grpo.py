@@ -84,7 +84,7 @@ def run_grpo(config: GRPOConfig) -> RunResult:
         select = CovarianceSelection(config, loss_function, run.generator)
     prompts = Prompts(config, task)
     run.register("prompts", prompts)
-    run.optimize(dict(model.named_parameters()))
+    run.start(dict(model.named_parameters()))
     rewards = build_rewards({CORRECT: 0.0, **config.rewards}, task, config.reward_timeout_s)
     step_rewards = build_rewards(config.step_rewards, task, config.reward_timeout_s) if config.step_rewards else None
     sampler = Sampler(run, task, model, tokenizer, rewards, reward_model)

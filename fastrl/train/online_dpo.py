@@ -62,7 +62,7 @@ def run_online_dpo(config: OnlineDPOConfig) -> RunResult:
     if config.lora_rank:
         model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_modules)
     head = head_of(model)
-    run.optimize(dict(model.named_parameters()))
+    run.start(dict(model.named_parameters()))
     rewards = build_rewards({CORRECT: 0.0, **config.rewards}, task, config.reward_timeout_s)
     sampler = Sampler(run, task, model, tokenizer, rewards, reward_model)
 

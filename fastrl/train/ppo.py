@@ -118,7 +118,7 @@ def run_ppo(config: PPOConfig) -> RunResult:
         run.register("kl_controller", controller)
     if config.update == "trust_region":
         run.register("step_length", step_length)
-    run.optimize(
+    run.start(
         {**{f"policy.{name}": p for name, p in model.named_parameters()}, **critic.named_parameters()},
         factors={"critic": config.critic_lr_factor, "value_head": config.value_head_lr_factor},
     )

@@ -59,7 +59,7 @@ def run_reward_model(config: RewardModelConfig) -> RunResult:
     held_out: list[PreferenceExample] = []
     if held_out_records is not None:
         held_out = preference_examples(held_out_records, encoder, **limits).examples
-    run.optimize(named_parameters(model), factors={"score": config.head_learning_rate_factor})
+    run.start(named_parameters(model), factors={"score": config.head_learning_rate_factor})
 
     def gradient(chosen: list[int]) -> dict[str, float]:
         return backward_pairs(run, model, [train[index] for index in chosen], config)

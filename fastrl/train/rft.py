@@ -78,7 +78,7 @@ def run_rft(config: RFTConfig) -> RunResult:
     head = head_of(model)
     kept = Kept()
     run.register("kept", kept)
-    run.optimize(dict(model.named_parameters()))
+    run.start(dict(model.named_parameters()))
     rewards = build_rewards({CORRECT: 0.0, **config.rewards}, task, config.reward_timeout_s)
     held_out = HeldOut(run, task, rewards, stop_ids, config.eval_rewards)
     rejection = Rejection(config.keep_reward, config.keep_per_prompt, config.distinct)

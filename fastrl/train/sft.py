@@ -60,7 +60,7 @@ def run_sft(config: SFTConfig) -> RunResult:
     head = head_of(model)
     difference = prove_packing(model, head, train, packed=config.packing)
     logger.info("packed log-probs equal those of each sequence alone within %.2g nats", difference)
-    run.optimize(dict(model.named_parameters()))
+    run.start(dict(model.named_parameters()))
 
     def gradient(chosen: list[int]) -> dict[str, float]:
         return backward_examples(run, model, head, loss, [train[index] for index in chosen], budget=config.token_budget)
