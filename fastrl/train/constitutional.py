@@ -27,8 +27,8 @@ import torch
 
 from fastrl.train.config.run import check_int
 from fastrl.train.data.encoding import encode_prompts
-from fastrl.train.model import load_model, stop_token_ids
 from fastrl.train.pairs import SamplingConfig, check_output, write_pairs
+from fastrl.train.pretrained import load_model, stop_token_ids
 from fastrl.train.rewards.reward_set import build_rewards, check_rewards
 from fastrl.train.rewards.tasks import Problem, load_task
 from fastrl.train.rollouts.generate import decode, generate

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastrl.train.config.run import check_choice, check_int, check_positive
 from fastrl.train.data.encoding import encode_prompts
-from fastrl.train.model import load_model, stop_token_ids
+from fastrl.train.pretrained import load_model, stop_token_ids
 from fastrl.train.rewards.reward_set import RewardSet, build_rewards, check_rewards
 from fastrl.train.rewards.tasks import Problem, load_task
 from fastrl.train.rollouts.generate import decode, generate

@@ -31,8 +31,8 @@ from torch import Tensor
 from fastrl.losses.reward import reward_model_loss
 from fastrl.train.config.reward_model import RewardModelConfig
 from fastrl.train.data.encoding import Encoder, PreferenceExample, preference_examples
-from fastrl.train.model import DTYPES, SMOLLM2, smollm2_path
 from fastrl.train.preferences.comparisons import records_of
+from fastrl.train.pretrained import DTYPES, SMOLLM2, smollm2_path
 from fastrl.train.rewards.model import sequence_scores
 from fastrl.train.run.measure import Measure, Measurement
 from fastrl.train.run.run import MetricSums, Run, RunResult

@@ -26,7 +26,7 @@ import torch
 from fastrl.train.config.rft import RFTConfig
 from fastrl.train.data.encoding import Example
 from fastrl.train.data.packing import prove_packing, use_flash_attention
-from fastrl.train.model import add_lora, head_of, load_model, stop_token_ids
+from fastrl.train.model import load_policy
 from fastrl.train.rewards.reward_set import build_rewards, check_rewards
 from fastrl.train.rewards.tasks import load_task
 from fastrl.train.rollouts.evaluate import CORRECT, HeldOut
@@ -38,7 +38,7 @@ from fastrl.train.update.supervised import backward_examples, supervised_loss
 logger = logging.getLogger(__name__)
 
 
-class Kept:
+class KeptCompletions:
     """The completions that the last round kept; with them a checkpoint can be in the middle of a round."""
 
     def __init__(self) -> None:
@@ -70,22 +70,18 @@ def run_rft(config: RFTConfig) -> RunResult:
     task.held_out(config.eval_problems)  # too many of them are refused before the model is loaded
     check_rewards(config.rewards, task)
     run = Run(config)
-    model, tokenizer = load_model(config.model, dtype=config.dtype, device=run.device)
-    stop_ids = stop_token_ids(model, tokenizer)
-    if config.lora_rank:
-        model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_modules)
-    use_flash_attention(model)
-    head = head_of(model)
-    kept = Kept()
+    policy = load_policy(config, run.device)
+    use_flash_attention(policy.model)
+    kept = KeptCompletions()
     run.register("kept", kept)
-    run.start(dict(model.named_parameters()))
+    run.start(policy.parameters())
     rewards = build_rewards({CORRECT: 0.0, **config.rewards}, task, config.reward_timeout_s)
-    held_out = HeldOut(run, task, rewards, stop_ids, config.eval_rewards)
+    held_out = HeldOut(run, task, rewards, policy, config.eval_rewards)
     rejection = Rejection(config.keep_reward, config.keep_per_prompt, config.distinct)
 
     with rewards, run:
         if run.start_step == 0:
-            held_out.evaluate(model, tokenizer, 0)
+            held_out.evaluate(0)
         for step in run.steps():
             # Sampling, at the beginning of a round
             metrics: dict[str, float] = {}
@@ -93,8 +89,7 @@ def run_rft(config: RFTConfig) -> RunResult:
             if done_in_round == 0:
                 count = config.prompts_per_step * config.steps_per_round
                 sampled = sample_and_reject(
-                    model,
-                    tokenizer,
+                    policy,
                     task.train(count, start=round_number * count),
                     rewards,
                     rejection,
@@ -103,14 +98,11 @@ def run_rft(config: RFTConfig) -> RunResult:
                     prompt_template=config.prompt_template,
                     system_prompt=config.system_prompt,
                     max_new_tokens=config.max_new_tokens,
-                    stop_ids=stop_ids,
-                    pad_id=tokenizer.pad_token_id,
-                    temperature=config.temperature,
                     generator=run.generator,
                 )
                 kept.examples, metrics = sampled.kept, sampled.metrics
                 if step == 0:
-                    difference = prove_packing(model, head, sampled.some, packed=config.packing)
+                    difference = prove_packing(policy.model, policy.head, sampled.some, packed=config.packing)
                     logger.info("packed log-probs equal those of each sequence alone within %.2g nats", difference)
                 if not kept.examples and config.steps_per_round > 1:
                     raise ValueError(
@@ -126,16 +118,14 @@ def run_rft(config: RFTConfig) -> RunResult:
             examples = [kept.examples[index] for index in order]
             metrics["trained_completions"] = float(len(examples))
             if examples:
-                metrics |= backward_examples(
-                    run, model, head, loss, examples, budget=config.token_budget, temperature=config.temperature
-                )
+                metrics |= backward_examples(run, policy, loss, examples, budget=config.token_budget)
                 run.clock.lap("backward")
                 metrics |= {name: float(total / count) for name, (total, count) in run.clip_and_step().items()}
                 run.clock.lap("optimizer")
             metrics |= {"learning_rate": run.learning_rate, **run.clock.times()}
             if run.evaluation_due(step + 1):
-                metrics |= held_out.evaluate(model, tokenizer, step + 1)
+                metrics |= held_out.evaluate(step + 1)
             run.finish_step(step, metrics)
 
-    run.save_model(model, tokenizer)
+    run.save_model(policy.model, policy.tokenizer)
     return run.result()

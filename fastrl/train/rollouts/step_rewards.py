@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fastrl.losses.advantages.estimators import step_advantages
 from fastrl.train.config.grpo import GRPOConfig
+from fastrl.train.data.rollout import Rollout
 from fastrl.train.rewards.reward_set import RewardBatch, RewardSet
 from fastrl.train.rewards.tasks import Problem
-from fastrl.train.rollouts.generate import Rollout
 
 
 def step_ends(tokenizer: Any, ids: Sequence[int], marker: str) -> list[int]:
