@@ -34,7 +34,7 @@ def worked(problem: Problem) -> str:
 
 
 def _terms(problem: Problem) -> list[str]:
-    """Return the terms with their signs, -0 among them; the first of "9 + 1 - 4" is 9."""
+    """Return the terms with their signs, -0 among them. The first term of "9 + 1 - 4" is 9."""
     return _TERMS.findall(problem.entry["metadata"]["expression"].replace(" ", ""))
 
 

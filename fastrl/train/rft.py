@@ -1,18 +1,19 @@
-"""Rejection sampling fine-tuning in one file: sample, verify, keep what is right, fine-tune on it.
+"""Rejection sampling fine-tuning in one file: sample, verify, keep the right completions, fine-tune on them.
 
     for each round of `steps_per_round` steps
         prompts -> completions        `group_size` of each, sampled from the policy as it is now
-        completions -> kept ones      reward at least `keep_reward`, ended by themselves; at most `keep_per_prompt` of
-                                      a prompt, and no text twice where they are to be distinct
+        completions -> kept ones      reward at least `keep_reward`, ended by themselves. At most `keep_per_prompt` of
+                                      a prompt, and no text twice if `distinct`
         kept ones -> steps            `epochs_per_round` passes in random order, packed without padding, cross-entropy
 
-With the defaults it is the rejection sampling fine-tuning of Yuan et al. (arXiv 2308.01825) in rounds. With one step
-per round every completion comes from the very policy that it trains: online RFT, in DeepSeekMath's terms (arXiv
-2402.03300, section 5.2) the policy gradient whose coefficient is 1 for a right completion and 0 for a wrong one.
-`OnlineRFTConfig` has those defaults.
+With the defaults it is the rejection sampling fine-tuning of Yuan et al. (arXiv 2308.01825) in rounds. A round goes on
+from the policy of the last one and does not begin again at the first model.
 
-Rounds go on from the policy of the last one and do not begin again at the first model. Left out: more than one process,
-an inference engine for the samples, dropout, gradient checkpointing.
+With one step per round every completion comes from the very policy that it trains. DeepSeekMath (arXiv 2402.03300,
+section 5.2) calls it online RFT: the policy gradient whose coefficient is 1 for a right completion and 0 for a wrong
+one. `OnlineRFTConfig` has those defaults.
+
+Left out: more than one process, an inference engine for the samples, dropout, gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 class KeptCompletions:
-    """The completions that the last round kept; with them a checkpoint can be in the middle of a round."""
+    """The completions that the last round kept. A checkpoint holds them, so it can be in the middle of a round."""
 
     def __init__(self) -> None:
         self.examples: list[Example] = []
@@ -53,7 +54,7 @@ class KeptCompletions:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the examples over."""
+        """Restore the examples."""
         lengths = state["lengths"].tolist()
         ids, trained = state["ids"].split(lengths), state["trained"].split(lengths)
         self.examples = [Example(i.tolist(), t.tolist()) for i, t in zip(ids, trained, strict=True)]
@@ -111,7 +112,7 @@ def run_rft(config: RFTConfig) -> RunResult:
                     )
             run.clock.lap("rollout")
 
-            # A gradient step on this step's share of them; without one, as may happen online, there is none.
+            # A gradient step on this step's share of them. An online step without a right completion takes none.
             n = len(kept.examples)
             size = -(-n * config.epochs_per_round // config.steps_per_round)
             order = shuffled(n, start=done_in_round * size, count=size, seed=config.seed + round_number) if n else []

@@ -1,13 +1,13 @@
 """Supervised fine-tuning in one file: examples, packed without padding, one cross-entropy over their completions.
 
-    records -> examples           prompt and completion, or conversations; the completions are trained
+    records -> examples           prompt and completion, or conversations. The completions are trained
     for each step
-        examples -> batches       packed to a budget of tokens; the sequences do not see each other
-        batches -> gradient       PolicyLoss.from_hidden, no logits; divided by the tokens of the whole step
+        examples -> batches       packed to a budget of tokens. The sequences do not see each other
+        batches -> gradient       PolicyLoss.from_hidden, no logits, divided by the tokens of the whole step
         one optimiser step
     now and then                  perplexity on held-out records, accuracy on held-out problems of a task
 
-With a task and no data this is the cold start of a policy: the problems of the task with their answers, put into
+With a task and no data this is the cold start of a policy. The problems of the task with their answers, put into
 `answer_template`, teach the form of an answer before any reward is paid for it.
 
 Left out: more than one process, dropout (the model stays in eval mode), gradient checkpointing, NEFTune's noise.
@@ -82,7 +82,7 @@ def run_sft(config: SFTConfig) -> RunResult:
 
 
 def records_of(config: SFTConfig, task: Task | None) -> tuple[Records, Records | None]:
-    """Return the records to train on and the held-out ones, None where there are to be none."""
+    """Return the records to train on and the held-out ones, None if the configuration wants none."""
     if config.data is None:
         assert task is not None  # a config has data or a task
         train = answered(task.train(config.task_examples), config.answer_template, f"task {config.task}")

@@ -26,7 +26,7 @@ KINDS = ("head", "shared", "separate")
 
 
 class Critic:
-    """The value head and, where the critic is separate, its backbone. Every value is 0 until the head is trained."""
+    """The value head and, if the critic is separate, its backbone. Every value is 0 until the head is trained."""
 
     def __init__(self, policy: Policy, kind: str) -> None:
         """Make the critic of `policy`, which has no adapters yet. A separate backbone is run as the policy is.
@@ -55,7 +55,7 @@ class Critic:
         }
 
     def values(self, rollout: Rollout, policy_hidden: Tensor) -> Tensor:
-        """Return values (B, T), differentiable, in the precision of the head, float32; `policy_hidden` is (B, T, D)."""
+        """Return values (B, T), differentiable, in the head's float32. `policy_hidden` is (B, T, D)."""
         if self.backbone is not None:
             hidden = self._policy.hidden_of(self.backbone, rollout)
         else:

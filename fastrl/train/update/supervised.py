@@ -98,7 +98,7 @@ class HeldOutLoss:
 
     def perplexity(self, step: int) -> Measurement:
         """Return the measurement of exp(mean). Its standard error is the perplexity times the mean's standard error."""
-        value = float(torch.tensor(self.mean, dtype=torch.float64).exp())  # infinite where a float would overflow
+        value = float(torch.tensor(self.mean, dtype=torch.float64).exp())  # infinite if a float would overflow
         return Measurement(step, value, value * self.standard_error, self.n_examples, PERPLEXITY)
 
 
