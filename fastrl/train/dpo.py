@@ -33,7 +33,13 @@ from fastrl.losses.preference.loss import PreferenceLoss
 from fastrl.train.config.dpo import DPOConfig
 from fastrl.train.data.encoding import Encoder
 from fastrl.train.model import Policy, load_policy
-from fastrl.train.preferences.comparisons import Comparison, by_length, padded_logprobs, records_of, rollout_of
+from fastrl.train.preferences.comparisons import (
+    Comparison,
+    by_length,
+    comparison_records,
+    padded_logprobs,
+    rollout_of,
+)
 from fastrl.train.preferences.dataset import Preferences, preferences, select, with_reference
 from fastrl.train.rewards.tasks import load_task
 from fastrl.train.run.measure import Measure, Measurement
@@ -82,9 +88,9 @@ def run_dpo(config: DPOConfig) -> RunResult:
     if config.task is not None:
         task = load_task(config.task, **{"seed": config.seed, **config.task_parameters})
         task.held_out(config.eval_problems)  # too many of them are refused before the model is loaded
-    train_records, held_out_records = records_of(config)
+    train_records, held_out_records = comparison_records(config)
     run = Run(config)
-    policy = load_policy(config, run.device, adapters=False)
+    policy = load_policy(config, run.device, adapters=False)  # the reference is the bare model
     encoder = Encoder(policy.tokenizer, policy.stop_ids, config.prompt_template, config.system_prompt)
     train, skipped = preferences(train_records, encoder, config, loss, split=True)
     held_out = None
@@ -140,6 +146,7 @@ def backward_preferences(
         part = select(step, indices)
         few = part.comparisons
         if loss.unpaired:
+            # The mismatched completion was for the reference point only.
             few = [Comparison(comparison.prompt, comparison.completions[:1]) for comparison in few]
             assert part.labels is not None
             inputs["desirable"] = torch.tensor(part.labels, device=run.device)
@@ -158,7 +165,7 @@ def backward_preferences(
         value = value + output.loss.detach()
         tokens += int(rollout.completion_mask.sum()) + int(rollout.prompt_mask.sum())
     metrics = totals.means()
-    if loss.shift == "baseline":
+    if loss.shift == "baseline":  # of the steps after this one
         assert step.labels is not None
         wanted = sum(step.labels)
         by_side = (("rewards/chosen", wanted), ("rewards/rejected", len(step) - wanted))

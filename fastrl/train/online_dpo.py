@@ -76,6 +76,7 @@ def run_online_dpo(config: OnlineDPOConfig) -> RunResult:
                 totals.add({"kl": (log_ratio, torch.full_like(log_ratio, config.batch_size))})
             run.clock.lap("logprobs")
 
+            # Without a pair there is no gradient and no optimiser step.
             for _ in range(config.epochs_per_batch if len(chosen) else 0):
                 backward_ranked(run, policy, loss, rollout, (chosen, rejected), ref, totals)
                 run.clock.lap("backward")
@@ -111,6 +112,7 @@ def backward_ranked(
     """Accumulate the gradient of the loss of the pairs in the parameters, in micro-batches."""
     config = run.config
     chosen, rejected = pairs
+    # The setting counts completions, and a pair is two of them.
     size = len(chosen) if config.micro_batch_size is None else max(1, config.micro_batch_size // 2)
     n_tokens = float(rollout.completion_mask[chosen].sum())
     value = torch.zeros((), device=chosen.device)

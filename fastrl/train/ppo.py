@@ -149,6 +149,7 @@ def run_ppo(config: PPOConfig) -> RunResult:
 
             # Optimisation
             totals = MetricSums()
+            # Every value of a new critic is 0, so it may be trained alone at first.
             train_policy = step >= config.critic_warmup_steps
             if train_policy and config.update == "trust_region":
                 parts = batch.parts(config)
@@ -258,7 +259,7 @@ def fit(run: Run[PPOConfig], learner: Learner, batch: PPOBatch, totals: MetricSu
         for minibatch in batch.minibatches(config, run.generator):
             done = accumulate(run, learner, minibatch, totals, train_policy=train_policy)
             run.clock.lap("backward")
-            if steps == 0 and train_policy:
+            if steps == 0 and train_policy:  # the policy has not moved yet: every ratio should be 1
                 totals.add({"first_step_ratio_max_dev": (done.ratio_deviation, one)})
             stopped = train_policy and config.target_kl is not None and done.kl.item() > config.target_kl
             if stopped:
@@ -301,6 +302,7 @@ def accumulate(
     zero, one = torch.zeros((), device=counts.tokens.device), torch.ones((), device=counts.tokens.device)
     policy_value = critic_value = deviation = kl = zero
     for part in minibatch:
+        # A critic that is trained alone needs no graph of the policy.
         with torch.set_grad_enabled(train_policy):
             hidden = policy.hidden(part.rollout)  # (B, T, D)
         total = zero

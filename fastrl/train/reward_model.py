@@ -32,7 +32,7 @@ from torch import Tensor
 from fastrl.losses.reward import reward_model_loss
 from fastrl.train.config.reward_model import RewardModelConfig
 from fastrl.train.data.encoding import Encoder, PreferenceExample, preference_examples
-from fastrl.train.preferences.comparisons import records_of
+from fastrl.train.preferences.comparisons import comparison_records
 from fastrl.train.pretrained import DTYPES, SMOLLM2, smollm2_path
 from fastrl.train.rewards.model import sequence_scores
 from fastrl.train.run.measure import Measure, Measurement
@@ -51,7 +51,7 @@ def run_reward_model(config: RewardModelConfig) -> RunResult:
     Raises ValueError for settings that do not fit together, data that cannot be read, and a model that has no sequence
     classifier in transformers.
     """
-    train_records, held_out_records = records_of(config)
+    train_records, held_out_records = comparison_records(config)
     run = Run(config)
     model, tokenizer, encoder = load_classifier(config, run.device)
     limits: dict[str, Any] = {"max_tokens": config.max_tokens, "overlong": config.overlong}
@@ -116,9 +116,10 @@ def load_classifier(config: RewardModelConfig, device: torch.device) -> tuple[An
     missing = sorted(report["missing_keys"])
     if missing not in ([], ["score.weight"]):
         raise ValueError(f"model {config.model!r} must lack nothing but score.weight, got {', '.join(missing)}")
-    if missing:
+    if missing:  # the folder holds a language model and no reward model yet
         torch.nn.init.zeros_(model.score.weight)
     stop_ids = _stop_ids(source, model, tokenizer)
+    # The classifier finds the end of a sequence by the pad token of its config, so the tokenizer must have the same.
     model.config.pad_token_id = scoring_pad_id(tokenizer, stop_ids)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
     model.eval().to(device)

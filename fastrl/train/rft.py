@@ -114,7 +114,7 @@ def run_rft(config: RFTConfig) -> RunResult:
 
             # A gradient step on this step's share of them. An online step without a right completion takes none.
             n = len(kept.examples)
-            size = -(-n * config.epochs_per_round // config.steps_per_round)
+            size = -(-n * config.epochs_per_round // config.steps_per_round)  # rounded up
             order = shuffled(n, start=done_in_round * size, count=size, seed=config.seed + round_number) if n else []
             examples = [kept.examples[index] for index in order]
             metrics["trained_completions"] = float(len(examples))

@@ -43,7 +43,7 @@ def run_sft(config: SFTConfig) -> RunResult:
     if config.task is not None:
         task = load_task(config.task, **{"seed": config.seed, **config.task_parameters})
         task.held_out(config.eval_problems)  # too many of them are refused before the model is loaded
-    train_records, held_out_records = records_of(config, task)
+    train_records, held_out_records = sft_records(config, task)
     run = Run(config)
     policy = load_policy(config, run.device)
     encoder = Encoder(policy.tokenizer, policy.stop_ids, config.prompt_template, config.system_prompt)
@@ -53,7 +53,7 @@ def run_sft(config: SFTConfig) -> RunResult:
     held_out: list[Example] = []
     if held_out_records is not None:
         held_out = supervised_examples(held_out_records, encoder, **limits).examples
-    use_flash_attention(policy.model)
+    use_flash_attention(policy.model)  # before the proof, which must see the attention that trains
     difference = prove_packing(policy.model, policy.head, train, packed=config.packing)
     logger.info("packed log-probs equal those of each sequence alone within %.2g nats", difference)
     run.start(policy.parameters())
@@ -81,7 +81,7 @@ def run_sft(config: SFTConfig) -> RunResult:
     return run.result()
 
 
-def records_of(config: SFTConfig, task: Task | None) -> tuple[Records, Records | None]:
+def sft_records(config: SFTConfig, task: Task | None) -> tuple[Records, Records | None]:
     """Return the records to train on and the held-out ones, None if the configuration wants none."""
     if config.data is None:
         assert task is not None  # a config has data or a task

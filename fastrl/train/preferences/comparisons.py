@@ -39,7 +39,7 @@ class Comparison:
         return len(self.prompt) + max(map(len, self.completions))
 
 
-def records_of(config: ComparisonDataConfig) -> tuple[Records, Records | None]:
+def comparison_records(config: ComparisonDataConfig) -> tuple[Records, Records | None]:
     """Return the records to train on and the held-out ones, None if the configuration wants none.
 
     Raises:

@@ -89,19 +89,7 @@ class HeldOut:
         problems = self.task.held_out(config.eval_problems) if config.eval_problems else []
         found = {}
         for mode in config.eval_modes if problems else ():
-            result = evaluate(
-                self.policy,
-                problems,
-                self.rewards,
-                step=step,
-                mode=mode,
-                prompt_template=config.prompt_template,
-                system_prompt=config.system_prompt,
-                max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature,
-                batch_size=config.eval_batch_size,
-                seed=config.seed,
-            )
+            result = evaluate(self.policy, problems, self.rewards, config, step=step, mode=mode)
             self.run.log.add(result.record(), result.samples(problems, self.task, config.eval_samples))
             found[f"eval/{mode}_accuracy"] = result.accuracy
             for name in self.measured:
@@ -115,15 +103,10 @@ def evaluate(
     policy: Policy,
     problems: Sequence[Problem],
     rewards: RewardSet,
+    config: TaskEvaluationConfig,
     *,
     step: int,
     mode: str,
-    prompt_template: str,
-    system_prompt: str | None,
-    max_new_tokens: int,
-    temperature: float,
-    batch_size: int,
-    seed: int,
 ) -> TaskEvaluation:
     """Return the accuracy of one completion per problem, sampled (with its own seed) or greedy.
 
@@ -132,20 +115,21 @@ def evaluate(
     """
     # The same seed at every step: evaluations differ by the policy and not by the dice, and the run's own random
     # numbers are not touched.
-    generator = torch.Generator(device=policy.device).manual_seed(seed)
+    generator = torch.Generator(device=policy.device).manual_seed(config.seed)
     stop_ids, tokenizer = policy.stop_ids, policy.tokenizer
     completions: list[str] = []
     lengths: list[int] = []
-    for start in range(0, len(problems), batch_size):
-        chunk = problems[start : start + batch_size]
+    for start in range(0, len(problems), config.eval_batch_size):
+        chunk = problems[start : start + config.eval_batch_size]
+        prompts = [problem.prompt for problem in chunk]
         rollout = generate(
             policy.model,
-            encode_prompts(tokenizer, [p.prompt for p in chunk], template=prompt_template, system=system_prompt),
+            encode_prompts(tokenizer, prompts, template=config.prompt_template, system=config.system_prompt),
             group_size=1,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=config.max_new_tokens,
             stop_ids=stop_ids,
             pad_id=policy.pad_id,
-            temperature=temperature,
+            temperature=config.temperature,
             greedy=mode == "greedy",
             generator=generator,
         )
