@@ -52,7 +52,7 @@ def samples(temperature: float, tokens: int) -> Samples:
         Missing: the model, or the packages that load it, cannot be had here.
     """
     try:
-        from fastrl.train.model import cache_dir, load_model
+        from fastrl.train.pretrained import cache_dir, load_model
 
         model, tokenizer = load_model(MODEL)
     except (ImportError, ValueError) as error:
@@ -73,8 +73,9 @@ def _save(path: Path, kept: dict[str, Tensor]) -> None:
 
 def _sample(model: Any, tokenizer: Any, temperature: float, tokens: int) -> dict[str, Tensor]:
     from fastrl.train.data.encoding import encode_prompts
-    from fastrl.train.model import stop_token_ids
-    from fastrl.train.rollouts.generate import completion_hidden, generate
+    from fastrl.train.model import completion_hidden
+    from fastrl.train.pretrained import stop_token_ids
+    from fastrl.train.rollouts.generate import generate
 
     prompts = encode_prompts(tokenizer, PROMPTS)
     generator = torch.Generator().manual_seed(0)

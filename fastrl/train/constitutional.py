@@ -5,12 +5,12 @@
     problem, answer, critique -> revision                 the model's own
     pair: the revision is chosen, the answer rejected     unless their texts are equal, or one was cut off
 
-The supervised half of constitutional AI (Bai et al. 2022, arXiv 2212.08073, section 3.1), written as the pairs that
-`fastrl train dpo` and `reward-model` read. The prompt of a pair is the bare problem: what the critique taught must show
-without one. Principles are drawn at random, one for each problem.
+This is the supervised half of constitutional AI (Bai et al. 2022, arXiv 2212.08073, section 3.1), written as the pairs
+that `fastrl train dpo` and `reward-model` read. The prompt of a pair is the bare problem, without the critique: the
+policy must learn to answer well at once. Principles are drawn at random, one for each problem.
 
-With `rewards` the pairs are judged as well, and only those are kept whose revision earns more: a small model
-may revise for the worse as readily as for the better, and nothing but a check can tell.
+With `rewards` the pairs are judged as well, and a pair is kept only if its revision earns more. A small model may
+revise for the worse as readily as for the better, and only a check can tell.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import torch
 
 from fastrl.train.config.pairs import ConstitutionalConfig, PairSourceConfig
 from fastrl.train.data.encoding import encode_prompts
-from fastrl.train.model import load_model, stop_token_ids
 from fastrl.train.pairs import check_output, write_pairs
+from fastrl.train.pretrained import load_model, stop_token_ids
 from fastrl.train.rewards.reward_set import build_rewards, check_rewards
 from fastrl.train.rewards.tasks import Problem, load_task
 from fastrl.train.rollouts.generate import decode, generate
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class Speaker:
-    """A model that is asked questions, one sampled reply to each."""
+    """A model that answers questions with one sampled reply each."""
 
     def __init__(self, config: PairSourceConfig) -> None:
         """Load the model of the configuration."""
@@ -46,7 +46,7 @@ class Speaker:
         self._generator = torch.Generator(device=config.device).manual_seed(config.seed)
 
     def reply(self, questions: Sequence[str], max_new_tokens: int) -> tuple[list[str], list[bool]]:
-        """Return the replies, and of each whether it was cut off."""
+        """Return the replies, and whether each was cut off."""
         config = self._config
         rollout = generate(
             self._model,
@@ -128,5 +128,6 @@ def revised(
 
 
 def _filled(template: str, words: dict[str, str]) -> str:
-    """Return the template with the words put in, in one pass: a word inside what was put in is left as it is."""
+    """Return the template with the words put in."""
+    # In one pass: an answer that contains "{critique}" keeps it.
     return re.sub("|".join(map(re.escape, words)), lambda found: words[found[0]], template)

@@ -1,18 +1,21 @@
 """DPO and its relatives in one file: given pairs, implicit rewards, one optimiser step after the other.
 
     records -> comparisons        a prompt with its chosen and its rejected completion
-    reference log-probs           once, before training, kept in the folder of the run; the reference is then let go
+    reference log-probs           once, before training, kept in the folder of the run. The reference is then let go
     for each step
-        comparisons -> gradient   PreferenceLoss.from_hidden, no logits; divided by the pairs of the whole step
+        comparisons -> gradient   PreferenceLoss.from_hidden, no logits, divided by the pairs of the whole step
         one optimiser step
     now and then                  held-out pairs: how often the chosen one has the greater implicit reward, and by how
-                                  much; answers to held-out problems of a task
+                                  much. Answers to held-out problems of a task
 
-Losses of single rows (kto, bco) take records with a `label`, or split each pair into two rows. KTO's reference point is
-the positive part of the mean log-ratio of mismatched completions, here that of the next record with another prompt
-(Ethayarajh et al. 2024, arXiv 2402.01306, section 4), over the whole step and before its gradient. BCO's baseline is
-the mean implicit reward of all rows of the steps before (Jung et al. 2024, arXiv 2404.04656, keep a running mean that
-includes the step itself, which would tie its rows together).
+Losses of single rows (kto, bco) take records with a `label`, or split each pair into two rows.
+
+KTO's reference point is the positive part of the mean log-ratio of mismatched completions, over the whole step and
+before its gradient. Here the mismatched completion belongs to the next record with another prompt (Ethayarajh et al.
+2024, arXiv 2402.01306, section 4).
+
+BCO's baseline is the mean implicit reward of all rows of the steps before. Jung et al. 2024, arXiv 2404.04656, keep a
+running mean that includes the step itself, which would tie its rows together.
 
 Left out: more than one process, dropout (the model stays in eval mode), gradient checkpointing, updates of the
 reference.
@@ -20,7 +23,6 @@ reference.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,24 +32,19 @@ from torch import Tensor
 from fastrl.losses.preference.loss import PreferenceLoss
 from fastrl.train.config.dpo import DPOConfig
 from fastrl.train.data.encoding import Encoder
-from fastrl.train.model import Head, add_lora, head_of, load_model, stop_token_ids
+from fastrl.train.model import Policy, load_policy
 from fastrl.train.preferences.comparisons import (
     Comparison,
-    backward_rollout,
     by_length,
+    comparison_records,
     padded_logprobs,
-    records_of,
     rollout_of,
 )
 from fastrl.train.preferences.dataset import Preferences, preferences, select, with_reference
 from fastrl.train.rewards.tasks import load_task
-from fastrl.train.rollouts.generate import token_logprobs_of, verify_logprobs
 from fastrl.train.run.measure import Measure, Measurement
 from fastrl.train.run.run import MetricSums, Run, RunResult
 from fastrl.train.update.epochs import held_out_problems, log_measurements, train_on_examples
-
-logger = logging.getLogger(__name__)
-
 
 REWARD_ACCURACY = Measure("reward accuracy", share=True)
 
@@ -56,14 +53,14 @@ REWARD_MARGIN = Measure("reward margin")
 
 
 class RunningMean:
-    """The mean of all numbers so far; 0 before the first."""
+    """The mean of all numbers so far, 0 before the first."""
 
     def __init__(self) -> None:
         self.total, self.count = 0.0, 0
 
     @property
     def mean(self) -> float:
-        """Return it."""
+        """The mean."""
         return self.total / self.count if self.count else 0.0
 
     def add(self, total: float, count: int) -> None:
@@ -75,7 +72,7 @@ class RunningMean:
         return {"total": self.total, "count": self.count}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take them over."""
+        """Restore the sum and the count."""
         self.total, self.count = float(state["total"]), int(state["count"])
 
 
@@ -91,70 +88,55 @@ def run_dpo(config: DPOConfig) -> RunResult:
     if config.task is not None:
         task = load_task(config.task, **{"seed": config.seed, **config.task_parameters})
         task.held_out(config.eval_problems)  # too many of them are refused before the model is loaded
-    train_records, held_out_records = records_of(config)
+    train_records, held_out_records = comparison_records(config)
     run = Run(config)
-    model, tokenizer = load_model(config.model, dtype=config.dtype, device=run.device)
-    stop_ids, pad_id = stop_token_ids(model, tokenizer), tokenizer.pad_token_id
-    encoder = Encoder(tokenizer, stop_ids, config.prompt_template, config.system_prompt)
+    policy = load_policy(config, run.device, adapters=False)  # the reference is the bare model
+    encoder = Encoder(policy.tokenizer, policy.stop_ids, config.prompt_template, config.system_prompt)
     train, skipped = preferences(train_records, encoder, config, loss, split=True)
     held_out = None
     if held_out_records is not None:
         held_out, _ = preferences(held_out_records, encoder, config, loss, split=False)
-    head = head_of(model)
-    few = rollout_of(train.comparisons[:2], pad_id, run.device)
-    logger.info("log-probs equal the model's own within %.2g nats", verify_logprobs(model, head, few, 1.0))
+    policy.verify(rollout_of(train.comparisons[:2], policy.pad_id, run.device))
     if loss.reads_reference:
-        train, held_out = with_reference(run, model, head, train, held_out, pad_id)
-    if config.lora_rank:
-        model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_modules)
-        head = head_of(model)
+        train, held_out = with_reference(run, policy, train, held_out)
+    policy = policy.with_adapters(config)
     rewards_so_far = RunningMean()
     run.register("rewards_so_far", rewards_so_far)
-    run.optimize(dict(model.named_parameters()))
+    run.start(policy.parameters())
 
     def gradient(chosen: list[int]) -> dict[str, float]:
-        return backward_preferences(
-            run, model, head, loss, select(train, chosen), rewards_so_far, pad_id=pad_id, size=config.micro_batch
-        )
+        return backward_preferences(run, policy, loss, select(train, chosen), rewards_so_far, size=config.micro_batch)
 
-    with held_out_problems(run, task, stop_ids) as problems, run:
+    with held_out_problems(run, task, policy) as problems, run:
 
         def evaluate_now(step: int) -> dict[str, float]:
             found = {}
             if held_out is not None:
-                measured = held_out_rewards(model, head, loss, held_out, step, config.micro_batch, pad_id)
+                measured = held_out_rewards(policy, loss, held_out, step, config.micro_batch)
                 found |= log_measurements(run, measured)
             if problems is not None:
-                found |= problems.evaluate(model, tokenizer, step)
+                found |= problems.evaluate(step)
             return found
 
         train_on_examples(run, len(train), gradient=gradient, evaluate=evaluate_now, dropped=skipped[0], cut=skipped[1])
 
-    run.save_model(model, tokenizer)
+    run.save_model(policy.model, policy.tokenizer)
     return run.result()
 
 
 def backward_preferences(
-    run: Run[Any],
-    model: Any,
-    head: Head,
-    loss: PreferenceLoss,
-    step: Preferences,
-    rewards_so_far: RunningMean,
-    *,
-    pad_id: int,
-    size: int,
+    run: Run[Any], policy: Policy, loss: PreferenceLoss, step: Preferences, rewards_so_far: RunningMean, *, size: int
 ) -> dict[str, float]:
-    """Add the gradient of the loss of one optimiser step to that of the parameters, and return its metrics.
+    """Accumulate the gradient of the loss of one optimiser step in the parameters, and return its metrics.
 
-    `size` examples go through the model at once. `rewards_so_far` is BCO's baseline and takes in the rewards of the
+    `size` examples go through the model at once. `rewards_so_far` is BCO's baseline. It takes in the rewards of the
     step.
     """
     inputs: dict[str, Any] = {"n_pairs": float(len(step))}
     if not loss.unpaired:
         inputs["n_tokens"] = float(sum(len(comparison.completions[0]) for comparison in step.comparisons))
     elif loss.shift == "reference_point":
-        inputs["reference_point"] = mismatched_log_ratio(model, head, step, pad_id=pad_id, size=size)
+        inputs["reference_point"] = mismatched_log_ratio(policy, step, size)
     elif loss.shift == "baseline":
         inputs["baseline"] = rewards_so_far.mean
     totals = MetricSums()
@@ -164,20 +146,26 @@ def backward_preferences(
         part = select(step, indices)
         few = part.comparisons
         if loss.unpaired:
+            # The mismatched completion was for the reference point only.
             few = [Comparison(comparison.prompt, comparison.completions[:1]) for comparison in few]
             assert part.labels is not None
             inputs["desirable"] = torch.tensor(part.labels, device=run.device)
-        rollout = rollout_of(few, pad_id, run.device)
+        rollout = rollout_of(few, policy.pad_id, run.device)
         ref = None
         if part.ref is not None:
             kept = [row[: len(few[0].completions)] for row in part.ref]
             ref = padded_logprobs(kept, rollout.completion_ids.shape[1], run.device)
-        output = backward_rollout(run, model, head, loss, rollout, ref, **inputs)
+        hidden = policy.hidden(rollout)  # (B, T, D)
+        output = loss.from_hidden(
+            hidden, policy.weight, rollout.completion_ids, rollout.completion_mask, ref_logprobs=ref, **inputs,
+            **policy.options,
+        )  # fmt: skip
+        run.backward(output.loss)
         totals.add(output.metrics)
-        value = value + output.loss
+        value = value + output.loss.detach()
         tokens += int(rollout.completion_mask.sum()) + int(rollout.prompt_mask.sum())
     metrics = totals.means()
-    if loss.shift == "baseline":
+    if loss.shift == "baseline":  # of the steps after this one
         assert step.labels is not None
         wanted = sum(step.labels)
         by_side = (("rewards/chosen", wanted), ("rewards/rejected", len(step) - wanted))
@@ -185,34 +173,33 @@ def backward_preferences(
     return {**metrics, "loss": float(value), "tokens": float(tokens)}
 
 
-def mismatched_log_ratio(model: Any, head: Head, step: Preferences, *, pad_id: int, size: int) -> float:
-    """Return max(0, mean log-ratio of the mismatched completions of the step): KTO's reference point, in nats."""
+def mismatched_log_ratio(policy: Policy, step: Preferences, size: int) -> float:
+    """Return KTO's reference point in nats: max(0, mean log-ratio of the mismatched completions of the step)."""
     assert step.ref is not None
     others = [Comparison(comparison.prompt, comparison.completions[1:]) for comparison in step.comparisons]
     total = 0.0
     for indices in by_length(others, size):
-        rollout = rollout_of([others[index] for index in indices], pad_id, head.weight.device)
-        policy = token_logprobs_of(model, head, rollout, 1.0).logprobs
-        total += float(policy.sum()) - float(sum(step.ref[index][1].sum() for index in indices))
+        rollout = rollout_of([others[index] for index in indices], policy.pad_id, policy.device)
+        total += float(policy.logprobs(rollout).sum()) - float(sum(step.ref[index][1].sum() for index in indices))
     return max(0.0, total / len(others))
 
 
 @torch.no_grad()
 def held_out_rewards(
-    model: Any, head: Head, loss: PreferenceLoss, held_out: Preferences, step: int, size: int, pad_id: int
+    policy: Policy, loss: PreferenceLoss, held_out: Preferences, step: int, size: int
 ) -> list[Measurement]:
     """Return the accuracy and the margin of the implicit rewards on held-out examples.
 
-    The implicit reward is beta times the log-ratio to the reference; without one, beta times the log-prob, averaged
-    over the tokens where the loss averages. A pair is right where the chosen one has the greater reward, and half right
-    where they are equal, as they all are before training with a reference. For completions with a label there is the
+    The implicit reward is beta times the log-ratio to the reference. Without a reference it is beta times the log-prob.
+    It is averaged over the tokens if the loss averages. A pair is right if the chosen one has the greater reward, and
+    half right if both are equal, as they all are before training with a reference. Completions with a label have the
     margin alone: the difference of the mean rewards of both kinds.
     """
     rewards = torch.zeros(len(held_out), len(held_out.comparisons[0].completions), dtype=torch.float64)
     for indices in by_length(held_out.comparisons, size):
         part = select(held_out, indices)
-        rollout = rollout_of(part.comparisons, pad_id, head.weight.device)
-        logprobs = token_logprobs_of(model, head, rollout, 1.0).logprobs.double()
+        rollout = rollout_of(part.comparisons, policy.pad_id, policy.device)
+        logprobs = policy.logprobs(rollout).double()
         if part.ref is not None:
             logprobs = logprobs - padded_logprobs(part.ref, logprobs.shape[1], logprobs.device)
         score = logprobs.sum(dim=1)
@@ -245,13 +232,13 @@ def preference_loss(name: str, beta: float | None, options: Mapping[str, Any], *
 
     Args:
         name: one of `PreferenceLoss.presets()`.
-        beta: None keeps the preset's.
+        beta: None keeps the beta of the preset.
         options: further fields, and `style`.
         whole_step: all examples of an optimiser step are in one forward pass.
 
     Raises:
-        ValueError: an unknown preset or field, `beta` given twice, or a loss whose examples depend on each other where
-            they are in several passes.
+        ValueError: an unknown preset or field, `beta` given twice, or a loss that compares the examples of a step with
+            each other although they are in several passes.
     """
     fields = dict(options)
     if beta is not None:

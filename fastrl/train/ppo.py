@@ -1,20 +1,28 @@
-"""PPO in one file: sample completions, pay token rewards, let a critic say what was better than expected, take steps.
+"""PPO in one file: sample completions, pay token rewards, compare with a critic's expectation, take steps.
 
     for each step
         prompts -> completions         sampled from the policy itself, the whole distribution, at the loss's temperature
         completions -> token rewards   the reward on the last token, minus kl_coef KL(policy || reference) on every one
         old log-probs, values          of the policy and the critic before the update, in the micro-batches of the loss
         values -> advantages, returns  generalised advantage estimation over the completion, whitened over the batch
-        epochs x minibatches           the policy loss and the clipped value loss, one optimiser step each; no further
-                                       step on the batch once the policy has moved by more than target_kl
+        epochs x minibatches           the policy loss and the clipped value loss, one optimiser step each. The batch is
+                                       left once the policy has moved by more than target_kl
 
-`update` replaces the last part: "gradient" takes one step of the plain policy gradient, "trust_region" one along the
-same gradient, as long as a bound on the KL allows (`fastrl.train.update.trust_region`), and then fits the critic.
+`update` replaces the last part:
 
-Truncated completions have no stop token. As they are, the reward of the cut text is paid and the episode ends there;
-`truncated_reward` pays another one; `bootstrap_truncated` pays the critic's value of the state after the cut, as for an
-episode that goes on; `mask_truncated` leaves them out of the losses. A completion whose reward failed is left out of
-both losses, and counted: a grader that crashed must not pass for a zero.
+    "clip"           as above
+    "gradient"       one step of the plain policy gradient
+    "trust_region"   one step along the same gradient, as long as a bound on the KL allows
+                     (`fastrl.train.update.trust_region`). Then the critic is fitted
+
+Truncated completions have no stop token:
+
+    by default             the reward of the cut text is paid, and the episode ends there
+    truncated_reward       another reward is paid
+    bootstrap_truncated    the critic's value of the state after the cut is paid, as for an episode that goes on
+    mask_truncated         they are left out of the losses
+
+A completion whose reward failed is left out of both losses, and counted.
 
 Left out: more than one process, an inference engine for the rollouts, dropout (the model stays in eval mode, or the
 importance ratios would not be 1), gradient checkpointing.
@@ -23,6 +31,7 @@ importance ratios would not be 1), gradient checkpointing.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,28 +44,21 @@ from fastrl.losses.kl import AdaptiveKLController, kl_estimate, kl_penalty_rewar
 from fastrl.losses.policy.loss import PolicyLoss
 from fastrl.losses.value import explained_variance, value_loss
 from fastrl.train.config.ppo import PPOConfig
-from fastrl.train.data.packing import use_flash_attention
-from fastrl.train.model import Head, add_lora, head_of, load_model
-from fastrl.train.rewards.model import load_reward_model
+from fastrl.train.data.rollout import Rollout
+from fastrl.train.model import Policy, load_policy
+from fastrl.train.pretrained import add_lora
 from fastrl.train.rewards.reward_set import build_rewards, check_rewards
 from fastrl.train.rewards.tasks import load_task
 from fastrl.train.rollouts.evaluate import CORRECT
-from fastrl.train.rollouts.generate import Rollout, hidden_logprobs
-from fastrl.train.rollouts.sampler import Sampler, batch_metrics
+from fastrl.train.rollouts.sampler import Sampler, batch_metrics, reward_model_of
 from fastrl.train.run.run import MetricSums, Run, RunResult
 from fastrl.train.update.batches import (
-    Batch,
-    Counts,
-    Rows,
-    forward_of,
-    logprobs_in_micro_batches,
-    micro_batches,
-    minibatches,
+    RolloutBatch,
+    StepCounts,
+    micro_batch_rows,
     named_loss,
-    policy_output,
     ratio_deviation,
     sampled_kl,
-    verify_rollout,
 )
 from fastrl.train.update.critic import Critic
 from fastrl.train.update.reference import ReferencePolicy
@@ -64,24 +66,23 @@ from fastrl.train.update.trust_region import StepLength, trust_region_step
 
 
 class Learner(NamedTuple):
-    """What is trained, and by which policy loss."""
+    """The policy and the critic, with the policy's loss."""
 
-    model: Any
-    head: Head
+    policy: Policy
     critic: Critic
-    loss_function: PolicyLoss
+    loss: PolicyLoss
 
     def parts(self, *, train_policy: bool) -> dict[str, list[torch.nn.Parameter]]:
         """Return the parameters whose gradients are clipped apart, by the name of their norm among the metrics."""
         critic = {"value/grad_norm": [p for p in self.critic.named_parameters().values() if p.requires_grad]}
         if not train_policy:
             return critic
-        return {"grad_norm": [p for p in self.model.parameters() if p.requires_grad], **critic}
+        return {"grad_norm": [p for p in self.policy.model.parameters() if p.requires_grad], **critic}
 
 
 @dataclass(frozen=True)
-class PPOBatch(Batch):
-    """A batch with what the critic needs."""
+class PPOBatch(RolloutBatch):
+    """A batch with the values and returns that the critic's loss reads."""
 
     old_values: Tensor  # (B, T)
     returns: Tensor  # (B, T)
@@ -92,25 +93,22 @@ def run_ppo(config: PPOConfig) -> RunResult:
 
     Raises ValueError for settings that do not fit together, and for a model whose log-probs this loop cannot reproduce.
     """
-    loss_function = build_loss(config)
+    loss = build_loss(config)
     task = load_task(config.task, **{"seed": config.seed, **config.task_parameters})
     check_rewards(config.rewards, task)
     run = Run(config)
-    model, tokenizer = load_model(config.model, dtype=config.dtype, device=run.device)
-    if config.packing:
-        use_flash_attention(model)
-    reward_model = None
-    if config.reward_model is not None:
-        reward_model = load_reward_model(config.reward_model, tokenizer, dtype=config.dtype, device=run.device)
+    policy = load_policy(config, run.device, adapters=False)
+    reward_model = reward_model_of(config, policy)
     reference = None
-    if config.kl_coef > 0 or (loss_function.kl is not None and loss_function.kl_to == "ref"):
-        reference = ReferencePolicy(model, adapters=config.lora_rank > 0)
-    critic = Critic(model, config.critic, forward_of(config))
-    if config.lora_rank:
-        adapters = {"rank": config.lora_rank, "alpha": config.lora_alpha, "targets": config.lora_modules}
-        model = add_lora(model, **adapters)
-        critic.backbone = None if critic.backbone is None else add_lora(critic.backbone, **adapters)
-    learner = Learner(model, head_of(model), critic, loss_function)
+    if config.kl_coef > 0 or (loss.kl is not None and loss.kl_to == "ref"):
+        reference = ReferencePolicy(policy, adapters=config.lora_rank > 0)
+    critic = Critic(policy, config.critic)  # before the adapters: a separate critic gets its own
+    policy = policy.with_adapters(config)
+    if config.lora_rank and critic.backbone is not None:
+        critic.backbone = add_lora(
+            critic.backbone, rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_modules
+        )
+    learner = Learner(policy, critic, loss)
 
     controller, step_length = None, StepLength(config.trust_region_step)
     if config.kl_target is not None:
@@ -118,12 +116,12 @@ def run_ppo(config: PPOConfig) -> RunResult:
         run.register("kl_controller", controller)
     if config.update == "trust_region":
         run.register("step_length", step_length)
-    run.optimize(
-        {**{f"policy.{name}": p for name, p in model.named_parameters()}, **critic.named_parameters()},
+    run.start(
+        {**{f"policy.{name}": p for name, p in policy.parameters().items()}, **critic.named_parameters()},
         factors={"critic": config.critic_lr_factor, "value_head": config.value_head_lr_factor},
     )
     rewards = build_rewards({CORRECT: 0.0, **config.rewards}, task, config.reward_timeout_s)
-    sampler = Sampler(run, task, model, tokenizer, rewards, reward_model)
+    sampler = Sampler(run, task, policy, rewards, reward_model)
 
     with rewards, run:
         if run.start_step == 0:
@@ -133,7 +131,7 @@ def run_ppo(config: PPOConfig) -> RunResult:
             problems = sampler.problems(step)
             rollout = sampler.rollout(problems)
             if step == run.start_step:
-                verify_rollout(model, learner.head, rollout, config)
+                policy.verify(rollout.rows(0, 4))
             run.clock.lap("rollout")
             scored = sampler.score(problems, rollout)
             run.clock.lap("reward")
@@ -142,8 +140,8 @@ def run_ppo(config: PPOConfig) -> RunResult:
             old, values = before_update(learner, rollout, config)
             ref = None
             if reference is not None:
-                with reference.active(model) as reference_model:
-                    ref = logprobs_in_micro_batches(reference_model, reference.head(learner.head), rollout, config)
+                with reference.active(policy) as frozen:
+                    ref = frozen.logprobs(rollout, config.micro_batch)
             kl_coef = config.kl_coef if controller is None else controller.value
             reward = terminal_rewards(learner, rollout, scored.total.to(run.device), config)
             batch = assess(config, rollout, reward, old, values, ref, kl_coef)
@@ -151,9 +149,12 @@ def run_ppo(config: PPOConfig) -> RunResult:
 
             # Optimisation
             totals = MetricSums()
+            # Every value of a new critic is 0, so it may be trained alone at first.
             train_policy = step >= config.critic_warmup_steps
             if train_policy and config.update == "trust_region":
-                trust_region_step(run, model, learner.head, loss_function, batch, step_length, totals)
+                parts = batch.parts(config)
+                start = accumulate(run, learner, parts, totals, train_critic=False).loss.item()
+                trust_region_step(run, policy, loss, parts, start, step_length, totals)
                 run.clock.lap("trust_region")
             fit(run, learner, batch, totals, train_policy=train_policy and config.update != "trust_region")
 
@@ -182,7 +183,7 @@ def run_ppo(config: PPOConfig) -> RunResult:
                 metrics |= sampler.evaluate(step + 1)
             run.finish_step(step, metrics)
 
-    run.save_model(model, tokenizer)
+    run.save_model(policy.model, policy.tokenizer)
     return run.result()
 
 
@@ -190,10 +191,10 @@ def run_ppo(config: PPOConfig) -> RunResult:
 def before_update(learner: Learner, rollout: Rollout, config: PPOConfig) -> tuple[Tensor, Tensor]:
     """Return log-probs and values (B, T) before the update, 0 where masked, in the micro-batches of the losses."""
     old, values = torch.zeros_like(rollout.logprobs), torch.zeros_like(rollout.logprobs)
-    for start, stop in micro_batches(config):
+    for start, stop in micro_batch_rows(config):
         part = rollout.rows(start, stop)
-        hidden = forward_of(config)(learner.model, part)
-        logprobs = hidden_logprobs(hidden, learner.head, part, config.temperature).logprobs
+        hidden = learner.policy.hidden(part)  # one pass for both
+        logprobs = learner.policy.logprobs_from(hidden, part)
         old[start:stop, : logprobs.shape[1]] = logprobs
         value = learner.critic.values(part, hidden).masked_fill(~part.completion_mask, 0.0)
         values[start:stop, : value.shape[1]] = value
@@ -202,7 +203,7 @@ def before_update(learner: Learner, rollout: Rollout, config: PPOConfig) -> tupl
 
 @torch.no_grad()
 def terminal_rewards(learner: Learner, rollout: Rollout, rewards: Tensor, config: PPOConfig) -> Tensor:
-    """Return what the last token of each completion is paid, (B,): the reward, or what stands in where it was cut."""
+    """Return the pay (B,) of the last token of each completion: the reward, or its replacement after a cut."""
     if config.truncated_reward is not None:
         return rewards.masked_fill(rollout.truncated, config.truncated_reward)
     if not config.bootstrap_truncated:
@@ -215,11 +216,11 @@ def terminal_rewards(learner: Learner, rollout: Rollout, rewards: Tensor, config
         logprobs=torch.nn.functional.pad(rollout.logprobs, (0, 1)),
     )
     rewards = rewards.clone()
-    for start, stop in micro_batches(config):
+    for start, stop in micro_batch_rows(config):
         part = longer.rows(start, stop)
         if not bool(part.truncated.any()):
             continue
-        value = learner.critic.values(part, forward_of(config)(learner.model, part))[:, -1]
+        value = learner.critic.values(part, learner.policy.hidden(part))[:, -1]
         rewards[start:stop] = torch.where(part.truncated, config.gamma * value, rewards[start:stop])
     return rewards
 
@@ -233,8 +234,8 @@ def assess(
     ref_logprobs: Tensor | None,  # (B, T)
     kl_coef: float,
 ) -> PPOBatch:
-    """Return the batch with the advantages and returns of its token rewards; unknown rewards are masked."""
-    known = ~rewards.isnan()
+    """Return the batch with the advantages and returns of its token rewards. Unknown rewards are masked."""
+    known = ~rewards.isnan()  # a grader that crashed must not pass for a reward of 0
     mask = rollout.completion_mask & known[:, None]
     if config.mask_truncated:
         mask = mask & ~rollout.truncated[:, None]
@@ -251,18 +252,18 @@ def assess(
 
 
 def fit(run: Run[PPOConfig], learner: Learner, batch: PPOBatch, totals: MetricSums, *, train_policy: bool) -> None:
-    """Take the optimiser steps of a batch, on the critic alone unless `train_policy`; stop early at `target_kl`."""
+    """Take the optimiser steps of a batch, on the critic alone unless `train_policy`. Stop early at `target_kl`."""
     config, one = run.config, torch.ones((), device=run.device)
     stopped, steps = False, 0
     for _ in range(config.epochs_per_batch):
-        for rows in minibatches(config, run.generator):
-            passed = backward(run, learner, batch, rows, totals, train_policy=train_policy)
+        for minibatch in batch.minibatches(config, run.generator):
+            done = accumulate(run, learner, minibatch, totals, train_policy=train_policy)
             run.clock.lap("backward")
-            if steps == 0 and train_policy:
-                totals.add({"first_step_ratio_max_dev": (passed.ratio_deviation, one)})
-            stopped = train_policy and config.target_kl is not None and passed.kl.item() > config.target_kl
+            if steps == 0 and train_policy:  # the policy has not moved yet: every ratio should be 1
+                totals.add({"first_step_ratio_max_dev": (done.ratio_deviation, one)})
+            stopped = train_policy and config.target_kl is not None and done.kl.item() > config.target_kl
             if stopped:
-                run.optimizer.zero_grad()
+                run.optimizer.zero_grad()  # the gradient of the step that is not taken
                 break
             totals.add(run.clip_and_step(learner.parts(train_policy=train_policy)))
             run.clock.lap("optimizer")
@@ -272,62 +273,76 @@ def fit(run: Run[PPOConfig], learner: Learner, batch: PPOBatch, totals: MetricSu
     totals.add({"early_stop": (one * stopped, one), "optimizer_steps": (one * steps, one)})
 
 
-class Passed(NamedTuple):
-    """What a backward pass over the micro-batches of a step tells; scalars on the device."""
+class Accumulated(NamedTuple):
+    """Scalars of an accumulated gradient, on the device. They are 0 if the policy is not trained."""
 
+    loss: Tensor
+    """The policy loss."""
     ratio_deviation: Tensor
+    """max |ratio - 1|"""
     kl: Tensor
     """Mean KL(old || new), nats per token."""
 
 
-def backward(
+def accumulate(
     run: Run[PPOConfig],
     learner: Learner,
-    batch: PPOBatch,
-    rows: Rows,
+    minibatch: Sequence[PPOBatch],
     totals: MetricSums,
     *,
     train_policy: bool = True,
-) -> Passed:
-    """Accumulate the gradient of one optimiser step over the micro-batches `rows`: value loss, and policy loss.
+    train_critic: bool = True,
+) -> Accumulated:
+    """Accumulate the gradients of the policy loss and the value loss of one optimiser step in the parameters.
 
-    Both are divided by the token and sequence counts of all micro-batches, so the split into them changes nothing.
+    Both are divided by the counts of the whole minibatch, so the split into micro-batches changes nothing.
     """
-    config, critic = run.config, learner.critic
-    counts = Counts.of(batch.mask, rows)
-    zero, one = torch.zeros((), device=batch.mask.device), torch.ones((), device=batch.mask.device)
-    policy_loss = critic_loss = deviation = kl = zero
-    for start, stop in rows:
-        part = batch.rows(start, stop)
+    config, policy, critic = run.config, learner.policy, learner.critic
+    counts = StepCounts.of(minibatch)
+    zero, one = torch.zeros((), device=counts.tokens.device), torch.ones((), device=counts.tokens.device)
+    policy_value = critic_value = deviation = kl = zero
+    for part in minibatch:
+        # A critic that is trained alone needs no graph of the policy.
         with torch.set_grad_enabled(train_policy):
-            hidden = forward_of(config)(learner.model, part.rollout)
-        critic_output = value_loss(
-            critic.values(part.rollout, hidden), part.old_values, part.returns, part.mask, clip=config.value_clip,
-            coefficient=config.value_coef, n_tokens=counts.tokens,
-        )  # fmt: skip
-        loss = critic_output.loss
+            hidden = policy.hidden(part.rollout)  # (B, T, D)
+        total = zero
+        if train_critic:
+            critic_output = value_loss(
+                critic.values(part.rollout, hidden), part.old_values, part.returns, part.mask, clip=config.value_clip,
+                coefficient=config.value_coef, n_tokens=counts.tokens,
+            )  # fmt: skip
+            total = total + critic_output.loss
+            critic_value = critic_value + critic_output.loss.detach()
+            shown = {"clip_fraction", "values", "returns"} & critic_output.metrics.keys()
+            totals.add({f"value/{name}": critic_output.metrics[name] for name in sorted(shown)})
         if train_policy:
-            output = policy_output(learner.loss_function, learner.head, hidden, part, counts, config.temperature)
-            loss = loss + output.loss
+            output = learner.loss.from_hidden(
+                hidden, policy.weight, part.labels, **part.inputs(counts), **policy.options
+            )
+            total = total + output.loss
+            policy_value = policy_value + output.loss.detach()
             totals.add(output.metrics)
-            policy_loss = policy_loss + output.loss.detach()
             deviation = torch.maximum(deviation, ratio_deviation(output, part))
             kl = kl + sampled_kl(output, part)
-        run.backward(loss)
-        critic_loss = critic_loss + critic_output.loss.detach()
-        shown = {"clip_fraction", "values", "returns"} & critic_output.metrics.keys()
-        totals.add({f"value/{name}": critic_output.metrics[name] for name in sorted(shown)})
-    totals.add({"value/loss": (critic_loss, one), **({"loss": (policy_loss, one)} if train_policy else {})})
-    return Passed(deviation, kl / counts.tokens)
+        run.backward(total)
+    if train_critic:
+        totals.add({"value/loss": (critic_value, one)})
+    if train_policy:
+        totals.add({"loss": (policy_value, one)})
+    return Accumulated(policy_value, deviation, kl / counts.tokens)
 
 
 def explained(batch: PPOBatch) -> Tensor:
-    """Return the share of the variance of the returns that the values before the update explain; 1 is best."""
+    """Return the share of the variance of the returns that the values before the update explain. 1 is best."""
     return explained_variance(value_loss(batch.old_values, None, batch.returns, batch.mask, clip=None).metrics)
 
 
 def build_loss(config: PPOConfig) -> PolicyLoss:
-    """Return the policy loss of `config.update`; raise ValueError for options that contradict it."""
+    """Return the policy loss of `config.update`.
+
+    Raises:
+        ValueError: `loss_options` repeats a field that the update or a setting gives.
+    """
     fields: dict[str, Any] = {"entropy_coef": config.entropy_coef}
     if config.update == "clip":
         fields |= {"clip_low": config.clip_low, "clip_high": config.clip_high}

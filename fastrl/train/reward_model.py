@@ -7,12 +7,13 @@
         one optimiser step
     now and then                  held-out pairs: how often the chosen one has the greater score, and by how much
 
-What is written is a sequence classifier of transformers with one label, with the tokenizer beside it: `reward_model` of
-`fastrl train grpo` and `ppo` takes the folder, and so does other software. It is trained through transformers' own
-forward pass, so that what is trained is what is read there. That takes the score at the last token that is not the
-padding token: where the padding token also ends completions, the classifier gets another one (`scoring_pad_id`).
+The loop writes a sequence classifier of transformers with one label, and the tokenizer beside it. `reward_model` of
+`fastrl train grpo` and `ppo` takes the folder, and so does other software. Training goes through transformers' own
+forward pass, so the trained score is the one that a reader of the folder gets. That pass takes the score at the last
+token that is not the padding token. If the padding token also ends completions, the classifier gets another one
+(`scoring_pad_id`).
 
-The backbone is that of a language model, the head begins at zero: every score is 0 before the first step. With
+The backbone comes from a language model, and the head begins at zero: every score is 0 before the first step. With
 adapters, the head is trained in full, and the adapters are merged into the weights that are written.
 
 Left out: more than one process, dropout (the model stays in eval mode), gradient checkpointing, classification of the
@@ -31,8 +32,8 @@ from torch import Tensor
 from fastrl.losses.reward import reward_model_loss
 from fastrl.train.config.reward_model import RewardModelConfig
 from fastrl.train.data.encoding import Encoder, PreferenceExample, preference_examples
-from fastrl.train.model import DTYPES, SMOLLM2, smollm2_path
-from fastrl.train.preferences.comparisons import records_of
+from fastrl.train.preferences.comparisons import comparison_records
+from fastrl.train.pretrained import DTYPES, SMOLLM2, smollm2_path
 from fastrl.train.rewards.model import sequence_scores
 from fastrl.train.run.measure import Measure, Measurement
 from fastrl.train.run.run import MetricSums, Run, RunResult
@@ -50,7 +51,7 @@ def run_reward_model(config: RewardModelConfig) -> RunResult:
     Raises ValueError for settings that do not fit together, data that cannot be read, and a model that has no sequence
     classifier in transformers.
     """
-    train_records, held_out_records = records_of(config)
+    train_records, held_out_records = comparison_records(config)
     run = Run(config)
     model, tokenizer, encoder = load_classifier(config, run.device)
     limits: dict[str, Any] = {"max_tokens": config.max_tokens, "overlong": config.overlong}
@@ -59,7 +60,7 @@ def run_reward_model(config: RewardModelConfig) -> RunResult:
     held_out: list[PreferenceExample] = []
     if held_out_records is not None:
         held_out = preference_examples(held_out_records, encoder, **limits).examples
-    run.optimize(named_parameters(model), factors={"score": config.head_learning_rate_factor})
+    run.start(named_parameters(model), factors={"score": config.head_learning_rate_factor})
 
     def gradient(chosen: list[int]) -> dict[str, float]:
         return backward_pairs(run, model, [train[index] for index in chosen], config)
@@ -79,8 +80,8 @@ def run_reward_model(config: RewardModelConfig) -> RunResult:
 def scoring_pad_id(tokenizer: Any, stop_ids: Sequence[int]) -> int:
     """Return a padding token that no completion ends with.
 
-    transformers' sequence classifiers read the score at the last token that is not padding. With a padding token that
-    is the stop token, as many tokenizers have it, the end of a completion would be out of their sight.
+    transformers' sequence classifiers read the score at the last token that is not padding. In many tokenizers the
+    padding token is the stop token. The classifier would then miss the end of a completion.
 
     Raises:
         ValueError: every special token of the tokenizer is a stop token.
@@ -115,9 +116,10 @@ def load_classifier(config: RewardModelConfig, device: torch.device) -> tuple[An
     missing = sorted(report["missing_keys"])
     if missing not in ([], ["score.weight"]):
         raise ValueError(f"model {config.model!r} must lack nothing but score.weight, got {', '.join(missing)}")
-    if missing:
+    if missing:  # the folder holds a language model and no reward model yet
         torch.nn.init.zeros_(model.score.weight)
     stop_ids = _stop_ids(source, model, tokenizer)
+    # The classifier finds the end of a sequence by the pad token of its config, so the tokenizer must have the same.
     model.config.pad_token_id = scoring_pad_id(tokenizer, stop_ids)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
     model.eval().to(device)
@@ -127,22 +129,19 @@ def load_classifier(config: RewardModelConfig, device: torch.device) -> tuple[An
 
 
 def _stop_ids(source: str, model: Any, tokenizer: Any) -> list[int]:
-    """Return every id that ends a completion of the language model in `source`, the tokenizer's own among them.
-
-    A classifier's folder has no generation config; the config of the model stands in for it.
-    """
+    """Return every id that ends a completion of the language model in `source`, the tokenizer's own among them."""
     from transformers import GenerationConfig
 
     try:
         configured = GenerationConfig.from_pretrained(source).eos_token_id
-    except OSError:
+    except OSError:  # a classifier's folder has no generation config
         configured = model.config.eos_token_id
     listed = configured if isinstance(configured, list) else [configured]
     return sorted({int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None})
 
 
 def named_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
-    """Return the parameters by name; those of the head begin with `score.`, inside adapters too."""
+    """Return the parameters by name. The names of the head begin with `score.`, inside adapters too."""
     return {
         f"score.{name}" if ".score." in name and "modules_to_save" in name else name: parameter
         for name, parameter in model.named_parameters()
@@ -152,7 +151,7 @@ def named_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
 def backward_pairs(
     run: Run[Any], model: Any, pairs: Sequence[PreferenceExample], config: RewardModelConfig
 ) -> dict[str, float]:
-    """Add the gradient of the loss of one optimiser step to that of the parameters, and return its metrics."""
+    """Accumulate the gradient of the loss of one optimiser step in the parameters, and return its metrics."""
     totals = MetricSums()
     value = torch.zeros((), device=run.device)
     tokens = 0
@@ -175,7 +174,7 @@ def pair_scores(model: Any, pairs: Sequence[PreferenceExample]) -> Tensor:
 
 @torch.no_grad()
 def held_out_scores(model: Any, pairs: Sequence[PreferenceExample], step: int, size: int) -> list[Measurement]:
-    """Return the accuracy and the margin on held-out pairs; equal scores are half right."""
+    """Return the accuracy and the margin on held-out pairs. Equal scores are half right."""
     scores = torch.cat([pair_scores(model, few).double().cpu() for few in _micro_batches(pairs, size)])
     margins = scores[:, 0] - scores[:, 1]
     right = (margins > 0).double() + 0.5 * (margins == 0).double()
@@ -187,7 +186,7 @@ def held_out_scores(model: Any, pairs: Sequence[PreferenceExample], step: int, s
 
 
 def _micro_batches(pairs: Sequence[PreferenceExample], size: int) -> Iterator[list[PreferenceExample]]:
-    """Yield the pairs, similar lengths together, so that there is less padding."""
+    """Yield the pairs, similar lengths together, for less padding."""
     ordered = sorted(pairs, key=lambda pair: len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)))
     for start in range(0, len(ordered), size):
         yield ordered[start : start + size]

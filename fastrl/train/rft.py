@@ -1,18 +1,19 @@
-"""Rejection sampling fine-tuning in one file: sample, verify, keep what is right, fine-tune on it.
+"""Rejection sampling fine-tuning in one file: sample, verify, keep the right completions, fine-tune on them.
 
     for each round of `steps_per_round` steps
         prompts -> completions        `group_size` of each, sampled from the policy as it is now
-        completions -> kept ones      reward at least `keep_reward`, ended by themselves; at most `keep_per_prompt` of
-                                      a prompt, and no text twice where they are to be distinct
+        completions -> kept ones      reward at least `keep_reward`, ended by themselves. At most `keep_per_prompt` of
+                                      a prompt, and no text twice if `distinct`
         kept ones -> steps            `epochs_per_round` passes in random order, packed without padding, cross-entropy
 
-With the defaults it is the rejection sampling fine-tuning of Yuan et al. (arXiv 2308.01825) in rounds. With one step
-per round every completion comes from the very policy that it trains: online RFT, in DeepSeekMath's terms (arXiv
-2402.03300, section 5.2) the policy gradient whose coefficient is 1 for a right completion and 0 for a wrong one.
-`OnlineRFTConfig` has those defaults.
+With the defaults it is the rejection sampling fine-tuning of Yuan et al. (arXiv 2308.01825) in rounds. A round goes on
+from the policy of the last one and does not begin again at the first model.
 
-Rounds go on from the policy of the last one and do not begin again at the first model. Left out: more than one process,
-an inference engine for the samples, dropout, gradient checkpointing.
+With one step per round every completion comes from the very policy that it trains. DeepSeekMath (arXiv 2402.03300,
+section 5.2) calls it online RFT: the policy gradient whose coefficient is 1 for a right completion and 0 for a wrong
+one. `OnlineRFTConfig` has those defaults.
+
+Left out: more than one process, an inference engine for the samples, dropout, gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 from fastrl.train.config.rft import RFTConfig
 from fastrl.train.data.encoding import Example
 from fastrl.train.data.packing import prove_packing, use_flash_attention
-from fastrl.train.model import add_lora, head_of, load_model, stop_token_ids
+from fastrl.train.model import load_policy
 from fastrl.train.rewards.reward_set import build_rewards, check_rewards
 from fastrl.train.rewards.tasks import load_task
 from fastrl.train.rollouts.evaluate import CORRECT, HeldOut
@@ -38,8 +39,8 @@ from fastrl.train.update.supervised import backward_examples, supervised_loss
 logger = logging.getLogger(__name__)
 
 
-class Kept:
-    """The completions that the last round kept; with them a checkpoint can be in the middle of a round."""
+class KeptCompletions:
+    """The completions that the last round kept. A checkpoint holds them, so it can be in the middle of a round."""
 
     def __init__(self) -> None:
         self.examples: list[Example] = []
@@ -53,7 +54,7 @@ class Kept:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the examples over."""
+        """Restore the examples."""
         lengths = state["lengths"].tolist()
         ids, trained = state["ids"].split(lengths), state["trained"].split(lengths)
         self.examples = [Example(i.tolist(), t.tolist()) for i, t in zip(ids, trained, strict=True)]
@@ -70,22 +71,18 @@ def run_rft(config: RFTConfig) -> RunResult:
     task.held_out(config.eval_problems)  # too many of them are refused before the model is loaded
     check_rewards(config.rewards, task)
     run = Run(config)
-    model, tokenizer = load_model(config.model, dtype=config.dtype, device=run.device)
-    stop_ids = stop_token_ids(model, tokenizer)
-    if config.lora_rank:
-        model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_modules)
-    use_flash_attention(model)
-    head = head_of(model)
-    kept = Kept()
+    policy = load_policy(config, run.device)
+    use_flash_attention(policy.model)
+    kept = KeptCompletions()
     run.register("kept", kept)
-    run.optimize(dict(model.named_parameters()))
+    run.start(policy.parameters())
     rewards = build_rewards({CORRECT: 0.0, **config.rewards}, task, config.reward_timeout_s)
-    held_out = HeldOut(run, task, rewards, stop_ids, config.eval_rewards)
+    held_out = HeldOut(run, task, rewards, policy, config.eval_rewards)
     rejection = Rejection(config.keep_reward, config.keep_per_prompt, config.distinct)
 
     with rewards, run:
         if run.start_step == 0:
-            held_out.evaluate(model, tokenizer, 0)
+            held_out.evaluate(0)
         for step in run.steps():
             # Sampling, at the beginning of a round
             metrics: dict[str, float] = {}
@@ -93,8 +90,7 @@ def run_rft(config: RFTConfig) -> RunResult:
             if done_in_round == 0:
                 count = config.prompts_per_step * config.steps_per_round
                 sampled = sample_and_reject(
-                    model,
-                    tokenizer,
+                    policy,
                     task.train(count, start=round_number * count),
                     rewards,
                     rejection,
@@ -103,14 +99,11 @@ def run_rft(config: RFTConfig) -> RunResult:
                     prompt_template=config.prompt_template,
                     system_prompt=config.system_prompt,
                     max_new_tokens=config.max_new_tokens,
-                    stop_ids=stop_ids,
-                    pad_id=tokenizer.pad_token_id,
-                    temperature=config.temperature,
                     generator=run.generator,
                 )
                 kept.examples, metrics = sampled.kept, sampled.metrics
                 if step == 0:
-                    difference = prove_packing(model, head, sampled.some, packed=config.packing)
+                    difference = prove_packing(policy.model, policy.head, sampled.some, packed=config.packing)
                     logger.info("packed log-probs equal those of each sequence alone within %.2g nats", difference)
                 if not kept.examples and config.steps_per_round > 1:
                     raise ValueError(
@@ -119,23 +112,21 @@ def run_rft(config: RFTConfig) -> RunResult:
                     )
             run.clock.lap("rollout")
 
-            # A gradient step on this step's share of them; without one, as may happen online, there is none.
+            # A gradient step on this step's share of them. An online step without a right completion takes none.
             n = len(kept.examples)
-            size = -(-n * config.epochs_per_round // config.steps_per_round)
+            size = -(-n * config.epochs_per_round // config.steps_per_round)  # rounded up
             order = shuffled(n, start=done_in_round * size, count=size, seed=config.seed + round_number) if n else []
             examples = [kept.examples[index] for index in order]
             metrics["trained_completions"] = float(len(examples))
             if examples:
-                metrics |= backward_examples(
-                    run, model, head, loss, examples, budget=config.token_budget, temperature=config.temperature
-                )
+                metrics |= backward_examples(run, policy, loss, examples, budget=config.token_budget)
                 run.clock.lap("backward")
                 metrics |= {name: float(total / count) for name, (total, count) in run.clip_and_step().items()}
                 run.clock.lap("optimizer")
             metrics |= {"learning_rate": run.learning_rate, **run.clock.times()}
             if run.evaluation_due(step + 1):
-                metrics |= held_out.evaluate(model, tokenizer, step + 1)
+                metrics |= held_out.evaluate(step + 1)
             run.finish_step(step, metrics)
 
-    run.save_model(model, tokenizer)
+    run.save_model(policy.model, policy.tokenizer)
     return run.result()

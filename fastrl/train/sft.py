@@ -1,13 +1,13 @@
 """Supervised fine-tuning in one file: examples, packed without padding, one cross-entropy over their completions.
 
-    records -> examples           prompt and completion, or conversations; the completions are trained
+    records -> examples           prompt and completion, or conversations. The completions are trained
     for each step
-        examples -> batches       packed to a budget of tokens; the sequences do not see each other
-        batches -> gradient       PolicyLoss.from_hidden, no logits; divided by the tokens of the whole step
+        examples -> batches       packed to a budget of tokens. The sequences do not see each other
+        batches -> gradient       PolicyLoss.from_hidden, no logits, divided by the tokens of the whole step
         one optimiser step
     now and then                  perplexity on held-out records, accuracy on held-out problems of a task
 
-With a task and no data this is the cold start of a policy: the problems of the task with their answers, put into
+With a task and no data this is the cold start of a policy. The problems of the task with their answers, put into
 `answer_template`, teach the form of an answer before any reward is paid for it.
 
 Left out: more than one process, dropout (the model stays in eval mode), gradient checkpointing, NEFTune's noise.
@@ -21,7 +21,7 @@ from fastrl.train.config.sft import SFTConfig
 from fastrl.train.data.encoding import Encoder, Example, supervised_examples
 from fastrl.train.data.packing import prove_packing, use_flash_attention
 from fastrl.train.data.records import Records, read_records, split_held_out
-from fastrl.train.model import add_lora, head_of, load_model, stop_token_ids
+from fastrl.train.model import load_policy
 from fastrl.train.rewards.tasks import Problem, Task, load_task
 from fastrl.train.run.run import Run, RunResult
 from fastrl.train.update.epochs import held_out_problems, train_on_examples
@@ -43,50 +43,46 @@ def run_sft(config: SFTConfig) -> RunResult:
     if config.task is not None:
         task = load_task(config.task, **{"seed": config.seed, **config.task_parameters})
         task.held_out(config.eval_problems)  # too many of them are refused before the model is loaded
-    train_records, held_out_records = records_of(config, task)
+    train_records, held_out_records = sft_records(config, task)
     run = Run(config)
-    model, tokenizer = load_model(config.model, dtype=config.dtype, device=run.device)
-    stop_ids = stop_token_ids(model, tokenizer)
-    encoder = Encoder(tokenizer, stop_ids, config.prompt_template, config.system_prompt)
+    policy = load_policy(config, run.device)
+    encoder = Encoder(policy.tokenizer, policy.stop_ids, config.prompt_template, config.system_prompt)
     limits = {"max_tokens": config.max_tokens, "overlong": config.overlong}
     encoded = supervised_examples(train_records, encoder, **limits)
     train = encoded.examples
     held_out: list[Example] = []
     if held_out_records is not None:
         held_out = supervised_examples(held_out_records, encoder, **limits).examples
-    if config.lora_rank:
-        model = add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_modules)
-    use_flash_attention(model)
-    head = head_of(model)
-    difference = prove_packing(model, head, train, packed=config.packing)
+    use_flash_attention(policy.model)  # before the proof, which must see the attention that trains
+    difference = prove_packing(policy.model, policy.head, train, packed=config.packing)
     logger.info("packed log-probs equal those of each sequence alone within %.2g nats", difference)
-    run.optimize(dict(model.named_parameters()))
+    run.start(policy.parameters())
 
     def gradient(chosen: list[int]) -> dict[str, float]:
-        return backward_examples(run, model, head, loss, [train[index] for index in chosen], budget=config.token_budget)
+        return backward_examples(run, policy, loss, [train[index] for index in chosen], budget=config.token_budget)
 
-    with held_out_problems(run, task, stop_ids) as problems, run:
+    with held_out_problems(run, task, policy) as problems, run:
 
         def evaluate_now(step: int) -> dict[str, float]:
             found = {}
             if held_out:
-                measured = held_out_loss(model, head, held_out, budget=config.token_budget)
+                measured = held_out_loss(policy, held_out, budget=config.token_budget)
                 run.log.add(measured.perplexity(step).record())
                 found["eval/loss"] = measured.mean
             if problems is not None:
-                found |= problems.evaluate(model, tokenizer, step)
+                found |= problems.evaluate(step)
             return found
 
         train_on_examples(
             run, len(train), gradient=gradient, evaluate=evaluate_now, dropped=encoded.dropped, cut=encoded.cut
         )
 
-    run.save_model(model, tokenizer)
+    run.save_model(policy.model, policy.tokenizer)
     return run.result()
 
 
-def records_of(config: SFTConfig, task: Task | None) -> tuple[Records, Records | None]:
-    """Return the records to train on and the held-out ones, None where there are to be none."""
+def sft_records(config: SFTConfig, task: Task | None) -> tuple[Records, Records | None]:
+    """Return the records to train on and the held-out ones, None if the configuration wants none."""
     if config.data is None:
         assert task is not None  # a config has data or a task
         train = answered(task.train(config.task_examples), config.answer_template, f"task {config.task}")

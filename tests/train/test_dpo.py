@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from fastrl import PreferenceLoss
 from fastrl.train.config.dpo import DPOConfig
 from fastrl.train.dpo import RunningMean, backward_preferences, preference_loss, run_dpo
-from fastrl.train.model import head_of
+from fastrl.train.model import Policy
 from fastrl.train.pairs import write_pairs
 from fastrl.train.preferences.comparisons import Comparison
 from fastrl.train.preferences.dataset import Preferences, labelled
@@ -78,9 +78,7 @@ def gradients(loss: PreferenceLoss, size: int, mean: RunningMean | None = None) 
     examples = some(loss.unpaired)
     if not loss.reads_reference:
         examples = Preferences(examples.comparisons, examples.labels)
-    metrics = backward_preferences(
-        run, model, head_of(model), loss, examples, mean or RunningMean(), pad_id=2, size=size
-    )
+    metrics = backward_preferences(run, Policy.of(model, TOKENIZER), loss, examples, mean or RunningMean(), size=size)
     return {name: parameter.grad for name, parameter in model.named_parameters()}, metrics
 
 
@@ -178,7 +176,7 @@ def test_reference_logprobs_are_those_of_the_model_and_kept_by_key(tmp_path: Pat
     comparisons = some(False).comparisons
 
     def found(of: Any = model, size: int = 2, **settings: Any) -> list[tuple[Tensor, ...]]:
-        return reference_logprobs(tmp_path, of, head_of(of), comparisons, batch_size=size, pad_id=2, settings=settings)
+        return reference_logprobs(tmp_path, Policy.of(of, TOKENIZER), comparisons, batch_size=size, settings=settings)
 
     first = found()
     for comparison, row in zip(comparisons, first, strict=True):

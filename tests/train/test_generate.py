@@ -12,16 +12,12 @@ from tiny_model import tiny_model, tiny_tokenizer
 from torch import Tensor
 from transformers import GenerationConfig
 
+from fastrl.train import model as model_module
 from fastrl.train.data.encoding import encode_prompts, pad_left
-from fastrl.train.model import Head, head_of
-from fastrl.train.rollouts.generate import (
-    Rollout,
-    completion_hidden,
-    decode,
-    generate,
-    token_logprobs_of,
-    verify_logprobs,
-)
+from fastrl.train.data.rollout import Rollout
+from fastrl.train.model import Policy, completion_hidden
+from fastrl.train.pretrained import head_of
+from fastrl.train.rollouts.generate import decode, generate
 
 TOKENIZER = tiny_tokenizer()
 QUESTIONS = ["1+1=", "what is 23 - 60?", "7"]
@@ -130,8 +126,9 @@ def test_sampler_leaves_the_global_generator_alone_and_repeats() -> None:
 def test_logprobs_of_sampler_loss_and_plain_model_agree(family: str, temperature: float) -> None:
     model = tiny_model(TOKENIZER, family=family)
     rollout = roll(model, temperature=temperature)
-    assert verify_logprobs(model, head_of(model), rollout, temperature) < 1e-4
-    ours = token_logprobs_of(model, head_of(model), rollout, temperature).logprobs
+    policy = Policy.of(model, temperature=temperature)
+    assert policy.verify(rollout) < 1e-4
+    ours = policy.logprobs(rollout)
     assert torch.allclose(ours, rollout.logprobs, atol=1e-4)
     assert not ours[~rollout.completion_mask].any()
 
@@ -168,37 +165,38 @@ def test_a_head_that_is_read_wrongly_is_refused() -> None:
     assert right.softcap == 3.0
     for wrong in (dataclasses.replace(right, softcap=None), dataclasses.replace(right, logit_scale=0.5)):
         with pytest.raises(ValueError, match="differ from those of the model's own logits"):
-            verify_logprobs(model, wrong, roll(model), 1.0)
+            Policy(model, wrong).verify(roll(model))
 
 
-def test_logprobs_that_are_not_numbers_are_refused() -> None:
+def test_logprobs_that_are_not_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(TOKENIZER)
 
     def broken(model: Any, rollout: Rollout) -> Tensor:
         return completion_hidden(model, rollout) * math.nan
 
+    monkeypatch.setattr(model_module, "completion_hidden", broken)
     with pytest.raises(ValueError, match="differ from those of the model's own logits by nan nats"):
-        verify_logprobs(model, head_of(model), roll(model), 1.0, broken)
+        Policy.of(model).verify(roll(model))
 
 
 def test_the_head_is_verified_under_autocast_too() -> None:
     model = tiny_model(TOKENIZER)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert verify_logprobs(model, head_of(model), roll(model), 1.0) < 1e-4
+        assert Policy.of(model).verify(roll(model)) < 1e-4
 
 
 def test_rows_hold_the_same_tokens_with_less_padding() -> None:
     model = tiny_model(TOKENIZER)
     rollout = roll(model)
-    head: Head = head_of(model)
-    whole = token_logprobs_of(model, head, rollout, 1.0).logprobs
+    policy = Policy.of(model)
+    whole = policy.logprobs(rollout)
     for start, stop in ((0, 2), (2, 7), (8, 9)):  # inside a group, across groups, one row
         part = rollout.rows(start, stop)
         width = part.completion_ids.shape[1]
         assert part.completion_mask.any(dim=0).all()
         assert part.prompt_mask.any(dim=0).all()
         assert part.prompt_ids.shape[0] == len(set(rollout.prompt_index[start:stop].tolist()))
-        logprobs = token_logprobs_of(model, head, part, 1.0).logprobs
+        logprobs = policy.logprobs(part)
         assert torch.allclose(logprobs, whole[start:stop, :width], atol=1e-5)
 
 
@@ -206,7 +204,7 @@ def test_a_single_token_completion_needs_no_second_pass() -> None:
     model = tiny_model(TOKENIZER)
     rollout = roll(model, max_new_tokens=1)
     assert completion_hidden(model, rollout).shape == (9, 1, 32)
-    assert verify_logprobs(model, head_of(model), rollout, 1.0) < 1e-4
+    assert Policy.of(model).verify(rollout) < 1e-4
 
 
 def test_prompt_templates() -> None:

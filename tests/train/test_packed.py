@@ -17,13 +17,12 @@ from fastrl.train.config.dpo import OnlineDPOConfig
 from fastrl.train.config.grpo import GRPOConfig
 from fastrl.train.config.ppo import PPOConfig
 from fastrl.train.data.encoding import encode_prompts
+from fastrl.train.data.rollout import Rollout
 from fastrl.train.grpo import run_grpo
-from fastrl.train.model import head_of
+from fastrl.train.model import Policy, completion_hidden, packed_completion_hidden
 from fastrl.train.online_dpo import run_online_dpo
 from fastrl.train.ppo import Learner, build_loss, run_ppo, terminal_rewards
-from fastrl.train.rollouts.generate import Rollout, completion_hidden, generate, verify_logprobs
-from fastrl.train.rollouts.packed import packed_completion_hidden
-from fastrl.train.update.batches import forward_of, verify_rollout
+from fastrl.train.rollouts.generate import generate
 from fastrl.train.update.critic import Critic
 
 TOKENIZER = tiny_tokenizer()
@@ -74,12 +73,9 @@ def test_packed_and_padded_are_the_same(family: str, stream_tokens: int) -> None
     assert not hidden[~rollout.completion_mask].any()
 
 
-def test_sliding_windows_and_softcaps_are_kept(tmp_path: Path) -> None:
+def test_sliding_windows_and_softcaps_are_kept() -> None:
     model = tiny_model(TOKENIZER, family="gemma2")
-    config = GRPOConfig(run_dir=str(tmp_path), packing=True, packing_tokens=60, temperature=0.6)
-    rollout = sampled(model)
-    assert verify_logprobs(model, head_of(model), rollout, 0.6, forward_of(config)) < 1e-4
-    verify_rollout(model, head_of(model), rollout, config)
+    assert Policy.of(model, temperature=0.6, stream_tokens=60).verify(sampled(model)) < 1e-4
 
 
 LOOPS = {
@@ -119,21 +115,22 @@ def test_the_state_after_a_cut_has_the_same_value(tmp_path: Path) -> None:
     model = tiny_model(TOKENIZER)
     rollout = sampled(model)
     assert 0 < int(rollout.truncated.sum()) < len(rollout.truncated)
-    critic = Critic(model, "head")
-    torch.nn.init.normal_(critic.value_head.weight, generator=torch.Generator().manual_seed(4))
     values = []
     for packing in (False, True):
         config = PPOConfig(
             run_dir=str(tmp_path), prompts_per_step=3, group_size=3, minibatches=1, bootstrap_truncated=True,
             packing=packing, packing_tokens=60,
         )  # fmt: skip
-        learner = Learner(model, head_of(model), critic, build_loss(config))
+        policy = Policy.of(model, stream_tokens=60 if packing else None)
+        critic = Critic(policy, "head")
+        torch.nn.init.normal_(critic.value_head.weight, generator=torch.Generator().manual_seed(4))
+        learner = Learner(policy, critic, build_loss(config))
         values.append(terminal_rewards(learner, rollout, torch.zeros(9), config))
     assert bool((values[0] != 0.0).eq(rollout.truncated).all())
     torch.testing.assert_close(values[1], values[0])
 
 
-def test_a_model_that_mixes_sequences_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_mixes_sequences_is_refused() -> None:
     model = OPTForCausalLM(
         OPTConfig(
             vocab_size=len(TOKENIZER), hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=2,
@@ -141,6 +138,5 @@ def test_a_model_that_mixes_sequences_is_refused(tmp_path: Path) -> None:
         )
     ).eval()  # fmt: skip
     rollout = sampled(tiny_model(TOKENIZER))
-    config = GRPOConfig(run_dir=str(tmp_path), packing=True)
     with pytest.raises(ValueError, match=r"OPTForCausalLM cannot be trained on packed .* \(set packing to false\)"):
-        verify_rollout(model, head_of(model), rollout, config)
+        Policy.of(model, stream_tokens=512).verify(rollout)

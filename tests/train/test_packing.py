@@ -18,7 +18,7 @@ from transformers import MambaConfig, MambaForCausalLM
 from fastrl.train.data import packing
 from fastrl.train.data.encoding import Example
 from fastrl.train.data.packing import collate, pack, packed_batches, packed_hidden, prove_packing, use_flash_attention
-from fastrl.train.model import head_of
+from fastrl.train.pretrained import head_of
 
 TOKENIZER = tiny_tokenizer()
 FAMILIES = ["llama", "qwen2", "gemma2", "gpt2"]

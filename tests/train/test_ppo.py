@@ -20,12 +20,12 @@ from torch import Tensor
 from fastrl.train import ppo
 from fastrl.train.config.ppo import PPOConfig
 from fastrl.train.data.encoding import encode_prompts
-from fastrl.train.model import head_of
-from fastrl.train.ppo import Learner, PPOBatch, assess, backward, before_update, build_loss, run_ppo, terminal_rewards
-from fastrl.train.rollouts.generate import Rollout, generate
+from fastrl.train.data.rollout import Rollout
+from fastrl.train.model import Policy
+from fastrl.train.ppo import Learner, PPOBatch, accumulate, assess, before_update, build_loss, run_ppo, terminal_rewards
+from fastrl.train.rollouts.generate import generate
 from fastrl.train.run.run import MetricSums
 from fastrl.train.update import trust_region
-from fastrl.train.update.batches import micro_batches
 from fastrl.train.update.critic import Critic
 from fastrl.train.update.trust_region import Measured, StepLength, measure, trust_region_step
 from tests.train.test_grpo import EXAMPLES, SUMS, TOKENIZER, PlainRun, metrics_of
@@ -70,8 +70,8 @@ def random_batch(rollout: Rollout) -> PPOBatch:
 
 def learner_of(config: PPOConfig) -> Learner:
     """Return a float64 learner whose value head is not 0."""
-    model = tiny_model(TOKENIZER).double()
-    critic = Critic(model, config.critic)
+    policy = Policy.of(tiny_model(TOKENIZER).double(), temperature=config.temperature)
+    critic = Critic(policy, config.critic)
     critic.value_head.double()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -79,11 +79,14 @@ def learner_of(config: PPOConfig) -> Learner:
         if critic.backbone is not None:  # not the policy's weights any more
             for parameter in critic.backbone.parameters():
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    return Learner(model, head_of(model), critic, build_loss(config))
+    return Learner(policy, critic, build_loss(config))
 
 
 def gradients(learner: Learner) -> dict[str, Tensor | None]:
-    named = {**{f"policy.{n}": p for n, p in learner.model.named_parameters()}, **learner.critic.named_parameters()}
+    named = {
+        **{f"policy.{n}": p for n, p in learner.policy.model.named_parameters()},
+        **learner.critic.named_parameters(),
+    }
     return {name: parameter.grad for name, parameter in named.items()}
 
 
@@ -105,7 +108,7 @@ def test_gradient_of_a_step_is_that_of_the_formulas_in_plain_pytorch(tmp_path: P
     )  # fmt: skip
     batch = random_batch(some_rollout(tiny_model(TOKENIZER), config))
     learner, totals = learner_of(config), MetricSums()
-    backward(PlainRun(config), learner, batch, [(0, 4), (4, 8)], totals)
+    accumulate(PlainRun(config), learner, [batch.rows(0, 4), batch.rows(4, 8)], totals)
     ours, metrics = gradients(learner), totals.means()
 
     plain = learner_of(config)
@@ -113,7 +116,7 @@ def test_gradient_of_a_step_is_that_of_the_formulas_in_plain_pytorch(tmp_path: P
     tokens = int(batch.mask.sum())
     for row in range(8):
         mask = batch.mask[row]
-        hidden, logits, end = hidden_of(plain.model, batch, row)
+        hidden, logits, end = hidden_of(plain.policy.model, batch, row)
         logps = torch.log_softmax(logits / 0.7, dim=-1)
         ratio = torch.exp(logps.gather(1, end[:, None])[:, 0] - batch.old_logprobs[row][mask])
         advantage = batch.advantages[row][mask]
@@ -145,8 +148,9 @@ def test_micro_batches_change_the_memory_only(tmp_path: Path) -> None:
     batch = random_batch(some_rollout(tiny_model(TOKENIZER), config))
     whole, parts = learner_of(config), learner_of(config)
     once, split = MetricSums(), MetricSums()
-    one = backward(PlainRun(config), whole, batch, [(0, 8)], once)
-    two = backward(PlainRun(config), parts, batch, [(0, 2), (2, 6), (6, 8)], split)
+    one = accumulate(PlainRun(config), whole, [batch.rows(0, 8)], once)
+    rows = [(0, 2), (2, 6), (6, 8)]
+    two = accumulate(PlainRun(config), parts, [batch.rows(*row) for row in rows], split)
     assert two.kl.item() == pytest.approx(one.kl.item())
     expected = gradients(whole)
     for name, gradient in gradients(parts).items():
@@ -265,8 +269,10 @@ def test_the_critic_alone_is_trained_in_its_warmup(folder: Path, tmp_path: Path)
 def trust_region_case(config: PPOConfig, batch: PPOBatch, first: float) -> tuple[Learner, dict[str, float], StepLength]:
     learner, totals, length = learner_of(config), MetricSums(), StepLength(first)
     run = PlainRun(config)
-    run.optimizer = torch.optim.SGD(learner.model.parameters())
-    trust_region_step(run, learner.model, learner.head, learner.loss_function, batch, length, totals)
+    run.optimizer = torch.optim.SGD(learner.policy.model.parameters())
+    parts = batch.parts(config)
+    start = accumulate(run, learner, parts, totals, train_critic=False).loss.item()
+    trust_region_step(run, learner.policy, learner.loss, parts, start, length, totals)
     return learner, totals.means(), length
 
 
@@ -285,28 +291,30 @@ def test_a_trust_region_step_is_the_longest_of_the_search_that_is_allowed(tmp_pa
     tokens = int(batch.mask.sum())
     loss = torch.zeros((), dtype=torch.float64)
     for row in range(8):
-        _, logits, end = hidden_of(start.model, batch, row)
+        _, logits, end = hidden_of(start.policy.model, batch, row)
         logps = torch.log_softmax(logits, dim=-1).gather(1, end[:, None])[:, 0]
         loss = loss - (torch.exp(logps - logps.detach()) * batch.advantages[row][batch.mask[row]]).sum() / tokens
     loss.backward()
-    norm = math.sqrt(sum(float(p.grad.square().sum()) for p in start.model.parameters()))
+    norm = math.sqrt(sum(float(p.grad.square().sum()) for p in start.policy.model.parameters()))
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
     moved = 0.0
-    for (name, before), after in zip(start.model.named_parameters(), learner.model.parameters(), strict=True):
+    for (name, before), after in zip(
+        start.policy.model.named_parameters(), learner.policy.model.parameters(), strict=True
+    ):
         step = (after - before).detach()
         expected = -length.last / norm * before.grad
         assert torch.allclose(step, expected, rtol=0, atol=1e-4 * float(expected.abs().max())), name
         moved += float(step.square().sum())
     assert math.sqrt(moved) == pytest.approx(length.last, rel=1e-4)
 
-    here = measure(learner.model, learner.head, learner.loss_function, batch, micro_batches(config), config)
+    here = measure(learner.policy, learner.loss, batch.parts(config))
     assert here.kl == pytest.approx(metrics["trust_region/kl"])
     assert here.kl <= 0.01
     assert here.loss < metrics["loss"]
     with torch.no_grad():  # twice the step is not allowed: that was tried before it
-        for before, after in zip(start.model.parameters(), learner.model.parameters(), strict=True):
+        for before, after in zip(start.policy.model.parameters(), learner.policy.model.parameters(), strict=True):
             after.add_(after - before)
-    twice = measure(learner.model, learner.head, learner.loss_function, batch, micro_batches(config), config)
+    twice = measure(learner.policy, learner.loss, batch.parts(config))
     assert twice.kl > 0.01 or twice.loss >= metrics["loss"]
 
 
@@ -329,7 +337,7 @@ def test_a_trust_region_that_allows_no_step_keeps_the_policy_to_the_bit(tmp_path
     assert metrics["trust_region/accepted"] == metrics["trust_region/length"] == metrics["trust_region/kl"] == 0.0
     assert metrics["trust_region/halvings"] == 3.0
     assert length.last == 1.0 / 8
-    for before, after in zip(start.model.parameters(), learner.model.parameters(), strict=True):
+    for before, after in zip(start.policy.model.parameters(), learner.policy.model.parameters(), strict=True):
         assert torch.equal(before, after)
 
 

@@ -16,10 +16,11 @@ from tiny_model import save_tiny_model, tiny_model, tiny_tokenizer
 from fastrl.train import rft as module
 from fastrl.train.config.rft import OnlineRFTConfig, RFTConfig
 from fastrl.train.data.encoding import Example, encode_prompts
-from fastrl.train.model import head_of, load_model
+from fastrl.train.model import Policy
+from fastrl.train.pretrained import load_model
 from fastrl.train.rewards.reward_set import RewardSet
 from fastrl.train.rewards.tasks import Problem
-from fastrl.train.rft import Kept, run_rft
+from fastrl.train.rft import KeptCompletions, run_rft
 from fastrl.train.rollouts.rejection import Rejection, sample_and_reject
 from fastrl.train.update.supervised import backward_examples, supervised_loss
 
@@ -68,7 +69,8 @@ def test_what_is_kept_by_hand(rejection: Rejection, kept: list[int]) -> None:
 
 
 def test_the_kept_completions_are_those_that_were_sampled(folder: Path) -> None:
-    model, _ = load_model(str(folder))
+    policy = Policy.of(*load_model(str(folder)))
+    assert policy.stop_ids == [2, *range(20, 60)]
     problems = [Problem(f"{n}+1=", str(n + 1)) for n in range(5)]
     seen: list[str] = []
 
@@ -77,12 +79,12 @@ def test_the_kept_completions_are_those_that_were_sampled(folder: Path) -> None:
         return 1.0 if len(completion) % 2 == 0 else 0.0
 
     options = {
-        "max_new_tokens": 6, "stop_ids": [2, *range(20, 60)], "pad_id": 2, "temperature": 1.0,
+        "max_new_tokens": 6,
         "prompt_template": "{prompt}", "system_prompt": None, "group_size": 4,
     }  # fmt: skip
     rewards = RewardSet({"even": even}, {"even": 1.0}, timeout_s=None)
     sampled = sample_and_reject(
-        model, TOKENIZER, problems, rewards, Rejection(), batch_size=8,
+        policy, problems, rewards, Rejection(), batch_size=8,
         generator=torch.Generator().manual_seed(0), **options,
     )  # fmt: skip
     metrics = sampled.metrics
@@ -99,7 +101,7 @@ def test_the_kept_completions_are_those_that_were_sampled(folder: Path) -> None:
             example.ids[: -len(completion)]
             == encode_prompts(TOKENIZER, [text.partition("=")[0] + "="], template="{prompt}")[0]
         )
-        assert completion[-1] in options["stop_ids"]
+        assert completion[-1] in policy.stop_ids
     assert len(sampled.some) == 4
 
 
@@ -113,7 +115,8 @@ def test_an_online_step_is_the_policy_gradient_with_rewards_of_one_and_zero(tmp_
         def backward(self, loss: torch.Tensor) -> None:
             loss.backward()
 
-    backward_examples(Plain(), model, head_of(model), supervised_loss("rft", {}), right, budget=300, temperature=0.7)
+    policy = Policy.of(model, temperature=0.7)
+    backward_examples(Plain(), policy, supervised_loss("rft", {}), right, budget=300)
     ours = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
     wrong = Example.of([5, 6], [13, 14, 2])
@@ -174,7 +177,7 @@ def test_without_a_right_completion_an_online_step_is_left_out_and_a_round_ends_
 
 
 def test_kept_completions_survive_a_checkpoint() -> None:
-    kept, again = Kept(), Kept()
+    kept, again = KeptCompletions(), KeptCompletions()
     for examples in ([], [Example([1, 2, 3], [False, True, True]), Example([4, 5], [False, True])]):
         kept.examples = examples
         again.load_state_dict(kept.state_dict())

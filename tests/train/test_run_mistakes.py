@@ -19,10 +19,10 @@ from fastrl.train import constitutional, grpo, online_dpo, pairs, ppo, rft
 from fastrl.train.config import ConstitutionalConfig, GRPOConfig, OnlineDPOConfig, PairsConfig, PPOConfig, RFTConfig
 from fastrl.train.constitutional import make_constitutional_pairs
 from fastrl.train.grpo import run_grpo
-from fastrl.train.model import cache_dir
 from fastrl.train.online_dpo import run_online_dpo
 from fastrl.train.pairs import make_pairs
 from fastrl.train.ppo import run_ppo
+from fastrl.train.pretrained import cache_dir
 from fastrl.train.rft import run_rft
 
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastrl.train.config.sft import SFTConfig
 from fastrl.train.data.encoding import Example
-from fastrl.train.model import head_of
+from fastrl.train.model import Policy
 from fastrl.train.sft import run_sft
 from fastrl.train.update.epochs import shuffled
 from fastrl.train.update.supervised import HeldOutLoss, backward_examples, held_out_loss, supervised_loss
@@ -57,7 +57,7 @@ def gradients(loss: str, budget: int | None, **options: Any) -> tuple[dict[str, 
     model = tiny_model(TOKENIZER).double()
     run = SimpleNamespace(device="cpu", backward=lambda value: value.backward())
     metrics = backward_examples(
-        run, model, head_of(model), supervised_loss(loss, options), some_examples(), budget=budget, temperature=0.8
+        run, Policy.of(model, temperature=0.8), supervised_loss(loss, options), some_examples(), budget=budget
     )
     return {name: parameter.grad for name, parameter in model.named_parameters()}, metrics
 
@@ -107,7 +107,7 @@ def test_the_budget_changes_the_memory_only(aggregate: str, budget: int | None) 
 @pytest.mark.parametrize("budget", [26, 200, None])
 def test_held_out_loss_is_weighted_by_tokens(budget: int | None) -> None:
     model = tiny_model(TOKENIZER)
-    measured = held_out_loss(model, head_of(model), some_examples(), budget=budget)
+    measured = held_out_loss(Policy.of(model, temperature=0.5), some_examples(), budget=budget)
     with torch.no_grad():
         rows = [-plain_logprobs(model, example).double() for example in some_examples()]
     mean = torch.cat(rows).mean()

@@ -26,7 +26,7 @@ from fastrl.integrations.transformers.head import (
 from fastrl.integrations.transformers.lazy_logits import CrossEntropy, UnformedLogits, head_scalars_of
 from fastrl.losses.policy.loss import PolicyLoss
 from fastrl.ops.linear_token_logprobs import linear_token_logprobs
-from fastrl.train.model import causal_lm
+from fastrl.train.pretrained import causal_lm
 
 _STATE = "_fastrl_patch"
 _UNDO = "undo with fastrl.integrations.transformers.unpatch(model)"

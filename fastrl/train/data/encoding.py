@@ -102,7 +102,7 @@ class Encoder:
 
     tokenizer: Any
     stop_ids: Sequence[int]
-    """Tokens that end a completion, see `fastrl.train.model.stop_token_ids`."""
+    """Tokens that end a completion, see `fastrl.train.pretrained.stop_token_ids`."""
     template: str = CHAT_TEMPLATE
     """`chat`, or a text with `{prompt}`, as in `fastrl.train.data.encoding.encode_prompts`."""
     system: str | None = None

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastrl.ops import linear_token_logprobs
 from fastrl.train.data.encoding import Example
-from fastrl.train.model import LARGEST_DIFFERENCE, Head, causal_lm
+from fastrl.train.pretrained import LARGEST_DIFFERENCE, OutputHead, causal_lm
 
 # Largest change of a hidden state, relative to the largest hidden state, if tokens of the sequence before it change.
 # A masked entry has weight exactly 0. Only rounding is left, from GEMMs of other shapes (mixtures of experts).
@@ -136,7 +136,7 @@ def use_flash_attention(model: Any) -> bool:
 
 
 @torch.no_grad()
-def prove_packing(model: Any, head: Head, examples: Sequence[Example], *, packed: bool = True) -> float:
+def prove_packing(model: Any, head: OutputHead, examples: Sequence[Example], *, packed: bool = True) -> float:
     """Return max |packed log-prob - log-prob of the sequence alone|, in nats, for a few shortened examples.
 
     The second log-prob comes from the logits of the model itself, so the difference also covers the reading of the head
@@ -173,7 +173,7 @@ def _check_leak(model: Any, batch: PackedBatch) -> None:
         )
 
 
-def _check_logprobs(model: Any, head: Head, batch: PackedBatch) -> float:
+def _check_logprobs(model: Any, head: OutputHead, batch: PackedBatch) -> float:
     """Return the largest difference from the model's own logits of each sequence alone, or raise."""
     inner = causal_lm(model)
     ours = linear_token_logprobs(packed_hidden(model, batch), head.weight, batch.labels, **head.kwargs()).logprobs

@@ -1,8 +1,8 @@
-"""What the preference loops share: their data, completions of one prompt side by side, and the gradient of a step.
+"""Comparisons: completions of one prompt side by side, and the batches that the preference loops make of them.
 
 A `Comparison` is a prompt with one or two completions. Its completions share the forward pass of the prompt, as the
-completions of a group do in `fastrl.train.rollouts.generate`. A batch of P comparisons with C completions has C P
-rows: the first completion of each, then the second of each, which is the order of `fastrl.PreferenceLoss`.
+completions of a group do. A batch of P comparisons with C completions has C P rows: the first completion of each, then
+the second of each. This is the order of `fastrl.PreferenceLoss`.
 
 Shapes: P comparisons, C completions of each, B = C * P rows, T time.
 """
@@ -11,19 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastrl.losses.output import LossOutput
-from fastrl.losses.preference.loss import PreferenceLoss
 from fastrl.train.config.preferences import ComparisonDataConfig
 from fastrl.train.data.encoding import PreferenceExample, pad_left
 from fastrl.train.data.records import Records, read_records, split_held_out
-from fastrl.train.model import Head
-from fastrl.train.rollouts.generate import Forward, Rollout, completion_hidden
-from fastrl.train.run.run import Run
+from fastrl.train.data.rollout import Rollout
 
 
 @dataclass(frozen=True)
@@ -44,8 +39,8 @@ class Comparison:
         return len(self.prompt) + max(map(len, self.completions))
 
 
-def records_of(config: ComparisonDataConfig) -> tuple[Records, Records | None]:
-    """Return the records to train on and the held-out ones, None where there are to be none.
+def comparison_records(config: ComparisonDataConfig) -> tuple[Records, Records | None]:
+    """Return the records to train on and the held-out ones, None if the configuration wants none.
 
     Raises:
         ValueError: there is no `data`, or it cannot be read.
@@ -79,7 +74,7 @@ def rollout_of(comparisons: Sequence[Comparison], pad_id: int, device: torch.dev
 
 
 def padded_logprobs(rows: Sequence[Sequence[Tensor]], width: int, device: torch.device | str) -> Tensor:
-    """Return (B, width) of per-token values `rows[p][c]` (T_pc,), in the order of `rollout_of`, 0 where masked."""
+    """Return per-token values `rows[p][c]` (T_pc,) as (B, width), in the order of `rollout_of`, 0 where masked."""
     ordered = [row[slot] for slot in range(len(rows[0])) for row in rows]
     padded = torch.zeros(len(ordered), width)
     for place, values in enumerate(ordered):
@@ -92,27 +87,3 @@ def by_length(comparisons: Sequence[Comparison], size: int) -> Iterator[list[int
     order = sorted(range(len(comparisons)), key=lambda index: comparisons[index].length)
     for start in range(0, len(order), size):
         yield order[start : start + size]
-
-
-def backward_rollout(
-    run: Run[Any],
-    model: Any,
-    head: Head,
-    loss: PreferenceLoss,
-    rollout: Rollout,
-    ref_logprobs: Tensor | None,  # (B, T)
-    *,
-    temperature: float = 1.0,
-    forward: Forward = completion_hidden,
-    **inputs: Any,
-) -> LossOutput:
-    """Add the gradient of the loss of a micro-batch to that of the parameters and return the detached output.
-
-    `inputs` are further arguments of `PreferenceLoss.from_hidden`, the counts of the whole step among them.
-    """
-    output = loss.from_hidden(
-        forward(model, rollout), head.weight, rollout.completion_ids, rollout.completion_mask,
-        ref_logprobs=ref_logprobs, temperature=temperature, **inputs, **head.kwargs(),
-    )  # fmt: skip
-    run.backward(output.loss)
-    return output._replace(loss=output.loss.detach())

@@ -1,6 +1,6 @@
 """Given preferences as the DPO loop trains on them: pairs or labelled rows, with the reference's log-probs.
 
-records -> comparisons        a prompt with its chosen and its rejected completion; for a loss of single rows, a
+records -> comparisons        a prompt with its chosen and its rejected completion, or, for a loss of single rows, a
                               completion with its label and a mismatched one
 reference log-probs           of all completions, from the folder of the run or computed now
 """
@@ -18,7 +18,7 @@ from fastrl.losses.preference.loss import PreferenceLoss
 from fastrl.train.config.dpo import DPOConfig
 from fastrl.train.data.encoding import Encoder, preference_examples, unpaired_examples
 from fastrl.train.data.records import Records
-from fastrl.train.model import Head
+from fastrl.train.model import Policy
 from fastrl.train.preferences.comparisons import Comparison
 from fastrl.train.preferences.reference_logprobs import reference_logprobs
 from fastrl.train.run.run import Run
@@ -26,12 +26,12 @@ from fastrl.train.run.run import Run
 
 @dataclass(frozen=True)
 class Preferences:
-    """Comparisons with what is known of them."""
+    """Comparisons with their labels and their log-probs under the reference."""
 
     comparisons: list[Comparison]
-    """Chosen and rejected; for losses of single rows, the completion and a mismatched one."""
+    """Chosen and rejected, or, for losses of single rows, the completion and a mismatched one."""
     labels: list[bool] | None
-    """Of single rows, whether they are desirable; None for pairs."""
+    """Whether single rows are desirable. None for pairs."""
     ref: list[tuple[Tensor, ...]] | None = None
     """Per-token log-probs of the reference, None for a loss without one."""
 
@@ -42,7 +42,7 @@ class Preferences:
 def preferences(
     records: Records, encoder: Encoder, config: DPOConfig, loss: PreferenceLoss, *, split: bool
 ) -> tuple[Preferences, tuple[int, int]]:
-    """Return the examples of the records, and how many were dropped and cut because of their length.
+    """Return the examples of the records, and the numbers of those dropped and cut because of their length.
 
     Args:
         records: pairs, or completions with a label.
@@ -81,7 +81,7 @@ def labelled(rows: Sequence[tuple[list[int], list[int], bool]], source: str) -> 
     comparisons = []
     n = len(rows)
     following: list[int] | None = None
-    for index in range(2 * n - 1, -1, -1):  # around the end, so that the last rows find one too
+    for index in range(2 * n - 1, -1, -1):  # backwards, twice around: the last rows find one at the beginning
         prompt, completion, _ = rows[index % n]
         if index + 1 < 2 * n and rows[(index + 1) % n][0] != prompt:
             following = rows[(index + 1) % n][1]
@@ -93,9 +93,9 @@ def labelled(rows: Sequence[tuple[list[int], list[int], bool]], source: str) -> 
 
 
 def with_reference(
-    run: Run[DPOConfig], model: Any, head: Head, train: Preferences, held_out: Preferences | None, pad_id: int
+    run: Run[DPOConfig], policy: Policy, train: Preferences, held_out: Preferences | None
 ) -> tuple[Preferences, Preferences | None]:
-    """Return both with the reference's log-probs, from the folder of the run or computed now."""
+    """Return both with log-probs of `policy`, the reference as yet, from the folder of the run or computed now."""
     config = run.config
     parts = [part for part in (train, held_out) if part is not None]
     found = []
@@ -103,7 +103,7 @@ def with_reference(
         folder = run.dir / "reference" / name
         folder.mkdir(parents=True, exist_ok=True)
         ref = reference_logprobs(
-            folder, model, head, part.comparisons, batch_size=config.micro_batch, pad_id=pad_id,
+            folder, policy, part.comparisons, batch_size=config.micro_batch,
             settings={"dtype": config.dtype, "mixed_precision": config.mixed_precision},
         )  # fmt: skip
         found.append(dataclasses.replace(part, ref=ref))

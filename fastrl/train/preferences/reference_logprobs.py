@@ -1,8 +1,8 @@
 """Log-probs of given completions under the reference policy: computed once, kept in the folder of the run.
 
-The file carries a key, the hash of the tokens, of the reference's weights and of the precision. A file with another key
-is computed anew; so a changed data set or model never meets old numbers. With them, no reference model is in memory
-while the policy is trained.
+The file carries a key: the hash of the tokens, of the reference's weights and of the precision. A file with another key
+is computed anew, so a changed data set or model never meets old numbers. No reference model is in memory while the
+policy is trained.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastrl.train.model import Head, causal_lm
+from fastrl.train.model import Policy
 from fastrl.train.preferences.comparisons import Comparison, by_length, rollout_of
-from fastrl.train.rollouts.generate import token_logprobs_of
+from fastrl.train.pretrained import causal_lm
 
 logger = logging.getLogger(__name__)
 
@@ -31,47 +31,40 @@ FILE = "reference_logprobs.safetensors"
 
 def reference_logprobs(
     folder: Path,
-    model: Any,
-    head: Head,
+    policy: Policy,
     comparisons: Sequence[Comparison],
     *,
     batch_size: int,
-    pad_id: int,
     settings: Mapping[str, Any],
 ) -> list[tuple[Tensor, ...]]:
-    """Return for each comparison the log-probs (T_c,), float32, of each of its completions under `model`.
+    """Return for each comparison the log-probs (T_c,), float32, of each of its completions under `policy`.
 
     Args:
-        folder: the folder of the run; `reference_logprobs.safetensors` in it is read where its key fits, else written.
-        model: the reference policy, without adapters.
-        head: its head.
+        folder: the folder of the run. `reference_logprobs.safetensors` in it is read if its key fits, else written.
+        policy: the reference policy, without adapters.
         comparisons: of equally many completions each.
         batch_size: comparisons in one forward pass.
-        pad_id: the padding token; it has no effect on the numbers.
-        settings: what else the numbers depend on, as JSON values: the precision.
+        settings: the precision, as JSON values. The numbers depend on it too.
     """
-    key = _key(model, comparisons, settings)
+    key = _key(policy.model, comparisons, settings)
     path = folder / FILE
     flat = _read(path, key)
     lengths = [len(ids) for comparison in comparisons for ids in comparison.completions]
     if flat is None:
-        rows = _compute(model, head, comparisons, batch_size, pad_id)
+        rows = _compute(policy, comparisons, batch_size)
         flat = torch.cat([values for row in rows for values in row])
         scratch = path.with_suffix(".tmp")
         save_file({"logprobs": flat}, scratch, metadata={"key": key})
-        os.replace(scratch, path)
+        os.replace(scratch, path)  # a run that is killed here leaves no half file
     pieces = iter(flat.split(lengths))
     return [tuple(next(pieces) for _ in comparison.completions) for comparison in comparisons]
 
 
-def _compute(
-    model: Any, head: Head, comparisons: Sequence[Comparison], batch_size: int, pad_id: int
-) -> list[tuple[Tensor, ...]]:
+def _compute(policy: Policy, comparisons: Sequence[Comparison], batch_size: int) -> list[tuple[Tensor, ...]]:
     found: list[tuple[Tensor, ...]] = [()] * len(comparisons)
     for group in by_length(comparisons, batch_size):
         few = [comparisons[index] for index in group]
-        rollout = rollout_of(few, pad_id, head.weight.device)
-        logprobs = token_logprobs_of(model, head, rollout, 1.0).logprobs.float().cpu()
+        logprobs = policy.logprobs(rollout_of(few, policy.pad_id, policy.device)).float().cpu()
         for place, index in enumerate(group):
             found[index] = tuple(
                 logprobs[slot * len(few) + place, : len(ids)].clone() for slot, ids in enumerate(few[place].completions)
@@ -80,7 +73,7 @@ def _compute(
 
 
 def _read(path: Path, key: str) -> Tensor | None:
-    """Return the stored log-probs, None where there are none or they are those of something else."""
+    """Return the stored log-probs, or None if there are none with this key."""
     if not path.is_file():
         return None
     with safe_open(path, framework="pt") as file:

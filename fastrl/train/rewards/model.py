@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastrl.train.model import DTYPES, check_folder
+from fastrl.train.pretrained import DTYPES, check_folder
 
 
 class RewardModel(Protocol):

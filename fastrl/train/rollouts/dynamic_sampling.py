@@ -1,7 +1,7 @@
-"""Batches of groups that teach something: prompts are sampled again in the place of the groups that do not.
+"""Dynamic sampling: redraw the groups whose rewards are all equal.
 
-DAPO, arXiv 2503.14476, equation 11: a group whose answers are all right or all wrong has advantage 0 everywhere, so a
-batch with many of them is a small batch that was paid for in full.
+A group whose answers are all right or all wrong has advantage 0 everywhere (DAPO, arXiv 2503.14476, equation 11). A
+batch with many of them teaches as little as a small batch and costs as much as a full one.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from torch import Tensor
 
 from fastrl.losses.masks import dynamic_sampling_mask, zero_variance_mask
 from fastrl.train.config.grpo import GRPOConfig
+from fastrl.train.data.rollout import Rollout, concatenate
 from fastrl.train.rewards.reward_set import RewardBatch
 from fastrl.train.rewards.tasks import Problem
 from fastrl.train.rollouts.evaluate import CORRECT
-from fastrl.train.rollouts.generate import Rollout, concatenate
 from fastrl.train.rollouts.prompts import Prompts
 from fastrl.train.rollouts.sampler import Sampler
 from fastrl.train.run.run import Clock
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """P groups of G scored completions, and what it took to get them."""
+class SampledBatch:
+    """P groups of G scored completions, and the cost of getting them."""
 
     problems: list[Problem]
     rollout: Rollout
     scored: RewardBatch
     rounds: int
-    """Times that prompts were sampled; 1 without dynamic sampling."""
+    """Times that prompts were sampled, 1 without dynamic sampling."""
     seen: RewardBatch
-    """The rewards of everything that was sampled: unlike those of the batch, they were not selected."""
+    """The rewards of everything that was sampled, without a selection."""
 
     def metrics(self) -> dict[str, float]:
         """Return the cost of the batch, and the mean reward of everything that was sampled for it."""
@@ -44,11 +44,11 @@ class Sampled:
         }
 
 
-def sample_batch(sampler: Sampler, prompts: Prompts, config: GRPOConfig, pad_id: int, clock: Clock) -> Sampled:
+def sample_batch(sampler: Sampler, prompts: Prompts, config: GRPOConfig, pad_id: int, clock: Clock) -> SampledBatch:
     """Return a batch of `prompts_per_step` groups, as informative as `dynamic_sampling` and the tries make it.
 
     Every round samples as many prompts as groups are missing. After the last one the batch is filled up with groups
-    that teach nothing, the earliest first, so that its size does not change.
+    that teach nothing, the earliest first. So its size does not change.
     """
     rounds: list[tuple[list[Problem], Rollout, RewardBatch, Tensor]] = []
     missing = config.prompts_per_step
@@ -64,13 +64,13 @@ def sample_batch(sampler: Sampler, prompts: Prompts, config: GRPOConfig, pad_id:
     seen = RewardBatch.concatenate([scored for _, _, scored, _ in rounds])
     if len(rounds) == 1:
         problems, rollout, scored, _ = rounds[0]
-        return Sampled(problems, rollout, scored, 1, seen)
+        return SampledBatch(problems, rollout, scored, 1, seen)
 
     chosen = _chosen(torch.cat([informative for *_, informative in rounds]), config.prompts_per_step)
     rows = (chosen[:, None] * config.group_size + torch.arange(config.group_size)).flatten()
     everything = concatenate([rollout for _, rollout, _, _ in rounds], pad_id)
     asked = [problem for problems, *_ in rounds for problem in problems]
-    return Sampled(
+    return SampledBatch(
         [asked[index] for index in chosen.tolist()],
         everything.select(rows.to(everything.prompt_index.device)),
         seen.select(rows),
@@ -89,6 +89,6 @@ def _informative(scored: RewardBatch, config: GRPOConfig) -> Tensor:
 
 
 def _chosen(informative: Tensor, count: int) -> Tensor:
-    """Return the indices (count,) of the first informative groups, filled up with the first others; ascending."""
+    """Return the indices (count,) of the first informative groups and, if they are too few, of the first others."""
     order = torch.argsort((~informative).int(), stable=True)
-    return order[:count].sort().values
+    return order[:count].sort().values  # in the order of sampling

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastrl.train.config.sampling import TaskEvaluationConfig
 from fastrl.train.data.encoding import encode_prompts
+from fastrl.train.model import Policy
 from fastrl.train.rewards.reward_set import RewardSet
 from fastrl.train.rewards.tasks import Problem, Task
 from fastrl.train.rollouts.generate import decode, generate
@@ -23,7 +24,7 @@ CORRECT = "exact"
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class TaskEvaluation:
     """One evaluation: the share of right answers among `n` problems, one completion each."""
 
     step: int
@@ -33,10 +34,10 @@ class Evaluation:
     standard_error: float
     completions: tuple[str, ...]
     rewards: dict[str, Tensor]
-    """Reward -> (n,) its values, NaN where it failed; the accuracy's own among them."""
+    """Reward -> its values (n,), NaN if it failed. `CORRECT` is among them."""
 
     def of_reward(self, name: str) -> Measurement:
-        """Return the mean of a reward over the problems on which it did not fail, with the error of a draw of them."""
+        """Return the mean of a reward over the problems on which it did not fail, with its standard error."""
         values = self.rewards[name].double()
         values = values[~values.isnan()]
         n = len(values)
@@ -44,7 +45,7 @@ class Evaluation:
         return Measurement(self.step, mean, spread / math.sqrt(max(n, 1)), n, Measure(name), mode=self.mode)
 
     def record(self) -> dict[str, Any]:
-        """Return what `evaluations.json` keeps."""
+        """Return the record for `evaluations.json`."""
         return {
             "step": self.step,
             "split": "held_out",
@@ -55,7 +56,7 @@ class Evaluation:
         }
 
     def samples(self, problems: Sequence[Problem], task: Task, count: int) -> list[dict[str, Any]]:
-        """Return what `samples.json` keeps: the first completions, to be read."""
+        """Return the first completions for `samples.json`, to be read."""
         return [
             {
                 "step": self.step,
@@ -77,32 +78,18 @@ class HeldOut:
     """A run with the settings of `TaskEvaluationConfig`."""
     task: Task
     rewards: RewardSet
-    """Among them the one called `CORRECT`; its weight does not matter."""
-    stop_ids: Sequence[int]
+    """`CORRECT` is among them. Its weight does not matter."""
+    policy: Policy
     measured: Sequence[str] = ()
     """Further rewards whose means are recorded."""
 
-    def evaluate(self, model: Any, tokenizer: Any, step: int) -> dict[str, float]:
+    def evaluate(self, step: int) -> dict[str, float]:
         """Record accuracy and samples in each of the run's modes, and return the accuracies as metrics."""
         config: TaskEvaluationConfig = self.run.config
         problems = self.task.held_out(config.eval_problems) if config.eval_problems else []
         found = {}
         for mode in config.eval_modes if problems else ():
-            result = evaluate(
-                model,
-                tokenizer,
-                problems,
-                self.rewards,
-                step=step,
-                mode=mode,
-                prompt_template=config.prompt_template,
-                system_prompt=config.system_prompt,
-                max_new_tokens=config.max_new_tokens,
-                stop_ids=self.stop_ids,
-                temperature=config.temperature,
-                batch_size=config.eval_batch_size,
-                seed=config.seed,
-            )
+            result = evaluate(self.policy, problems, self.rewards, config, step=step, mode=mode)
             self.run.log.add(result.record(), result.samples(problems, self.task, config.eval_samples))
             found[f"eval/{mode}_accuracy"] = result.accuracy
             for name in self.measured:
@@ -113,41 +100,36 @@ class HeldOut:
 
 
 def evaluate(
-    model: Any,
-    tokenizer: Any,
+    policy: Policy,
     problems: Sequence[Problem],
     rewards: RewardSet,
+    config: TaskEvaluationConfig,
     *,
     step: int,
     mode: str,
-    prompt_template: str,
-    system_prompt: str | None,
-    max_new_tokens: int,
-    stop_ids: Sequence[int],
-    temperature: float,
-    batch_size: int,
-    seed: int,
-) -> Evaluation:
+) -> TaskEvaluation:
     """Return the accuracy of one completion per problem, sampled (with its own seed) or greedy.
 
-    The same seed is used at every step, so that evaluations differ by the policy and not by the dice, and the run's
-    own random numbers are not touched. An answer that the scorer fails on counts as wrong. The standard error is
-    sqrt(p (1 - p) / n), that of a draw of n problems.
+    An answer that the scorer fails on counts as wrong. The standard error is sqrt(p (1 - p) / n), for a draw of n
+    problems.
     """
-    device = next(model.parameters()).device
-    generator = torch.Generator(device=device).manual_seed(seed)
+    # The same seed at every step: evaluations differ by the policy and not by the dice, and the run's own random
+    # numbers are not touched.
+    generator = torch.Generator(device=policy.device).manual_seed(config.seed)
+    stop_ids, tokenizer = policy.stop_ids, policy.tokenizer
     completions: list[str] = []
     lengths: list[int] = []
-    for start in range(0, len(problems), batch_size):
-        chunk = problems[start : start + batch_size]
+    for start in range(0, len(problems), config.eval_batch_size):
+        chunk = problems[start : start + config.eval_batch_size]
+        prompts = [problem.prompt for problem in chunk]
         rollout = generate(
-            model,
-            encode_prompts(tokenizer, [p.prompt for p in chunk], template=prompt_template, system=system_prompt),
+            policy.model,
+            encode_prompts(tokenizer, prompts, template=config.prompt_template, system=config.system_prompt),
             group_size=1,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=config.max_new_tokens,
             stop_ids=stop_ids,
-            pad_id=tokenizer.pad_token_id,
-            temperature=temperature,
+            pad_id=policy.pad_id,
+            temperature=config.temperature,
             greedy=mode == "greedy",
             generator=generator,
         )
@@ -156,4 +138,4 @@ def evaluate(
     components = rewards(problems, completions, lengths).components
     accuracy = float(components[CORRECT].nan_to_num(nan=0.0).double().mean())
     error = math.sqrt(accuracy * (1.0 - accuracy) / len(problems))
-    return Evaluation(step, mode, len(problems), accuracy, error, tuple(completions), components)
+    return TaskEvaluation(step, mode, len(problems), accuracy, error, tuple(completions), components)

@@ -1,4 +1,4 @@
-"""Which problems a step is trained on: the stream of a task, the ones worth training on, or stages that get harder."""
+"""The problems of a step: the stream of a task, the problems worth training on, or stages that get harder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Prompts:
     """The training problems in order, each batch beginning where the last one ended."""
 
     def __init__(self, config: GRPOConfig, task: Task) -> None:
-        """Build the stages of the curriculum, so that a value that the task refuses is refused here."""
+        """Build the stages of the curriculum. A value that the task refuses is refused here."""
         self._config = config
         values = {"seed": config.seed, **config.task_parameters}
         self._stages = [
@@ -26,7 +26,7 @@ class Prompts:
             for value in config.curriculum_values
         ] or [task]
         self._position = 0
-        self._pool: list[int] | None = None  # positions in the stream; None: all of them
+        self._pool: list[int] | None = None  # positions in the stream, or None for all
         self._stage = 0
         self._recent: list[float] = []  # shares of right answers of the last steps of this stage
 
@@ -40,7 +40,7 @@ class Prompts:
         return [task.train(1, start=slot)[0] for slot in slots]
 
     def filter(self, sampler: Sampler) -> None:
-        """Keep those of the first `filter_prompts` problems that the policy answers right sometimes, but not always.
+        """Keep the problems, of the first `filter_prompts`, that the policy answers right sometimes, but not always.
 
         Raises:
             ValueError: fewer are kept than a step takes.
@@ -60,7 +60,7 @@ class Prompts:
         self._pool = kept
 
     def observe(self, correct: Tensor) -> None:  # (B,) 1, 0 or NaN
-        """Take note of a step's answers, those that no gradient came of included; the next stage may begin."""
+        """Take note of a step's answers, also of groups without a gradient. The next stage may begin."""
         window = self._config.curriculum_window
         self._recent = [*self._recent, float(correct.nan_to_num(nan=0.0).mean())][-window:]
         learnt = len(self._recent) == window and sum(self._recent) / window >= self._config.curriculum_threshold
@@ -70,7 +70,7 @@ class Prompts:
             self._position = 0
 
     def metrics(self) -> dict[str, float]:
-        """Return the stage, counted from 0, and the number of problems kept, where there are such things."""
+        """Return the stage, counted from 0, and the number of problems kept, if there are stages or a filter."""
         found = {}
         if len(self._stages) > 1:
             found["curriculum_stage"] = float(self._stage)
@@ -83,6 +83,6 @@ class Prompts:
         return {"position": self._position, "pool": self._pool, "stage": self._stage, "recent": self._recent}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take a state over."""
+        """Restore the state."""
         self._position, self._pool = int(state["position"]), state["pool"]
         self._stage, self._recent = int(state["stage"]), list(state["recent"])

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from fastrl.train.data.encoding import Example, encode_prompts
+from fastrl.train.model import Policy
 from fastrl.train.rewards.reward_set import RewardBatch, RewardSet
 from fastrl.train.rewards.tasks import Problem
-from fastrl.train.rollouts.generate import Rollout, decode, generate
+from fastrl.train.rollouts.generate import decode, generate
 
 
 @dataclass(frozen=True)
@@ -22,18 +23,19 @@ class Rejection:
     """Which completions are kept."""
 
     keep_reward: float = 1.0
-    """The least reward of a right one. One that did not end by itself is never right: it would not teach to stop."""
+    """The least reward of a right one. A completion that did not end by itself is never right: it would not teach to
+    stop."""
     keep_per_prompt: int = 0
-    """At most so many of a prompt, the first ones; 0 keeps all."""
+    """At most so many of a prompt, the first ones. 0 keeps all."""
     distinct: bool = False
     """Keep a text, apart from space around it, once for each prompt."""
 
     def right(self, rewards: Sequence[float], truncated: Sequence[bool]) -> list[bool]:
-        """Return of each completion whether it is right; a reward that failed (NaN) is not."""
+        """Return of each completion whether it is right. A reward that failed (NaN) is not."""
         return [reward >= self.keep_reward and not cut for reward, cut in zip(rewards, truncated, strict=True)]
 
     def kept(self, texts: Sequence[str], right: Sequence[bool], group_size: int) -> list[int]:
-        """Return the indices of the kept completions; each prompt has `group_size` of them, one after the other."""
+        """Return the indices of the kept completions, `group_size` of each prompt one after the other."""
         kept: list[int] = []
         for start in range(0, len(texts), group_size):
             group: list[int] = []
@@ -49,7 +51,7 @@ class Rejection:
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SampledRound:
     """The completions of a round."""
 
     kept: list[Example]
@@ -59,8 +61,7 @@ class Sampled:
 
 
 def sample_and_reject(
-    model: Any,
-    tokenizer: Any,
+    policy: Policy,
     problems: Sequence[Problem],
     rewards: RewardSet,
     rejection: Rejection,
@@ -70,10 +71,10 @@ def sample_and_reject(
     prompt_template: str,
     system_prompt: str | None,
     **sampling: Any,
-) -> Sampled:
+) -> SampledRound:
     """Sample `group_size` completions of each problem, score them, and return those that are kept.
 
-    `batch_size` completions are sampled together, a multiple of `group_size`; `sampling` goes to
+    `batch_size` completions are sampled together, a multiple of `group_size`. `sampling` goes to
     `fastrl.train.rollouts.generate.generate`. The metrics are pass_rate (right ones over all), solved_prompts
     (prompts with a right one over all), kept_share, reward, reward_failures, completion_length,
     truncated_fraction and the counts sampled_completions, kept_completions and sampled_tokens.
@@ -84,11 +85,14 @@ def sample_and_reject(
     lengths: list[int] = []
     truncated: list[bool] = []
     scores: list[RewardBatch] = []
-    prompts_at_once = batch_size // group_size
+    prompts_at_once, tokenizer, stop_ids = batch_size // group_size, policy.tokenizer, policy.stop_ids
     for start in range(0, len(problems), prompts_at_once):
         few = problems[start : start + prompts_at_once]
         encoded = encode_prompts(tokenizer, [p.prompt for p in few], template=prompt_template, system=system_prompt)
-        rollout = generate(model, encoded, group_size=group_size, **sampling)
+        rollout = generate(
+            policy.model, encoded, group_size=group_size, stop_ids=stop_ids, pad_id=policy.pad_id,
+            temperature=policy.temperature, **sampling,
+        )  # fmt: skip
         texts = decode(tokenizer, rollout)
         lengths += rollout.completion_mask.sum(dim=1).tolist()
         repeated = [problem for problem in few for _ in range(group_size)]
@@ -96,7 +100,7 @@ def sample_and_reject(
         truncated += rollout.truncated.tolist()
         right_here = rejection.right(scores[-1].total.tolist(), rollout.truncated.tolist())
         right += right_here
-        examples = _examples(encoded, rollout)
+        examples = rollout.examples()
         kept += [examples[index] for index in rejection.kept(texts, right_here, group_size)]
         some = some or examples[:4]
     total = torch.cat([batch.total for batch in scores])
@@ -114,13 +118,4 @@ def sample_and_reject(
         "kept_completions": float(len(kept)),
         "sampled_tokens": float(sum(lengths)),
     }
-    return Sampled(kept, some, metrics)
-
-
-def _examples(prompts: Sequence[Sequence[int]], rollout: Rollout) -> list[Example]:
-    return [
-        Example.of(prompts[prompt], ids[mask].tolist())
-        for prompt, ids, mask in zip(
-            rollout.prompt_index.tolist(), rollout.completion_ids, rollout.completion_mask, strict=True
-        )
-    ]
+    return SampledRound(kept, some, metrics)

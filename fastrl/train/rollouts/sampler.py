@@ -1,4 +1,4 @@
-"""Prompts, completions and their scores: what one step of a loop on samples trains on."""
+"""Prompts, completions and their scores, for one step of a loop on samples."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 
 from fastrl.train.config.sampling import BatchConfig
 from fastrl.train.data.encoding import encode_prompts
-from fastrl.train.model import causal_lm, stop_token_ids
-from fastrl.train.rewards.model import RewardModel
+from fastrl.train.data.rollout import Rollout
+from fastrl.train.model import Policy
+from fastrl.train.rewards.model import RewardModel, load_reward_model
 from fastrl.train.rewards.reward_set import RewardBatch, RewardSet
 from fastrl.train.rewards.tasks import Problem, Task
 from fastrl.train.rollouts.evaluate import HeldOut
-from fastrl.train.rollouts.generate import Rollout, decode, generate
+from fastrl.train.rollouts.generate import decode, generate
 from fastrl.train.run.run import Run
 
 REWARD_MODEL = "reward_model"
@@ -23,21 +24,14 @@ class Sampler:
     """Problems to completions and their rewards, in training and on held-out problems."""
 
     def __init__(
-        self, run: Run[Any], task: Task, model: Any, tokenizer: Any, rewards: RewardSet,
-        reward_model: RewardModel | None = None,
-    ) -> None:  # fmt: skip
+        self, run: Run[Any], task: Task, policy: Policy, rewards: RewardSet, reward_model: RewardModel | None = None
+    ) -> None:
         """Take the parts of a run whose configuration is a `BatchConfig`."""
         self._run, self._task, self._rewards, self._reward_model = run, task, rewards, reward_model
-        self._model, self._tokenizer = model, tokenizer
-        config: BatchConfig = run.config
-        self._config = config
-        stop_ids = stop_token_ids(causal_lm(model), tokenizer)
-        self._held_out = HeldOut(run, task, rewards, stop_ids, config.eval_rewards)
-        self._sampling = {
-            "stop_ids": stop_ids,
-            "temperature": config.temperature,
-            "max_new_tokens": config.max_new_tokens,
-        }
+        self._policy = policy
+        self._config: BatchConfig = run.config
+        self._stop_ids = policy.stop_ids
+        self._held_out = HeldOut(run, task, rewards, policy, self._config.eval_rewards)
 
     def problems(self, step: int) -> list[Problem]:
         """Return the P problems of step `step`."""
@@ -46,19 +40,24 @@ class Sampler:
 
     def rollout(self, problems: Sequence[Problem]) -> Rollout:
         """Sample G completions of each problem."""
-        config = self._config
+        config, tokenizer = self._config, self._policy.tokenizer
         prompts = [problem.prompt for problem in problems]
-        encoded = encode_prompts(self._tokenizer, prompts, template=config.prompt_template, system=config.system_prompt)
         return generate(
-            self._model, encoded, group_size=config.group_size, pad_id=self._tokenizer.pad_token_id,
-            generator=self._run.generator, **self._sampling,
-        )  # fmt: skip
+            self._policy.model,
+            encode_prompts(tokenizer, prompts, template=config.prompt_template, system=config.system_prompt),
+            group_size=config.group_size,
+            max_new_tokens=config.max_new_tokens,
+            stop_ids=self._stop_ids,
+            pad_id=self._policy.pad_id,
+            temperature=self._policy.temperature,
+            generator=self._run.generator,
+        )
 
     def score(self, problems: Sequence[Problem], rollout: Rollout) -> RewardBatch:
-        """Return the rewards (B,) of the completions of `problems`, those of the reward model included."""
+        """Return the rewards (B,) of the completions of `problems`, with the reward model's among them."""
         lengths = rollout.completion_mask.sum(dim=1).tolist()
         repeated = [problem for problem in problems for _ in range(self._config.group_size)]
-        scored = self._rewards(repeated, decode(self._tokenizer, rollout), lengths)
+        scored = self._rewards(repeated, decode(self._policy.tokenizer, rollout), lengths)
         if self._reward_model is None:
             return scored
         prompts = [ids[mask].tolist() for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]
@@ -74,7 +73,14 @@ class Sampler:
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Evaluate on the held-out problems, log it, and return the accuracies as metrics."""
-        return self._held_out.evaluate(self._model, self._tokenizer, step)
+        return self._held_out.evaluate(step)
+
+
+def reward_model_of(config: BatchConfig, policy: Policy) -> RewardModel | None:
+    """Return the reward model that the configuration names, in the policy's precision and on its device, or None."""
+    if config.reward_model is None:
+        return None
+    return load_reward_model(config.reward_model, policy.tokenizer, dtype=config.dtype, device=policy.device)
 
 
 def batch_metrics(rollout: Rollout, scored: RewardBatch) -> dict[str, float]:

@@ -1,7 +1,7 @@
-"""Process supervision: a completion's steps, where they end in its tokens, and their advantages.
+"""Process supervision: rewards of a completion's steps, and the advantages of their tokens.
 
-DeepSeekMath, arXiv 2402.03300, section 4.1.3: every step has a reward; a token's advantage is the sum of the normalised
-rewards of the steps that end at it or later.
+Every step has a reward. A token's advantage is the sum of the normalised rewards of the steps that end at it or later
+(DeepSeekMath, arXiv 2402.03300, section 4.1.3).
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch import Tensor
 
 from fastrl.losses.advantages.estimators import step_advantages
 from fastrl.train.config.grpo import GRPOConfig
+from fastrl.train.data.rollout import Rollout
 from fastrl.train.rewards.reward_set import RewardBatch, RewardSet
 from fastrl.train.rewards.tasks import Problem
-from fastrl.train.rollouts.generate import Rollout
 
 
 def step_ends(tokenizer: Any, ids: Sequence[int], marker: str) -> list[int]:
-    """Return the index of the last token of each step: where a marker is complete, and the last token of all.
+    """Return the index of the last token of each step: the token that completes a marker, and the last token of all.
 
-    White space between two markers belongs to the next step, at the end to the last one; two markers inside one token
-    end one step. What follows the last marker is a step.
+    White space between two markers belongs to the next step, white space at the end to the last one. Two markers inside
+    one token end one step. Text after the last marker is a step.
     """
 
     def text(count: int) -> str:
@@ -31,7 +31,7 @@ def step_ends(tokenizer: Any, ids: Sequence[int], marker: str) -> list[int]:
 
     whole = text(len(ids))
     ends: list[int] = []
-    before = 0  # where the text of the current step begins
+    before = 0  # length of the text before the current step
     for number, piece in enumerate(whole.split(marker), start=1):
         written = before + len(piece)
         last = written == len(whole)
@@ -45,8 +45,8 @@ def step_ends(tokenizer: Any, ids: Sequence[int], marker: str) -> list[int]:
 
 
 def _first_with(text: Any, length: int, marker: str, number: int) -> int:
-    """Return how many tokens it takes until the text has `number` markers."""
-    low, high = 1, length
+    """Return the number of tokens until the text has `number` markers."""
+    low, high = 1, length  # by halving: a text of more tokens has at least as many markers
     while low < high:
         middle = (low + high) // 2
         if text(middle).count(marker) >= number:
@@ -65,8 +65,8 @@ def process_advantages(
 ) -> tuple[Tensor, dict[str, float]]:
     """Return the advantages (B, T) of the steps, and the metrics of their rewards.
 
-    A reward is called with the problem and the text up to the end of a step. One that fails is NaN: it counts in no
-    statistic, and its step adds nothing.
+    A reward is called with the problem and the text up to the end of a step. A reward that fails is NaN: it counts in
+    no statistic, and its step adds nothing.
     """
     asked: list[Problem] = []
     texts: list[str] = []

@@ -2,7 +2,7 @@
 
     run = Run(config)                          # folder, accelerator, seeds
     model, tokenizer = load_model(..., device=run.device)
-    run.optimize(named_parameters)             # AdamW; restores the newest checkpoint where the run is resumed
+    run.start(named_parameters)             # AdamW; restores the newest checkpoint where the run is resumed
     with run:                                  # progress bar, trackers, autocast
         for step in run.steps():
             ...
@@ -12,7 +12,7 @@
             run.finish_step(step, metrics)     # metrics.jsonl, and a checkpoint if one is due
 
 A loop saves further state (a KL coefficient, averaged weights) with `run.register`, before
-`run.optimize`. All random draws come from `run.generator` or the seeded global generators, so a resumed run continues
+`run.start`. All random draws come from `run.generator` or the seeded global generators, so a resumed run continues
 to the bit on a CPU.
 """
 
@@ -178,12 +178,12 @@ class Run(Generic[Config]):
         self._stack = contextlib.ExitStack()
 
     def register(self, name: str, stateful: Stateful) -> None:
-        """Save and restore the state of `stateful` with every checkpoint. Call this before `optimize`."""
+        """Save and restore the state of `stateful` with every checkpoint. Call this before `start`."""
         if name in self._registered or name in ("weights", "optimizer", "random"):
             raise ValueError(f"the state {name!r} is registered already")
         self._registered[name] = stateful
 
-    def optimize(
+    def start(
         self, parameters: Mapping[str, torch.nn.Parameter], *, factors: Mapping[str, float] | None = None
     ) -> None:
         """Make the optimiser of the named parameters, and continue from the newest checkpoint if the run resumes.

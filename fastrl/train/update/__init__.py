@@ -1,6 +1,6 @@
 """The gradient of one optimiser step.
 
-batches.py        batches of rollouts, their counts and micro-batches
+batches.py        batches of completions, their minibatches, parts and counts
 supervised.py     batches of examples
 epochs.py         the loop over a data set that SFT, DPO and the reward model share
 reference.py      the reference policy

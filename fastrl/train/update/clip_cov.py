@@ -1,7 +1,8 @@
-"""Clip-Cov in a loop: which tokens of a minibatch are detached, chosen before its loss is formed.
+"""Clip-Cov in a loop: choose the tokens of a minibatch that the policy term detaches, before its loss is formed.
 
-Cui et al. 2025, arXiv 2505.22617: tokens whose log-prob and advantage vary together make the entropy fall; a random few
-of them are left out of the policy term. The covariance is over the whole minibatch, so it is one micro-batch.
+Tokens whose log-prob and advantage vary together make the entropy fall (Cui et al. 2025, arXiv 2505.22617). A random
+few of them are left out of the policy term. The covariance is over the whole minibatch, so a minibatch is one
+micro-batch.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from torch import Tensor
 from fastrl.losses.masks import covariance_keep_mask
 from fastrl.losses.policy.loss import PolicyLoss
 from fastrl.train.config.grpo import GRPOConfig
-from fastrl.train.model import Head
-from fastrl.train.rollouts.generate import hidden_logprobs
-from fastrl.train.update.batches import Batch
+from fastrl.train.model import Policy
+from fastrl.train.update.batches import RolloutBatch
 
 
 @dataclass(frozen=True)
@@ -25,19 +25,17 @@ class CovarianceSelection:
     """Chooses the tokens of a minibatch that the policy term keeps."""
 
     config: GRPOConfig
-    loss_function: PolicyLoss
+    loss: PolicyLoss
     generator: torch.Generator
-    """Draws the detached tokens; on the device of the model."""
+    """Draws the detached tokens. It is on the device of the model."""
 
-    def __call__(self, hidden: Tensor, head: Head, part: Batch) -> Tensor:
-        """Return (B, T) bool, False for detached tokens; `hidden` (B, T, D) predicts the tokens of `part`.
-
-        Without old log-probs the policy is the one that sampled, and no token is clipped.
-        """
-        config, loss = self.config, self.loss_function
-        logprobs = hidden_logprobs(hidden.detach(), head, part.rollout, config.temperature).logprobs
+    def __call__(self, policy: Policy, hidden: Tensor, part: RolloutBatch) -> Tensor:
+        """Return (B, T) bool, False for detached tokens. `hidden` (B, T, D) predicts the tokens of `part`."""
+        config, loss = self.config, self.loss
+        logprobs = policy.logprobs_from(hidden.detach(), part.rollout)
         return covariance_keep_mask(
             logprobs,
+            # Without old log-probs the policy is the one that sampled, and no token is clipped.
             logprobs if part.old_logprobs is None else part.old_logprobs,
             part.advantages,
             part.mask,

@@ -1,4 +1,4 @@
-"""What the loops on given examples share: the order of the examples, and what is around the gradient of a step."""
+"""Loops on given examples: the order of the examples, and the steps around their gradient."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastrl.train.model import Policy
 from fastrl.train.rewards.reward_set import build_rewards
 from fastrl.train.rewards.tasks import Task
 from fastrl.train.rollouts.evaluate import CORRECT, HeldOut
@@ -28,9 +29,9 @@ def train_on_examples(
 
     Args:
         run: a run whose configuration has `examples_per_step`.
-        n: examples to train on; each is seen once before any is seen again.
-        gradient: leaves the gradient of a step on these examples in the parameters, and returns metrics, `tokens` among
-            them.
+        n: number of examples. Each is seen once before any is seen again.
+        gradient: accumulates the gradient of a step on the examples with these indices in the parameters, and returns
+            metrics, `tokens` among them.
         evaluate: measures the model after so many steps, and returns metrics.
         dropped, cut: examples that were left out or cut when they were read, for the metrics.
     """
@@ -56,17 +57,17 @@ def train_on_examples(
 
 
 @contextlib.contextmanager
-def held_out_problems(run: Run[Any], task: Task | None, stop_ids: Sequence[int]) -> Iterator[HeldOut | None]:
-    """Give the held-out problems of the task, for as long as the workers of its rewards live; None without a task."""
+def held_out_problems(run: Run[Any], task: Task | None, policy: Policy) -> Iterator[HeldOut | None]:
+    """Yield the held-out problems of the task while the workers of its rewards live, or None without a task."""
     if task is None:
         yield None
         return
     with build_rewards({CORRECT: 0.0}, task, run.config.reward_timeout_s) as rewards:
-        yield HeldOut(run, task, rewards, stop_ids)
+        yield HeldOut(run, task, rewards, policy)
 
 
 def log_measurements(run: Run[Any], measurements: Sequence[Measurement]) -> dict[str, float]:
-    """Record the measurements, and return them as metrics: `eval/NAME`, with _ for a space."""
+    """Record the measurements, and return them as metrics `eval/NAME`, with _ for a space."""
     for measurement in measurements:
         run.log.add(measurement.record())
     return {f"eval/{measured.measure.name.replace(' ', '_')}": measured.value for measured in measurements}
@@ -75,8 +76,8 @@ def log_measurements(run: Run[Any], measurements: Sequence[Measurement]) -> dict
 def shuffled(n: int, *, start: int, count: int, seed: int) -> list[int]:
     """Return entries `start` to `start + count` of an endless stream of the indices below n.
 
-    The stream is one random order of all the indices after the other, each a function of the seed and its number, so
-    that a run can continue at any place without a state of its own.
+    The stream is one random order of all indices after the other. Each order is a function of the seed and its number.
+    So a run can continue at any place without a state of its own.
     """
     taken: list[int] = []
     for epoch, order in _orders(n, start // n, seed):
