@@ -211,7 +211,7 @@ def with_tools(trainer: Any, output: dict[str, Any]) -> None:
 def test_tokens_of_a_tool_keep_their_log_probs() -> None:
     """TRL multiplies what it computes of them by zero: it must be finite, whatever the old log-prob was."""
     from fastrl.integrations.trl._logprobs import request_of
-    from fastrl.integrations.trl._prediction import PolicyPrediction
+    from fastrl.integrations.trl._prediction import HeadCall, PolicyPrediction
     from fastrl.ops import linear_token_logprobs
 
     generator = torch.Generator().manual_seed(2)
@@ -221,7 +221,7 @@ def test_tokens_of_a_tool_keep_their_log_probs() -> None:
     inputs = {"mask": torch.tensor([1, 0, 1, 1, 0, 1]), "cu_seqlens": torch.tensor([0, 6]), "advantages": torch.ones(1)}
     request = request_of(hidden, 0.9, None, 1.0, ("log_probs", "entropy"), False)
     loss = fast.policy_loss_from_config(bare_config("grpo"))
-    fused = PolicyPrediction(loss, inputs).fused(hidden, weight, None, labels, request, [])
+    fused = PolicyPrediction(loss, inputs).fused(HeadCall(hidden, weight, None, labels, request))
     exact = linear_token_logprobs(hidden, weight, labels, temperature=0.9)
     assert torch.equal(fused.logprobs, exact.logprobs)
     assert torch.equal(fused.entropy, exact.entropy)
