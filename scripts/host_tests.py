@@ -2,12 +2,15 @@
 
     python scripts/host_tests.py trl CHECKOUT [--stand-ins FOLDER] [-k EXPRESSION] [-m MARKS] [FILE ...]
 
-CHECKOUT is a clone of the project at the tag of the installed version (TRL: v1.16.0); its tests are run there against
-the installed package, and nothing of it is copied. Tests of TRL's trainers load models and datasets from the hub. For a
-machine without it, `--stand-ins FOLDER` builds random models and small datasets under the same names there (once) and
-runs both sides on them, offline; tests that need images, remote code, vLLM or Liger's kernels are then left out.
-Tests that fail or are skipped do so on both sides. What counts is the comparison: a test that passes alone and does not
-with fastrl makes the exit status 1.
+CHECKOUT is a clone of the project at the tag of the installed version (TRL: v1.16.0). Its tests run there against the
+installed package, and nothing of it is copied.
+
+Tests of TRL's trainers load models and datasets from the hub. For a machine without access to the hub,
+`--stand-ins FOLDER` builds random models and small datasets with the same names in FOLDER (once) and runs both sides on
+them, offline. Tests that need images, remote code, vLLM or Liger's kernels are then left out.
+
+Tests may fail or be skipped without fastrl too, so only the comparison counts: a test that passes alone and does not
+pass with fastrl makes the exit status 1.
 """
 
 from __future__ import annotations
@@ -27,14 +30,14 @@ PLUGINS = ROOT / "tests" / "integrations" / "hosts"
 
 @dataclass(frozen=True)
 class Host:
-    """A project whose tests can be run."""
+    """A project with tests that this script can run."""
 
     plugin: str
     """The pytest plugin that switches fastrl on."""
     stand_ins: str
-    """The module that builds what the tests would load from the hub, and the plugin that lets them find it."""
+    """The module that builds stand-ins for models and datasets of the hub, and the plugin that lets tests find them."""
     without: str
-    """pytest's -k for what the stand-ins cannot serve; one that is given is added to it."""
+    """pytest's -k that leaves out tests for which there are no stand-ins. The user's own -k is added to it."""
     files: tuple[str, ...]
 
 
@@ -59,7 +62,7 @@ HOSTS = {
 
 
 def environment(stand_ins: Path | None) -> dict[str, str]:
-    """Return the environment of the tests, offline and with the stand-ins' folders where there are some."""
+    """Return the environment of the tests; with stand-ins it is offline and names their folders."""
     paths = [str(ROOT), str(ROOT / "kernels"), str(PLUGINS), os.environ.get("PYTHONPATH", "")]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
     if stand_ins is not None:
@@ -90,7 +93,7 @@ def counted(found: dict[str, str]) -> str:
 
 
 def main() -> int:
-    """Return 0 when fastrl breaks no test that passes without it."""
+    """Return 0 if fastrl breaks no test that passes without it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("host", choices=sorted(HOSTS))
     parser.add_argument("checkout", type=Path)

@@ -4,10 +4,10 @@ An adapter translates a trainer's options into a loss of fastrl. It refuses a tr
 changed, restores all that it has replaced, and on first use compares its numbers with the trainer's own.
 
 common/           shared parts: the host's version, replaced functions, the proof on first use, autocast, metrics
-liger/            Liger-Kernel's loss classes with the same names and arguments; nothing is patched
+liger/            Liger-Kernel's loss classes with the same names and arguments, without a patch
 transformers/     a model whose forward with labels returns loss, log-probs and entropy without forming the logits
 trl/              TRL: its log-prob function, and five trainers that form the gradient in the forward
-verl/             verl: losses and advantage estimators by name, fused log-probs; plugin.py is the entry point
+verl/             verl: losses and advantage estimators by name, fused log-probs
 nemo_rl.py        NeMo-RL: its clipped policy-gradient loss
 openrlhf.py       OpenRLHF: its policy loss, log-probs and entropies
 prime_rl.py       prime-rl: losses for its hook of custom losses

@@ -403,7 +403,7 @@ def _removed(loss: PolicyLoss, logprobs: Tensor, anchor: Tensor, advantages: Ten
 
 
 def _registry() -> Any:
-    """Return SkyRL's registry; raise RuntimeError if its loss signature or the registry is not as expected."""
+    """Return SkyRL's registry, or raise RuntimeError if its loss signature or the registry is not as expected."""
     module = HOST.module(_MODULE)
     HOST.function(module, "ppo_policy_loss", _ARGUMENTS)
     registry = HOST.attribute(module, "PolicyLossRegistry")
@@ -413,7 +413,7 @@ def _registry() -> Any:
 
 
 def register(names: Iterable[str] | None = None, *, prove: bool = True) -> tuple[str, ...]:
-    """Put fastrl's losses into SkyRL's registry; return the names of all that are in it.
+    """Put fastrl's losses into SkyRL's registry, and return the names of all that are in it.
 
     Call it in the driver. If Ray is running, SkyRL's registry passes the losses on to the workers, which need fastrl
     installed.

@@ -19,9 +19,8 @@ from oracle import assert_as_accurate
 from tiny_families import FAMILIES, SIZES, VOCABULARY, tiny_batch, tiny_family
 from torch import Tensor
 
-from fastrl.integrations import transformers as adapter
 from fastrl.integrations.common.proof import AdapterMismatchError
-from fastrl.integrations.transformers import patch, unpatch
+from fastrl.integrations.transformers import patch, patching, unpatch
 
 
 def _gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
@@ -204,7 +203,7 @@ def test_autocast_runs_the_head_in_its_dtype_and_keeps_the_row_arithmetic_in_flo
     model = tiny_family("phi")
     inputs = tiny_batch("phi", model)
     seen: list[torch.dtype] = []
-    original = adapter.PolicyLoss.from_hidden
+    original = patching.PolicyLoss.from_hidden
 
     def spy(self: Any, hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Any:
         seen.extend((hidden.dtype, weight.dtype, options["bias"].dtype))
@@ -213,7 +212,7 @@ def test_autocast_runs_the_head_in_its_dtype_and_keeps_the_row_arithmetic_in_flo
 
     with pytest.MonkeyPatch.context() as context, torch.autocast("cpu", torch.bfloat16):
         theirs = _gradients(model, model(**inputs).loss)
-        context.setattr(adapter.PolicyLoss, "from_hidden", spy)
+        context.setattr(patching.PolicyLoss, "from_hidden", spy)
         with patch(model):
             loss = model(**inputs).loss
             ours = _gradients(model, loss)
@@ -538,12 +537,12 @@ def test_models_that_cannot_be_patched_say_why() -> None:
 def test_a_head_that_is_not_reproduced_raises_on_first_use(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_family("phi")
     inputs = tiny_batch("phi", model)
-    real = adapter.effective_linear
-    monkeypatch.setattr(adapter, "effective_linear", lambda head, hidden: (*real(head, hidden)[:2], None))
+    real = patching.effective_linear
+    monkeypatch.setattr(patching, "effective_linear", lambda head, hidden: (*real(head, hidden)[:2], None))
     with patch(model), pytest.raises(AdapterMismatchError, match="does not reproduce the host"):
         model(**inputs)
-    monkeypatch.setattr(adapter, "head_scalars_of", lambda steps: (1.0, None))
-    monkeypatch.setattr(adapter, "effective_linear", real)
+    monkeypatch.setattr(patching, "head_scalars_of", lambda steps: (1.0, None))
+    monkeypatch.setattr(patching, "effective_linear", real)
     scaled = tiny_family("granite")
     with patch(scaled), pytest.raises(AdapterMismatchError, match="does not reproduce the host"):
         scaled(**tiny_batch("granite", scaled))

@@ -1,4 +1,4 @@
-"""The operands of an output head in the dtype in which autocast would multiply them; for transformers and verl."""
+"""The operands of an output head in the dtype in which autocast would multiply them. For transformers and verl."""
 
 from __future__ import annotations
 

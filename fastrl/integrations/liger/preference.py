@@ -190,7 +190,7 @@ class LigerFusedLinearCPOLoss(_PairLoss):
         target: Tensor,  # (2P, T)
         bias: Tensor | None = None,  # (V,)
     ) -> Pairs:
-        """Return what `LigerFusedLinearDPOLoss` returns."""
+        """Return (loss, metrics), as `LigerFusedLinearDPOLoss` does."""
         return self._pairs(lin_weight, _input, target, bias)
 
 
@@ -220,7 +220,7 @@ class LigerFusedLinearSimPOLoss(_PairLoss):
         target: Tensor,  # (2P, T)
         bias: Tensor | None = None,  # (V,)
     ) -> Pairs:
-        """Return what `LigerFusedLinearDPOLoss` returns."""
+        """Return (loss, metrics), as `LigerFusedLinearDPOLoss` does."""
         return self._pairs(lin_weight, _input, target, bias)
 
 
@@ -246,7 +246,7 @@ class LigerFusedLinearORPOLoss(_PairLoss):
         bias: Tensor | None = None,  # (V,)
         nll_target: Tensor | None = None,  # (2P, T), its chosen rows are read
     ) -> Pairs:
-        """Return what `LigerFusedLinearDPOLoss` returns, then the mean of log sigmoid(log-odds) and of the log-odds."""
+        """Return (loss, metrics): as for DPO, then the mean of log sigmoid(log-odds) and the mean of the log-odds."""
         if nll_target is not None and not self.compute_nll_loss:
             raise ValueError("nll_target was passed to a loss built with compute_nll_loss=False")
         loss, found = self._pairs(lin_weight, _input, target, bias, nll_target=nll_target)
@@ -294,7 +294,7 @@ class LigerFusedLinearKTOLoss(BuiltOnce):
         ref_bias: Tensor | None = None,  # (V,)
         kl: Tensor | float | None = None,  # one number, or (B,)
     ) -> Pairs:
-        """Return (loss, six sums): of logps, all logits and rewards, each over the desirable and over the other rows."""
+        """Return (loss, six sums): of logps, all logits and rewards, each over the desirable, then the other rows."""
         _check_rows(_input, target, pairs=False)
         if preference_labels is None:
             raise ValueError("preference_labels (B,) are needed: True for desirable rows, got None")

@@ -30,7 +30,7 @@ class CrossEntropyOutput:
     z_loss: Tensor | None = None
     """The part of the loss that `lse_square_scale` adds, detached."""
     token_accuracy: Tensor | None = None
-    """Share of the tokens with the largest logit at their label; per token with reduction="none"."""
+    """Share of the tokens with the largest logit at their label, or per token 0 or 1 with reduction="none"."""
     predicted_tokens: Tensor | None = None
     """(N,) the id of the largest logit, -1 for ignored tokens."""
 
@@ -170,7 +170,7 @@ class LigerFusedLinearCrossEntropyLoss(_CrossEntropy):
         target: Tensor,  # (N,)
         bias: Tensor | None = None,  # (V,)
     ) -> Any:
-        """Return the loss, or a `CrossEntropyOutput`; differentiable in `_input`, `lin_weight` and `bias`.
+        """Return the loss, or a `CrossEntropyOutput`. It is differentiable in `_input`, `lin_weight` and `bias`.
 
         For a mean or a sum of log-probs the forward forms the gradient: 3 GEMM units, 2 with a frozen head. Smoothing,
         the z-loss, token scaling and reduction="none" take one more.
@@ -197,7 +197,7 @@ class LigerFusedLinearCrossEntropyLoss(_CrossEntropy):
 
 
 class LigerCrossEntropyLoss(_CrossEntropy):
-    """Cross-entropy of logits. The arguments are as in `LigerFusedLinearCrossEntropyLoss`; `weight` must be None."""
+    """Cross-entropy of logits. The arguments are as in `LigerFusedLinearCrossEntropyLoss`. `weight` must be None."""
 
     def __init__(
         self,

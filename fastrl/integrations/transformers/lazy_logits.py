@@ -74,7 +74,7 @@ Compute = Callable[[CrossEntropy], Tensor]
 
 @dataclass(frozen=True)
 class LazyLogits:
-    """Stands for the (..., V) logits of hidden states (..., D); has their shape and dtype, but no values."""
+    """Stands for the (..., V) logits of hidden states (..., D), with their shape and dtype but without values."""
 
     hidden: Tensor  # (..., D)
     vocabulary: int
@@ -82,7 +82,7 @@ class LazyLogits:
     dtype: torch.dtype
     steps: tuple[Step, ...] = ()
     rows: Tensor | None = None
-    """For every row of these logits its index among the N rows of `hidden`; None: all, in the shape of `hidden`."""
+    """For every row of these logits its index among the N rows of `hidden`. None: all, in the shape of `hidden`."""
 
     # --- shape, dtype, device ---
 
@@ -118,7 +118,7 @@ class LazyLogits:
         return self.to(torch.float32)
 
     def to(self, *args: Any, dtype: torch.dtype | None = None, device: Any = None, **unused: Any) -> LazyLogits:
-        """Return the same logits with another dtype; raise ValueError for another device."""
+        """Return the same logits with another dtype. Raise ValueError for another device."""
         del unused  # non_blocking, copy: nothing is moved
         for value in args:
             if isinstance(value, torch.dtype):
@@ -136,11 +136,11 @@ class LazyLogits:
         return self if self.rows is None else replace(self, rows=self.rows.contiguous())
 
     def view(self, *shape: Any) -> LazyLogits:
-        """Return the logits with other leading dimensions; the last one stays the vocabulary."""
+        """Return the logits with other leading dimensions. The last one stays the vocabulary."""
         return replace(self, rows=self._rows().view(*self._leading(shape)))
 
     def reshape(self, *shape: Any) -> LazyLogits:
-        """Return the logits with other leading dimensions, as `view`; they need not be contiguous."""
+        """Return the logits with other leading dimensions, as `view` does, even if they are not contiguous."""
         return replace(self, rows=self._rows().reshape(*self._leading(shape)))
 
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> LazyLogits:
@@ -151,7 +151,7 @@ class LazyLogits:
         return replace(self, rows=self._rows().flatten(first, last))
 
     def _leading(self, shape: tuple[Any, ...]) -> tuple[int, ...]:
-        """Return the leading sizes of a view; raise ValueError unless its last size is the vocabulary."""
+        """Return the leading sizes of a view, or raise ValueError unless its last size is the vocabulary."""
         sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list | torch.Size) else shape
         last = sizes[-1] if len(sizes) else None
         if last == -1 and len(sizes) > 1 and -1 not in sizes[:-1]:
@@ -182,7 +182,7 @@ class LazyLogits:
         return replace(self, rows=self._rows()[tuple(parts)], vocabulary=kept)
 
     def _prefix(self, part: Any) -> int:
-        """Return the number of entries that a slice of the vocabulary keeps; it must start at the first."""
+        """Return the number of entries in a slice of the vocabulary, which must start at the first."""
         if not isinstance(part, slice) or part.start not in (None, 0) or part.step not in (None, 1):
             raise _refused(f"choosing among the vocabulary with {part!r}")
         return len(range(self.vocabulary)[part])
@@ -250,7 +250,7 @@ class LazyLogits:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        """Run a torch function on the logits; raise AttributeError for all but `_FUNCTIONS`."""
+        """Run a function of `_FUNCTIONS` on the logits. Raise AttributeError for any other."""
         method = _FUNCTIONS.get(func)
         if method is None:
             raise _refused(getattr(func, "__name__", str(func)))

@@ -41,7 +41,7 @@ _TOKEN_SUM = PolicyLoss.preset("sft", aggregate="token_sum")
 
 
 class Patch:
-    """A patched model; a context manager that undoes the patch when it is left."""
+    """A patched model, as a context manager: leaving it undoes the patch."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -26,7 +26,7 @@ check_arguments = HOST.check_arguments
 
 
 def utils() -> ModuleType:
-    """Return `trl.trainer.utils`; raise RuntimeError if its signatures are not the tested ones."""
+    """Return `trl.trainer.utils`, or raise RuntimeError if its signatures are not the tested ones."""
     module = HOST.module("trl.trainer.utils")
     HOST.function(HOST.attribute(module, FUNCTION), "forward", FUNCTION_ARGUMENTS)
     HOST.function(module, "add_fused_lm_head", HEAD_ARGUMENTS)

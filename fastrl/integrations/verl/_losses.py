@@ -55,7 +55,7 @@ class Form:
     other_modes: str = "replaced"
     """The treatment of another loss_agg_mode than `mode`: "replaced", as verl does, or "refused"."""
     options: tuple[tuple[str, str, float | None], ...] = ()
-    """(field, path in the configuration, default or None); an option without a default is required."""
+    """(field, path in the configuration, default). An option with the default None is required."""
     metrics: tuple[str, ...] = ("pg_clipfrac", "ppo_kl", "pg_clipfrac_lower")
 
 
@@ -280,7 +280,7 @@ def _info(config: Any) -> Mapping[str, Any]:
 
 
 def _counts(loss: PolicyLoss, config: Any, log_prob: Tensor) -> tuple[dict[str, Any], int]:
-    """Return the global counts that the loss divides by, and dp_size; raise ValueError for ranks without a count."""
+    """Return the global counts that the loss divides by, and dp_size. Raise ValueError for ranks without a count."""
     info = _info(config)
     dp_size = info.get("dp_size") or 1
     if loss.aggregate == "token_sum":

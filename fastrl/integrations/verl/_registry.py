@@ -1,4 +1,4 @@
-"""fastrl's names in verl's registries: the entry point puts them in, in every process; `unregister` takes them out."""
+"""fastrl's names in verl's registries. The entry point puts them in, in every process. `unregister` takes them out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ours: dict[tuple[str, str], Any] = {}  # (registry, name) -> function
 
 
 def _registries() -> dict[str, dict[str, Any]]:
-    """Return verl's registries; raise RuntimeError if its loss signature is not the expected one."""
+    """Return verl's registries, or raise RuntimeError if its loss signature is not the expected one."""
     core = HOST.module("verl.trainer.ppo.core_algos")
     HOST.function(core, "compute_policy_loss_vanilla", _LOSS_ARGUMENTS)
     names = ("POLICY_LOSS_REGISTRY", "ADV_ESTIMATOR_REGISTRY")
@@ -27,7 +27,7 @@ def _registries() -> dict[str, dict[str, Any]]:
 
 
 def register(names: Iterable[str] | None = None, *, prove: bool = True) -> tuple[str, ...]:
-    """Put fastrl's losses and estimators into verl's registries; return the names of all that are in them.
+    """Put fastrl's losses and estimators into verl's registries, and return the names of all that are in them.
 
     Args:
         names: names of `LOSSES` and `ESTIMATORS`; None: all of them.
