@@ -29,8 +29,8 @@ PLUGINS = ROOT / "tests" / "integrations" / "hosts"
 
 
 @dataclass(frozen=True)
-class Host:
-    """A project with tests that this script can run."""
+class Suite:
+    """The test suite of a project."""
 
     plugin: str
     """The pytest plugin that switches fastrl on."""
@@ -41,8 +41,8 @@ class Host:
     files: tuple[str, ...]
 
 
-HOSTS = {
-    "trl": Host(
+SUITES = {
+    "trl": Suite(
         "trl_plugin",
         "trl_stand_ins",
         # Liger's kernels replace classes of transformers for the whole process, and run on a GPU only.
@@ -95,30 +95,30 @@ def counted(found: dict[str, str]) -> str:
 def main() -> int:
     """Return 0 if fastrl breaks no test that passes without it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("host", choices=sorted(HOSTS))
+    parser.add_argument("host", choices=sorted(SUITES))
     parser.add_argument("checkout", type=Path)
     parser.add_argument("files", nargs="*", help="test files, relative to the checkout; default: those of the trainers")
     parser.add_argument("--stand-ins", type=Path, metavar="FOLDER", help="where to build what the hub would give")
     parser.add_argument("-k", dest="expression", help="pytest's -k")
     parser.add_argument("-m", dest="marks", default="not slow", help="pytest's -m; default: %(default)s")
     given = parser.parse_intermixed_args()
-    host = HOSTS[given.host]
-    files = given.files or [name for name in host.files if (given.checkout / name).exists()]
+    suite = SUITES[given.host]
+    files = given.files or [name for name in suite.files if (given.checkout / name).exists()]
     if not files:
-        parser.error(f"{given.checkout} has none of {', '.join(host.files)}")
+        parser.error(f"{given.checkout} has none of {', '.join(suite.files)}")
     stand_ins = None if given.stand_ins is None else given.stand_ins.resolve()
     variables = environment(stand_ins)
     arguments = ["-m", given.marks, *files]
     if stand_ins is not None:
         if not stand_ins.exists():
-            build = [sys.executable, str(PLUGINS / f"{host.stand_ins}.py"), str(stand_ins)]
+            build = [sys.executable, str(PLUGINS / f"{suite.stand_ins}.py"), str(stand_ins)]
             subprocess.run(build, env=variables, check=True)
-        expression = host.without if given.expression is None else f"({given.expression}) and {host.without}"
-        arguments = ["-p", host.stand_ins, "-k", expression, *arguments]
+        expression = suite.without if given.expression is None else f"({given.expression}) and {suite.without}"
+        arguments = ["-p", suite.stand_ins, "-k", expression, *arguments]
     elif given.expression is not None:
         arguments = ["-k", given.expression, *arguments]
     alone = outcomes(given.checkout, arguments, variables)
-    ours = outcomes(given.checkout, ["-p", host.plugin, *arguments], variables)
+    ours = outcomes(given.checkout, ["-p", suite.plugin, *arguments], variables)
     broken = sorted(name for name, outcome in alone.items() if outcome == "passed" and ours.get(name) != "passed")
     print(f"alone:       {counted(alone)}\nwith fastrl: {counted(ours)}")
     for name in broken:

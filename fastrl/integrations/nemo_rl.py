@@ -427,6 +427,8 @@ def _checked_class() -> Any:
 def _find() -> list[tuple[Any, str, Any]]:
     original = _checked_class()
     HOST.attribute(HOST.module("nemo_rl.algorithms.loss"), _CLASS)
+    # Every module that imported the class by name has its own binding. The module that defines it stays as it is,
+    # because `ClippedPGLoss` looks up the original there.
     loaded = [
         module
         for name, module in sorted(sys.modules.items())

@@ -215,6 +215,7 @@ def compute_entropy(
 
 
 def _entropy(logits: Tensor) -> Tensor:
+    # Any labels serve, as only the entropy is read.
     labels = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
     return token_logprobs(logits, labels).entropy
 
@@ -262,7 +263,7 @@ def _find() -> list[tuple[Any, str, Any]]:
             (module, "compute_entropy", compute_entropy),
         ]
     _originals.update(originals)
-    _proofs.forget()
+    _proofs.forget()  # they compared with other originals
     return found
 
 

@@ -172,6 +172,7 @@ class _Columns:
 
     def __init__(self, inputs: Any) -> None:
         self.mask: Tensor = inputs.loss_mask  # (N,) bool
+        # One sequence, as prime-rl calls the hook once for each.
         self.offsets = torch.tensor([0, self.mask.numel()], device=self.mask.device)
         self.logprobs = torch.where(self.mask, inputs.trainer_logprobs, 0.0)
         self.rollout = torch.where(self.mask, inputs.inference_logprobs, 0.0)
@@ -204,7 +205,7 @@ def _trust_region(c: _Columns, advantages: Tensor, dropped: Tensor, tau: float) 
         _IMPORTANCE, c.logprobs, advantages=advantages * c.weights, mask=c.mask, rollout_logprobs=c.rollout,
         selection=~dropped, cu_seqlens=c.offsets,
     )  # fmt: skip
-    penalty = 2.0 * kl_estimate(c.logprobs, c.rollout, "k2")
+    penalty = 2.0 * kl_estimate(c.logprobs, c.rollout, "k2")  # k2 is x^2 / 2
     return value + tau * (torch.where(c.mask, penalty, 0.0) * c.weights).sum()
 
 
@@ -285,6 +286,7 @@ def _proved(name: str, inputs: Any, options: dict[str, float], ours: Callable[[A
     mask = few["loss_mask"]
     if not bool(mask.any()):
         return False
+    # Masked entries may be nan, and a proof needs finite numbers.
     for column in ("trainer_logprobs", "inference_logprobs", "ref_logprobs", "advantages"):
         if few[column] is not None:
             few[column] = torch.where(mask, few[column], 0.0)

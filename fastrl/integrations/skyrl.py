@@ -244,6 +244,7 @@ class PolicyLossFunction:
         assert point is not None
         assert few_old is not None
         assert few_advantages is not None
+        # The configuration has our name of the loss. SkyRL's function gets its own.
         known = copy.copy(config)
         known.policy_loss_type = self.name
         original = _registry().get(self.name)
@@ -464,6 +465,7 @@ def register_loss(name: str, loss: PolicyLoss) -> None:
 def _put(functions: Mapping[str, PolicyLossFunction]) -> None:
     registry = _registry()
     there = {name: registry.get(name) for name in registry.list_available() if name in functions}
+    # An equal function is ours, from an earlier call.
     clash = [name for name, function in there.items() if function != functions[name]]
     if clash:
         raise ValueError(f"SkyRL has a policy loss {', '.join(map(repr, clash))} already")

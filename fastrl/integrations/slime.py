@@ -127,6 +127,7 @@ def _computed(
     )
     logprobs, entropy = torch.cat(rows["log_probs"]), torch.cat(rows["entropy"])
     if logprobs.numel() == 0:
+        # The micro-batch has no response token. A zero with a graph lets the backward reach every parameter.
         zero = 0.0 * logits.sum()
         names = ("loss", "pg_loss", "entropy_loss", "pg_clipfrac", "ppo_kl")
         return zero, {name: zero.detach() for name in names}
@@ -341,7 +342,7 @@ def _find() -> list[tuple[Any, str, Any]]:
         original = HOST.function(module, "calculate_log_probs_and_entropy", _ROWS_ARGUMENTS)
         found.append((module, "calculate_log_probs_and_entropy", calculate_log_probs_and_entropy))
     _originals[:] = [original]
-    _proofs.forget()
+    _proofs.forget()  # they compared with other originals
     return found
 
 

@@ -48,6 +48,7 @@ def logit_error(largest: Tensor, dtype: torch.dtype, terms: int) -> Tensor:
         dtype: the precision in which the host forms its logits.
         terms: D, the number of products in the sum of a logit, which the host keeps in float32 at least.
     """
+    # Each rounding errs by half a unit in the last place. The error of a sum grows with the root of its length.
     stored = ROUNDINGS * torch.finfo(dtype).eps / 2.0
     summed = math.sqrt(terms) * torch.finfo(torch.float32).eps
     return largest.clamp(min=1.0) * (stored + summed)
@@ -121,6 +122,7 @@ def prove(
                 f"{adapter}: {name} has {mine.numel()} values where the host has {theirs.numel()}, for "
                 f"{largest.numel()} tokens; {undo}"
             )
+        # A token can only be compared if the host's own number is finite.
         known = theirs.isfinite()
         compared = compared or bool(known.any())
         difference = torch.where(known, (mine - theirs).abs(), 0.0).nan_to_num(nan=math.inf)
@@ -209,6 +211,7 @@ def prove_loss(
     if not (theirs.isfinite() and their_gradient.isfinite().all() and bool(their_gradient.any())):
         return False
     mine, gradient = _value_and_gradient(ours, point)
+    # The terms of a loss have both signs and may cancel, so its error is relative to the size of the terms.
     size = float(theirs.abs() + (their_gradient.abs() * point.abs().clamp(min=1.0)).sum())
     pairs = [("the loss", mine, theirs, LOSS_PRECISION * size)]
     allowed = LOSS_PRECISION * float(their_gradient.abs().max())

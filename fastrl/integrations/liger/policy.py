@@ -224,6 +224,7 @@ class LigerFusedLinearGRPOLoss(BuiltOnce):
         """Return the counts by which the loss divides its sums."""
         if self.loss_type not in OVER_ALL_RANKS:
             return {"n_sequences": max(mask.shape[0], 1)} if self.loss_type != "bnpo" else {}
+        # The trainer averages gradients over the ranks, so each rank divides by its share of the total.
         ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         if num_items_in_batch is None:
             total = (mask != 0).sum().to(torch.float32)

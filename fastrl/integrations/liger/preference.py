@@ -61,6 +61,7 @@ class _PairLoss(BuiltOnce):
         _check_rows(hidden, target)
         mask = target != self.ignore_index
         ref_logprobs = None if reference is None else _logprobs(*reference, target, self.ignore_index)
+        # With separate labels for the NLL the fused loss leaves it out, and it is added below.
         loss = self.loss if nll_target is None else dataclasses.replace(self.loss, sft_coef=0.0, sft_normalise=None)
         output = loss.from_hidden(hidden, weight, target, mask, bias=bias, ref_logprobs=ref_logprobs)
         assert output.logprobs is not None

@@ -178,6 +178,7 @@ class LigerFusedLinearCrossEntropyLoss(_CrossEntropy):
         live = target != self.ignore_index
         head: dict[str, Any] = {"bias": bias, "softcap": self.softcap}
         z_loss = None
+        # `PolicyLoss` can form the gradient of a plain sum of log-probs in the forward.
         plain = self.label_smoothing == 0.0 and self.lse_square_scale == 0.0 and not self.use_token_scaling
         if plain and self.reduction != "none":
             output = _TOKEN_SUM.from_hidden(_input[None], lin_weight, target[None], mask=live[None], **head)

@@ -115,6 +115,7 @@ def patch(
     if "labels" not in signature.parameters:
         raise ValueError(f"the forward of {type(inner).__name__} takes no labels, so there is no loss to fuse")
     options = _Options.checked(differentiable_logprobs, chunk_tokens, backend, next(inner.parameters()).device)
+    # An undone patch is still there if another library wrapped its forward since. It is switched on again.
     if old is not None:
         old.options, old.active, old.proved = options, True, False
         return Patch(inner)
@@ -209,6 +210,7 @@ def _patched_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     original = state.original(model)
     if not state.active or state.signature.bind_partial(*args, **kwargs).arguments.get("labels") is None:
         return original(*args, **kwargs)
+    # `finish` reads the output's fields by name, so the model must not return a tuple.
     asked = kwargs.pop("return_dict", None)
     as_tuple = not (model.config.return_dict if asked is None else asked)
     call = _Call(state)
@@ -308,6 +310,7 @@ def _fused_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (loss, logprobs (N,), entropy (N,)) of hidden states (..., D), inside the head's own call."""
     hidden, weight, bias = as_autocast(*effective_linear(head, hidden))
+    # The model has cut the padding of its vocabulary off.
     if asked.vocabulary < weight.shape[0]:
         weight, bias = weight[: asked.vocabulary], None if bias is None else bias[: asked.vocabulary]
     flat = hidden.reshape(-1, hidden.shape[-1])

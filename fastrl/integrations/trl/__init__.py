@@ -7,7 +7,7 @@ head runs. This package imports TRL when it first needs it.
 _switch.py       patched, enable, disable        _seams.py        TRL's functions, and the check of their signatures
 _logprobs.py     TRL's log-prob function on fastrl's rows
 _translate.py    TRL's configurations as losses
-_prediction.py   the gradient of a loss, predicted while the head runs; for policy losses and SFT
+_prediction.py   the gradient of a loss, predicted while the head runs: policy losses and SFT
 _preferences.py  the same for DPO and KTO
 _trainers.py     the five trainers
 """

@@ -133,6 +133,7 @@ class _Attach(torch.autograd.Function):
         g, h, logprobs, entropy = ctx.saved_tensors
         host_g, host_h = (torch.zeros_like(g) if x is None else x.to(g.dtype) for x in grads)
         factor = common_factor(host_g, host_h, g, h)
+        # A factor that is not finite, after an overflow, proves no mismatch.
         if bool(factor.isfinite()):
             _check(ctx.prediction, factor, (host_g, host_h), (g, h), (logprobs, entropy))
         return (factor.to(ctx.handle_dtype), *(None,) * 5)

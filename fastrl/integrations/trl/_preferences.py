@@ -66,6 +66,7 @@ class PairPrediction:
             which = _groups_of(block, sizes, ends)
             return self._of_pairs(logprobs, pairs[which], which), None
 
+        # The loss of a pair needs both sums, so both rows must be in one block.
         ordered = replace(call, hidden=call.hidden[order], targets=call.targets[order])
         result, gemm_units = fused_pass(ordered, of_block, sizes)
         self.path = gradient_path(gemm_units)

@@ -37,6 +37,7 @@ def utils() -> ModuleType:
 
 def gathered(*parameters: Any) -> AbstractContextManager[Any]:
     """Return TRL's context that gathers parameters sharded by ZeRO-3."""
+    # Imported here, because this module loads without TRL.
     from trl.trainer.utils import maybe_gather_lm_head_ctx
 
     return maybe_gather_lm_head_ctx(*parameters)

@@ -117,6 +117,7 @@ def _remax(
     return remax_advantages(token_level_rewards, reward_baselines, response_mask)
 
 
+# singleton="reward": in verl the only completion of a prompt has its reward as advantage.
 def _grpo(r: Tensor, groups: Tensor, config: Any, mask: Tensor) -> Tensor:
     del mask
     return group_advantages(r, group_ids=groups, scale=_by_std(config), eps=1e-6, singleton="reward")

@@ -84,7 +84,7 @@ def _prove(module: Any, hidden: Tensor, weight: Tensor, ids: Tensor, temperature
     scale = temperature
     if isinstance(temperature, Tensor):
         temperature = temperature.detach().expand(ids.shape).reshape(-1)[chosen]
-        scale = temperature.unsqueeze(-1)
+        scale = temperature.unsqueeze(-1)  # verl divides logits (N, V) by it
     with torch.no_grad():
         logprobs, entropy = _original()(module, rows, head, picked, scale)
         ours = fused_logprobs(rows, head, picked, temperature)
@@ -113,7 +113,7 @@ def _find() -> list[tuple[Any, str, Any]]:
     module = HOST.module("verl.utils.experimental.torch_functional")
     owner = HOST.attribute(module, "FusedLinearForPPO")
     _originals[:] = [HOST.function(owner, "forward", _ARGUMENTS)]
-    _proofs.forget()
+    _proofs.forget()  # they compared with another original
     return [(owner, "forward", _forward)]
 
 

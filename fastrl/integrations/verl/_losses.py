@@ -185,7 +185,7 @@ def _computed(
         **inputs,
     )
     metrics = _metrics(form, loss, output, log_prob, old_log_prob, advantages, response_mask, selection)
-    return output.loss * dp_size, metrics
+    return output.loss * dp_size, metrics  # the trainer averages gradients over the ranks
 
 
 def _original(name: str) -> LossFunction | None:
@@ -250,6 +250,7 @@ def _built(name: str, form: Form) -> Callable[[str, Any], PolicyLoss]:
     return build
 
 
+# Cached, because verl calls the loss for every micro-batch and a new `PolicyLoss` checks all of its fields.
 @functools.lru_cache(maxsize=64)
 def _preset(preset: str, style: str | None, fields: tuple[tuple[str, Any], ...]) -> PolicyLoss:
     return PolicyLoss.preset(preset, style=style, **{name: _plain(value) for name, value in fields})

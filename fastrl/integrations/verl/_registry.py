@@ -62,6 +62,7 @@ def register_loss(name: str, loss: PolicyLoss) -> None:
 
 def _put(registry: str, functions: Mapping[str, Any]) -> None:
     entries = _registries()[registry]
+    # Check all names before the first one goes in.
     for name, function in functions.items():
         if name in entries and entries[name] is not function:
             raise ValueError(f"verl's {registry} has {name!r} already: {entries[name]!r}")

@@ -118,7 +118,7 @@ class Tally:
 
 
 def rounded_size(exact: Outcome, leaf: Tensor) -> float:
-    """Return the scale of a loss's rounding errors. Its terms have both signs, so the loss itself can be far smaller."""
+    """Return the scale of a loss's rounding errors. Its terms have both signs, so the loss can be far smaller."""
     return float(exact.loss.abs() + (exact.gradient.abs() * leaf.abs().clamp(min=1.0)).sum())
 
 
