@@ -4,7 +4,7 @@ An adapter translates a trainer's options into a loss of fastrl. It refuses a tr
 changed, restores all that it has replaced, and on first use compares its numbers with the trainer's own.
 
 common/           shared parts: the host's version, replaced functions, the proof on first use, autocast, metrics
-liger/            Liger-Kernel's loss classes with the same names and arguments, without a patch
+liger/            Liger-Kernel's loss classes with the same names and arguments, without patch or proof
 transformers/     a model whose forward with labels returns loss, log-probs and entropy without forming the logits
 trl/              TRL: its log-prob function, and five trainers that form the gradient in the forward
 verl/             verl: losses and advantage estimators by name, fused log-probs

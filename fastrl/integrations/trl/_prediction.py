@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -321,7 +321,7 @@ class SupervisedPrediction:
 
     kind: str
     path: str = ""
-    needs_head_pass: ClassVar[bool] = False
+    needs_head_pass: bool = field(default=False, init=False)
 
     def fused(self, call: HeadCall) -> Fused:
         """Run the head chunk by chunk."""

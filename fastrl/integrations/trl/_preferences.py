@@ -6,9 +6,8 @@ Legend: N live tokens in the order of the batch, B rows, P pairs, M tokens of a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -51,7 +50,7 @@ class PairPrediction:
     ref_chosen: Tensor  # (P,) sums over tokens
     ref_rejected: Tensor  # (P,)
     path: str = ""
-    needs_head_pass: ClassVar[bool] = False
+    needs_head_pass: bool = field(default=False, init=False)
 
     def fused(self, call: HeadCall) -> Fused:
         """Run the head in blocks of whole pairs, with the rejected row of a pair directly after the chosen one."""
@@ -121,7 +120,7 @@ class RowPrediction:
     ref: Tensor  # (B,) sums over tokens
     reference_point: Tensor | None  # ()
     path: str = ""
-    needs_head_pass: ClassVar[bool] = False
+    needs_head_pass: bool = field(default=False, init=False)
 
     def fused(self, call: HeadCall) -> Fused:
         """Run the head in blocks of whole rows."""
