@@ -1,7 +1,7 @@
-"""Train a small real model on arithmetic with GRPO and say where the report is: what `make demo` runs.
+"""Train a small real model on arithmetic with GRPO and print the path of the report. `make demo` runs this.
 
-An unfinished run in runs/demo is resumed. A finished one is set aside as runs/demo-1, runs/demo-2, ... and a fresh run
-takes its place.
+The script resumes an unfinished run in runs/demo. It renames a finished one to runs/demo-1, runs/demo-2, ... and starts
+a fresh run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def set_aside(run: Path) -> Path:
 
 
 def held_out(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the held-out evaluations of the mode that was evaluated first, in the order of their steps."""
+    """Return the held-out evaluations of the first evaluated mode, in the order of their steps."""
     rows = sorted((row for row in evaluations if row["split"] == "held_out"), key=lambda row: row["step"])
     return [row for row in rows if row["mode"] == rows[0]["mode"]]
 

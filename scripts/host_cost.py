@@ -1,16 +1,21 @@
-"""Time and memory of what an adapter replaces, the host's own code and fastrl taking turns in one process.
+"""Measure time and memory of a host's own code and of the adapter in its place, in turns in one process.
 
     python scripts/host_cost.py [--rounds 5] [--threads 2] [--tokens 256] [HOST ...]
     python scripts/host_cost.py --checkout HOST=FOLDER [--sequences 64] [--length 4096] [--cpu-time] [HOST ...]
 
-Forward and backward of the host's own loss or log-probs, and of the same with fastrl, float32. Liger, verl and OpenRLHF
-are measured where they are installed, on a head of SmolLM2-135M's size (49,152 tokens, hidden size 576). slime,
-NeMo-RL, SkyRL and prime-rl are measured from a clone (see host_losses.py), compiled where they compile: the arithmetic
-on one log-prob per token, and slime's log-probs of logits. "With the proof" is a first call, which runs the host's loss
-too. The best of the rounds counts: what else runs on the machine disturbs all; `--cpu-time` counts the process's own
-time instead of the clock's, which other processes hardly change where `--threads 1` is given. Memory is the peak of
-what PyTorch allocates beyond the inputs, results and gradients included. TRL's trainers have a script of their own,
-trl_step_time.py.
+The script runs forward and backward of a loss or of log-probs in float32, with the host's own code and with fastrl.
+
+    Liger, verl, OpenRLHF             the installed package, with a head of SmolLM2-135M's size
+                                      (49,152 tokens, hidden size 576)
+    slime, NeMo-RL, SkyRL, prime-rl   a clone (see host_losses.py), compiled if the project compiles it: the arithmetic
+                                      on one log-prob per token, and slime's log-probs of logits
+    TRL's trainers                    see trl_step_time.py
+
+"With the proof" is a first call, which runs the host's loss too.
+
+Other processes on the machine disturb both sides, so the best of the rounds counts. `--cpu-time` counts the time of
+this process instead of the clock's, which other processes hardly change with `--threads 1`. Memory is the peak of
+PyTorch's allocations beyond the inputs, with results and gradients.
 """
 
 from __future__ import annotations
@@ -41,14 +46,14 @@ Ways = dict[str, Callable[[], Any]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured."""
+    """The sizes of the batches."""
 
     tokens: int
-    """Tokens of a batch that has a vocabulary."""
+    """Tokens of a batch with hidden states or logits."""
     sequences: int
-    """Sequences of a batch that has one log-prob per token."""
+    """Sequences of a batch with one log-prob per token."""
     length: int
-    """Tokens of each of them."""
+    """Tokens of each sequence."""
 
 
 def needs(path: str) -> ModuleType:
@@ -91,7 +96,7 @@ def liger_grpo(sizes: Sizes) -> Ways:
 
 
 def liger_dpo(sizes: Sizes) -> Ways:
-    """Liger's chunked DPO loss, without a reference."""
+    """Liger's chunked DPO loss without a reference."""
     theirs, ours = needs("liger_kernel.chunked_loss"), needs("fastrl.integrations.liger")
     hidden, weight, labels = leaves(sizes.tokens)
 
@@ -134,7 +139,7 @@ def openrlhf_logprobs(sizes: Sizes) -> Ways:
 
 
 def with_proof(adapter: Any, ours: Callable[[], Any], proofs: str = "_proofs") -> Ways:
-    """Return a call of the adapter and one that proves itself first."""
+    """Return a call of the adapter without and one with the proof."""
 
     def proved() -> None:
         getattr(adapter, proofs).forget()
@@ -144,7 +149,7 @@ def with_proof(adapter: Any, ours: Callable[[], Any], proofs: str = "_proofs") -
 
 
 def lived(sizes: Sizes) -> Tensor:
-    """Return the mask (sequences, length) of completions that end between a quarter of the length and all of it."""
+    """Return the mask (sequences, length) of completions that end between a quarter of the length and its end."""
     ends = torch.linspace(sizes.length / 4, sizes.length, sizes.sequences).long()
     return torch.arange(sizes.length) < ends.unsqueeze(-1)
 
@@ -273,7 +278,7 @@ HOSTS: dict[str, dict[str, Callable[[Sizes], Ways]]] = {
 
 
 def measured(ways: Ways, rounds: int, clock: Callable[[], float]) -> dict[str, tuple[float, int]]:
-    """Return (seconds of the best round, peak bytes) of every way; the ways take turns, after one call each."""
+    """Return (seconds of the best round, peak bytes) of every way. After one call each, the ways take turns."""
     for action in ways.values():
         action()
     peaks = {name: peak_bytes(action, torch.device("cpu")) for name, action in ways.items()}
@@ -287,7 +292,7 @@ def measured(ways: Ways, rounds: int, clock: Callable[[], float]) -> dict[str, t
 
 
 def clones(given: list[str]) -> dict[str, Path]:
-    """Return the folder of each host in HOST=FOLDER; raise ValueError for anything else."""
+    """Return the folder of each host from HOST=FOLDER, or raise ValueError."""
     checkouts = importlib.import_module("hosts.checkouts").CHECKOUTS
     folders = {}
     for text in given:

@@ -2,10 +2,12 @@
 
     python scripts/host_losses.py HOST CHECKOUT
 
-HOST is slime, nemo_rl, skyrl or prime_rl; CHECKOUT is a clone of it. The project's own files of the loss are run from
-there; Ray, Megatron and whatever else is heavy have stand-ins, which raise when a loss calls them
-(tests/integrations/hosts). Over the settings that the adapter's page names the loss, the gradient and every metric are
-compared, in float32 and in float64. A difference beyond rounding, judged as in the tests, makes the exit status 1.
+HOST is slime, nemo_rl, skyrl or prime_rl, and CHECKOUT is a clone of it. The script runs the loss from the project's
+own files. Heavy packages (Ray, Megatron and others) have stand-ins, which raise when a loss calls them
+(tests/integrations/hosts).
+
+It compares the loss, the gradient and every metric, in float32 and in float64, over the settings on the adapter's page
+in docs. A difference beyond rounding, judged as in the tests, makes the exit status 1.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = 20
-"""Differences that are printed in full."""
+"""Number of differences to print in full."""
 
 
 def main() -> int:
-    """Return 0 when every loss, gradient and metric is the host's."""
+    """Return 0 if every loss, gradient and metric equals the host's."""
     sys.path[:0] = [
         str(ROOT),
         str(ROOT / "kernels"),

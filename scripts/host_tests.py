@@ -2,12 +2,15 @@
 
     python scripts/host_tests.py trl CHECKOUT [--stand-ins FOLDER] [-k EXPRESSION] [-m MARKS] [FILE ...]
 
-CHECKOUT is a clone of the project at the tag of the installed version (TRL: v1.16.0); its tests are run there against
-the installed package, and nothing of it is copied. Tests of TRL's trainers load models and datasets from the hub. For a
-machine without it, `--stand-ins FOLDER` builds random models and small datasets under the same names there (once) and
-runs both sides on them, offline; tests that need images, remote code, vLLM or Liger's kernels are then left out.
-Tests that fail or are skipped do so on both sides. What counts is the comparison: a test that passes alone and does not
-with fastrl makes the exit status 1.
+CHECKOUT is a clone of the project at the tag of the installed version (TRL: v1.16.0). Its tests run there against the
+installed package, and nothing of it is copied.
+
+Tests of TRL's trainers load models and datasets from the hub. For a machine without access to the hub,
+`--stand-ins FOLDER` builds random models and small datasets with the same names in FOLDER (once) and runs both sides on
+them, offline. Tests that need images, remote code, vLLM or Liger's kernels are then left out.
+
+Tests may fail or be skipped without fastrl too, so only the comparison counts: a test that passes alone and does not
+pass with fastrl makes the exit status 1.
 """
 
 from __future__ import annotations
@@ -26,20 +29,20 @@ PLUGINS = ROOT / "tests" / "integrations" / "hosts"
 
 
 @dataclass(frozen=True)
-class Host:
-    """A project whose tests can be run."""
+class Suite:
+    """The test suite of a project."""
 
     plugin: str
     """The pytest plugin that switches fastrl on."""
     stand_ins: str
-    """The module that builds what the tests would load from the hub, and the plugin that lets them find it."""
+    """The module that builds stand-ins for models and datasets of the hub, and the plugin that lets tests find them."""
     without: str
-    """pytest's -k for what the stand-ins cannot serve; one that is given is added to it."""
+    """pytest's -k that leaves out tests for which there are no stand-ins. The user's own -k is added to it."""
     files: tuple[str, ...]
 
 
-HOSTS = {
-    "trl": Host(
+SUITES = {
+    "trl": Suite(
         "trl_plugin",
         "trl_stand_ins",
         # Liger's kernels replace classes of transformers for the whole process, and run on a GPU only.
@@ -59,7 +62,7 @@ HOSTS = {
 
 
 def environment(stand_ins: Path | None) -> dict[str, str]:
-    """Return the environment of the tests, offline and with the stand-ins' folders where there are some."""
+    """Return the environment of the tests; with stand-ins it is offline and names their folders."""
     paths = [str(ROOT), str(ROOT / "kernels"), str(PLUGINS), os.environ.get("PYTHONPATH", "")]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
     if stand_ins is not None:
@@ -90,32 +93,32 @@ def counted(found: dict[str, str]) -> str:
 
 
 def main() -> int:
-    """Return 0 when fastrl breaks no test that passes without it."""
+    """Return 0 if fastrl breaks no test that passes without it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("host", choices=sorted(HOSTS))
+    parser.add_argument("host", choices=sorted(SUITES))
     parser.add_argument("checkout", type=Path)
     parser.add_argument("files", nargs="*", help="test files, relative to the checkout; default: those of the trainers")
     parser.add_argument("--stand-ins", type=Path, metavar="FOLDER", help="where to build what the hub would give")
     parser.add_argument("-k", dest="expression", help="pytest's -k")
     parser.add_argument("-m", dest="marks", default="not slow", help="pytest's -m; default: %(default)s")
     given = parser.parse_intermixed_args()
-    host = HOSTS[given.host]
-    files = given.files or [name for name in host.files if (given.checkout / name).exists()]
+    suite = SUITES[given.host]
+    files = given.files or [name for name in suite.files if (given.checkout / name).exists()]
     if not files:
-        parser.error(f"{given.checkout} has none of {', '.join(host.files)}")
+        parser.error(f"{given.checkout} has none of {', '.join(suite.files)}")
     stand_ins = None if given.stand_ins is None else given.stand_ins.resolve()
     variables = environment(stand_ins)
     arguments = ["-m", given.marks, *files]
     if stand_ins is not None:
         if not stand_ins.exists():
-            build = [sys.executable, str(PLUGINS / f"{host.stand_ins}.py"), str(stand_ins)]
+            build = [sys.executable, str(PLUGINS / f"{suite.stand_ins}.py"), str(stand_ins)]
             subprocess.run(build, env=variables, check=True)
-        expression = host.without if given.expression is None else f"({given.expression}) and {host.without}"
-        arguments = ["-p", host.stand_ins, "-k", expression, *arguments]
+        expression = suite.without if given.expression is None else f"({given.expression}) and {suite.without}"
+        arguments = ["-p", suite.stand_ins, "-k", expression, *arguments]
     elif given.expression is not None:
         arguments = ["-k", given.expression, *arguments]
     alone = outcomes(given.checkout, arguments, variables)
-    ours = outcomes(given.checkout, ["-p", host.plugin, *arguments], variables)
+    ours = outcomes(given.checkout, ["-p", suite.plugin, *arguments], variables)
     broken = sorted(name for name, outcome in alone.items() if outcome == "passed" and ours.get(name) != "passed")
     print(f"alone:       {counted(alone)}\nwith fastrl: {counted(ours)}")
     for name in broken:

@@ -3,8 +3,8 @@
     python scripts/trl_step_time.py [--rounds 10] [--threads 2] [--layers 1] [--tokens 256] [TRAINER ...]
 
 The model is a random Llama with the head of SmolLM2-135M (49,152 tokens, hidden size 576). A step is the trainer's own
-`compute_loss` on one batch, forward and backward, without the optimiser; references are computed beforehand. The three
-ways take turns in one process, and the best of the rounds counts: what else runs on the machine disturbs all three.
+`compute_loss` on one batch, forward and backward, without the optimiser. References are computed beforehand. The three
+ways take turns in one process, so other processes on the machine disturb all three. The best of the rounds counts.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TRAINERS: dict[str, tuple[type, type, type, dict[str, Any]]] = {
 
 
 def tokenizer() -> Any:
-    """Return a tokenizer of four words; the batches are made of ids."""
+    """Return a tokenizer of four words. The trainers need one, but the batches are made of ids."""
     words = {word: i for i, word in enumerate(["<pad>", "<eos>", "one", "two"])}
     made = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -44,7 +44,7 @@ def tokenizer() -> Any:
 
 
 def rows(kind: str) -> Dataset:
-    """Return what a trainer wants to see when it is built."""
+    """Return a dataset with the columns that the trainer's constructor needs."""
     columns = {
         "sft": {"text": "one two"},
         "dpo": {"prompt": "one", "chosen": "two", "rejected": "one"},
@@ -55,7 +55,7 @@ def rows(kind: str) -> Dataset:
 
 
 def batch(kind: str, tokens: int) -> dict[str, Any]:
-    """Return a batch with `tokens` scored tokens, half of every row but for SFT, whose rows are scored whole."""
+    """Return a batch with `tokens` scored tokens: whole rows for SFT, half of every row for the others."""
     length = tokens // ROWS
     ids = torch.randint(2, VOCABULARY, (ROWS, (1 if kind == "sft" else 2) * length))
     ones = torch.ones_like(ids)
@@ -76,7 +76,7 @@ def batch(kind: str, tokens: int) -> dict[str, Any]:
 
 
 def steps(kind: str, layers: int, tokens: int, output: str) -> dict[str, Callable[[], None]]:
-    """Return a step of each of the three ways, all on the same weights and the same batch."""
+    """Return a training step of each of the three ways, on the same weights and the same batch."""
     config, plain, fused, options = TRAINERS[kind]
     settings = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, tie_word_embeddings=True, pad_token_id=0,
@@ -138,7 +138,7 @@ def main() -> None:
                 for name, step in ways.items():
                     start = time.perf_counter()
                     step()
-                    # The first round warms up: it proves the log-probs and compiles what there is to compile.
+                    # The first round is the warm-up: it includes the proof of the log-probs and all compilation.
                     best[name] = min(best[name], time.perf_counter() - start) if i else best[name]
         for name, seconds in best.items():
             print(f"| {kind} | {name} | {1e3 * seconds:.1f} | {best['TRL'] / seconds:.2f} |", flush=True)

@@ -1,14 +1,14 @@
-"""fastrl inside NeMo-RL: its clipped policy-gradient loss, as an object that NeMo-RL ships to its workers.
+"""fastrl inside NeMo-RL: its clipped policy-gradient loss.
 
     from fastrl.integrations import nemo_rl
 
     nemo_rl.enable()                                   # in the driver, before setup(); or: with nemo_rl.patched(): ...
     loss_fn = nemo_rl.ClippedPGLoss(master_config.loss_fn)       # or by hand, in place of ClippedPGLossFn
 
-NeMo-RL has no registry: `grpo.setup` and `ppo.setup` build `ClippedPGLossFn(cfg)` and send it to the policy workers,
-so that class is what gets replaced. Options, denominators and metrics are NeMo-RL's.
+NeMo-RL has no registry. `grpo.setup` and `ppo.setup` build `ClippedPGLossFn(cfg)` and send it to the policy workers, so
+the adapter replaces that class. Options, denominators and metrics are NeMo-RL's.
 
-Legend: B sequences, S padded length; log-probs (B, S - 1) are those of the tokens 1 .. S - 1.
+Legend: B sequences, S padded length. Log-probs (B, S - 1) belong to the tokens 1 .. S - 1.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastrl.integrations.common.host import Host, Switch
+from fastrl.integrations.common.metrics import as_floats
 from fastrl.integrations.common.proof import FirstUse, on_cpu, prove_loss, sampled_sequences
 from fastrl.losses.kl import kl_estimate
 from fastrl.losses.policy.correction import RolloutCorrection
@@ -51,23 +52,23 @@ OPTIONS: Mapping[str, Any] = {
     "use_cispo": False,
     "positive_example_nll_weight": 0.0,
 }
-"""The options of NeMo-RL's `loss_fn` section, with its defaults."""
+"""The options of NeMo-RL's `loss_fn` section and their defaults."""
 
 _MODULE = "nemo_rl.algorithms.loss.loss_functions"
 _CLASS = "ClippedPGLossFn"
 _INIT_ARGUMENTS = ("self", "cfg", "use_fused_linear_logprobs")
 _CALL_ARGUMENTS = ("self", "next_token_logprobs", "data", "global_valid_seqs", "global_valid_toks")
 _UNDO = "undo with fastrl.integrations.nemo_rl.disable(), or switch the proof off with ClippedPGLoss(cfg, prove=False)"
-_EPS = 1e-8  # NeMo-RL adds it to every denominator
+_EPS = 1e-8  # added to every denominator, as in NeMo-RL
 
 _proofs = FirstUse()
 
 
 def options_of(cfg: Any) -> dict[str, Any]:
-    """Return every option of `OPTIONS` as `cfg` has it; `cfg` is NeMo-RL's model, any object or a mapping.
+    """Return the value of every option of `OPTIONS` in `cfg`: NeMo-RL's pydantic model, another object or a mapping.
 
     Raises:
-        ValueError: an option that is not among `OPTIONS`, unless it is None or False.
+        ValueError: an option that is not among `OPTIONS`, unless its value is None or False.
     """
     if isinstance(cfg, Mapping):
         given = dict(cfg)
@@ -88,15 +89,15 @@ def policy_loss(cfg: Any) -> PolicyLoss:
     """Return the `PolicyLoss` that NeMo-RL's `loss_fn` options describe, without the positive-example NLL.
 
     Raises:
-        ValueError: unknown options or values; combinations that NeMo-RL refuses; KL clamps of which the one on the
-            log-ratio can act without the one on the estimate, whose gradient differs.
+        ValueError: unknown options or values, or combinations that NeMo-RL refuses. KL clamps with which the clamp of
+            the log-ratio can act alone, without the clamp of the estimate: the gradient would differ from NeMo-RL's.
     """
     o = options_of(cfg)
     _check(o)
     fields: dict[str, Any] = {"aggregate": "token_mean" if o["token_level_loss"] else "sequence_mean", **_kl(o)}
     if o["use_importance_sampling_correction"]:
         fields["correction"] = _correction(o)
-    # The log-probs of a dual clip take the place of the ratio where there is none, and its floor is never met.
+    # A width of 1 or more puts the lower bound at or below 0, where a ratio, being positive, never is.
     clip = {"clip_low": min(float(o["ratio_clip_min"]), 1.0), "clip_high": float(o["ratio_clip_max"])}
     if o["use_cispo"]:
         low, high = max(1.0 - o["ratio_clip_min"], 0.0), 1.0 + o["ratio_clip_max"]
@@ -111,7 +112,7 @@ def policy_loss(cfg: Any) -> PolicyLoss:
 
 
 def _check(o: Mapping[str, Any]) -> None:
-    """Raise ValueError for what NeMo-RL refuses."""
+    """Raise ValueError for the values and combinations that NeMo-RL refuses."""
     kind, sequences = o["truncated_importance_sampling_type"], o["sequence_level_importance_ratios"]
     high, low = o["truncated_importance_sampling_ratio"], o["truncated_importance_sampling_ratio_min"]
     if o["reference_policy_kl_type"] not in ("k1", "k2", "k3"):
@@ -153,11 +154,12 @@ def _penalty(o: Mapping[str, Any]) -> float:
 
 
 def _kl(o: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of the KL term: the estimate times a ratio whose gradient counts, then clamped."""
+    """Return the fields of the KL term: the estimate times a ratio that carries a gradient, then clamped."""
     if _penalty(o) == 0.0:
         return {}
     kind, inner, outer = o["reference_policy_kl_type"], o["kl_input_clamp_value"], o["kl_output_clamp_value"]
     if inner is not None:
+        # Where the estimate at the edge of the inner clamp reaches the outer one, the outer always acts with the inner.
         edge = torch.tensor([-float(inner), float(inner)], dtype=torch.float64)
         reached = float(kl_estimate(edge, torch.zeros_like(edge), kind).abs().min())
         if outer is None or reached < outer:
@@ -190,17 +192,18 @@ def _correction(o: Mapping[str, Any]) -> RolloutCorrection:
 class ClippedPGLoss:
     """NeMo-RL's `ClippedPGLossFn`, computed by fastrl: the same protocol, options, value, gradient and metrics.
 
-    The first call in a process computes the loss of up to 4 sequences with NeMo-RL's own class too, and raises where
-    the loss or its gradient differs. The metrics of a call wait for the device once.
+    The first call in a process computes the loss of up to 4 sequences with NeMo-RL's own class too. It raises if the
+    loss or its gradient differs. A call waits for the device once, for the metrics.
 
     Args:
         cfg: NeMo-RL's `loss_fn` options (`ClippedPGLossConfig`).
         use_fused_linear_logprobs: as in NeMo-RL: the log-probs come from its fused head.
-        prove: whether the first call is compared with NeMo-RL's own loss.
+        prove: whether to compare the first call with NeMo-RL's own loss.
 
     Raises:
-        ValueError: options that are not supported; see `policy_loss`.
-        ImportError, RuntimeError: NeMo-RL is not there, or looks otherwise than expected.
+        ValueError: options that are not supported (see `policy_loss`).
+        ImportError: NeMo-RL cannot be imported.
+        RuntimeError: NeMo-RL's class or its signatures are not the expected ones.
     """
 
     def __init__(self, cfg: Any, use_fused_linear_logprobs: bool = False, *, prove: bool = True) -> None:
@@ -212,7 +215,7 @@ class ClippedPGLoss:
         self.loss_type = self.host.loss_type
         self.metric_normalizations = self.host.metric_normalizations
         self.use_fused_linear_logprobs = use_fused_linear_logprobs
-        # NeMo-RL reads this one to decide about reference log-probs without top-k and top-p.
+        # NeMo-RL reads this attribute to decide whether it needs reference log-probs without top-k and top-p.
         self.reference_policy_kl_penalty = _penalty(self.options)
 
     def __call__(
@@ -222,7 +225,7 @@ class ClippedPGLoss:
         global_valid_seqs: Tensor,
         global_valid_toks: Tensor,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Return (loss, metrics) of a micro-batch; divided by the global counts, so micro-batches add up.
+        """Return (loss, metrics) of a micro-batch, divided by the global counts so that micro-batches add up.
 
         Args:
             next_token_logprobs: (B, S - 1) log-probs of the tokens 1 .. S - 1.
@@ -232,8 +235,8 @@ class ClippedPGLoss:
             global_valid_toks: tokens of the global batch.
 
         Raises:
-            ValueError: log-probs without top-k and top-p beside those with it (curr_logprobs_unfiltered).
-            AdapterMismatchError: in the first call, where NeMo-RL's own loss is another one.
+            ValueError: a KL penalty with log-probs from top-k or top-p sampling (`data` has curr_logprobs_unfiltered).
+            AdapterMismatchError: in the first call, if NeMo-RL's own loss or its gradient differs.
         """
         if self.reference_policy_kl_penalty != 0 and "curr_logprobs_unfiltered" in data:
             raise ValueError(
@@ -248,7 +251,7 @@ class ClippedPGLoss:
         with torch.no_grad():
             metrics = _metrics(self.options, self.loss, next_token_logprobs.detach(), data, counts)
             metrics |= {"loss": loss.detach(), "positive_nll_loss": self._nll(next_token_logprobs.detach(), data)}
-        return loss, _numbers(metrics)
+        return loss, as_floats(metrics)
 
     def _loss(self, logprobs: Tensor, data: Any, counts: tuple[Any, Any]) -> Tensor:
         mask = _mask(data)
@@ -259,7 +262,7 @@ class ClippedPGLoss:
         if self.reference_policy_kl_penalty != 0:
             inputs["ref_logprobs"] = data["reference_policy_logprobs"][:, 1:]
         if self.loss.correction is not None:
-            # NeMo-RL gives a log-prob of the rollout that is not a number the weight 0.
+            # NeMo-RL gives the weight 0 to a token whose rollout log-prob is not finite.
             known = generation.isfinite() | (mask == 0)
             inputs["selection"] = known.all(-1, keepdim=True).expand_as(known) if self._whole_sequences else known
         value = loss_value(
@@ -273,7 +276,7 @@ class ClippedPGLoss:
         return bool(self.options["sequence_level_importance_ratios"])
 
     def _nll(self, logprobs: Tensor, data: Any) -> Tensor:
-        """Return the mean NLL of the tokens of samples with a positive reward; 0 where there is none."""
+        """Return the mean NLL over the tokens of samples with a positive reward; 0 without such samples."""
         if self.options["positive_example_nll_weight"] <= 0 or "rewards" not in data:
             return logprobs.new_zeros(())
         correct = _mask(data) * (data["rewards"] > 0).unsqueeze(-1)
@@ -308,7 +311,7 @@ def _columns(o: Mapping[str, Any], data: Any) -> list[str]:
 
 
 def _mask(data: Any) -> Tensor:
-    """Return (B, S - 1), not 0 where a token counts."""
+    """Return the mask (B, S - 1), not 0 for the tokens that count."""
     return data["token_mask"][:, 1:] * data["sample_mask"].unsqueeze(-1)
 
 
@@ -352,10 +355,9 @@ def _metrics(
 
 
 def _estimate(x: Tensor, kind: str) -> Tensor:
-    """Return NeMo-RL's KL estimate of log-ratios, to a rounding of these.
-
-    A mean needs no more; `kl_estimate`, which the loss takes, is accurate relative to itself at ten times the cost.
-    """
+    """Return NeMo-RL's KL estimate of log-ratios, for metrics."""
+    # Its error is a rounding of the log-ratio, enough for a mean. The loss takes `kl_estimate`, whose error is a
+    # rounding of the estimate itself, at ten times the cost.
     if kind == "k1":
         return x
     return 0.5 * x.square() if kind == "k2" else torch.expm1(-x) + x
@@ -389,7 +391,7 @@ def _ratio_metrics(
 def _weight_metrics(
     o: Mapping[str, Any], previous: Tensor, gen: Tensor, live: Tensor, data: Any, counts: tuple[Any, Any]
 ) -> dict[str, Tensor]:
-    """Return the mean of the rollout weights, after truncation, and the share of them that is out of bounds."""
+    """Return as metrics the mean of the rollout weights after truncation, and the share out of bounds."""
     kind, high = o["truncated_importance_sampling_type"], o["truncated_importance_sampling_ratio"]
     low = o["truncated_importance_sampling_ratio_min"] or 0.0
     log_weights = torch.where(live, previous - gen, 0.0)
@@ -415,12 +417,6 @@ def _weight_metrics(
     return values
 
 
-def _numbers(metrics: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the metrics as floats: NeMo-RL adds them up in Python; the device is waited for once."""
-    columns = [torch.as_tensor(value).double().reshape(()) for value in metrics.values()]
-    return dict(zip(metrics, torch.stack(columns).tolist(), strict=True))
-
-
 def _checked_class() -> Any:
     owner = HOST.attribute(HOST.module(_MODULE), _CLASS)
     HOST.function(owner, "__init__", _INIT_ARGUMENTS)
@@ -431,6 +427,8 @@ def _checked_class() -> Any:
 def _find() -> list[tuple[Any, str, Any]]:
     original = _checked_class()
     HOST.attribute(HOST.module("nemo_rl.algorithms.loss"), _CLASS)
+    # Every module that imported the class by name has its own binding. The module that defines it stays as it is,
+    # because `ClippedPGLoss` looks up the original there.
     loaded = [
         module
         for name, module in sorted(sys.modules.items())
@@ -443,13 +441,13 @@ _switch = Switch(HOST, _find)
 
 
 def patched() -> AbstractContextManager[None]:
-    """Let NeMo-RL build fastrl's loss in place of its own inside this context: call `setup()` there.
+    """Let NeMo-RL build fastrl's loss in place of its own inside this context. Call `setup()` in it.
 
-    Losses that exist already stay what they are; the loss built inside goes on in the workers after the context.
+    Losses that exist already do not change. A loss built inside remains in the workers after the context.
 
     Raises:
         ImportError: NeMo-RL cannot be imported.
-        RuntimeError: this NeMo-RL's signatures are not those that the adapter fits.
+        RuntimeError: this NeMo-RL's signatures are not the expected ones.
     """
     return _switch.patched()
 
@@ -460,7 +458,7 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Undo `enable()`: NeMo-RL builds its own loss again."""
+    """Undo `enable()`. NeMo-RL builds its own loss again."""
     _switch.disable()
 
 

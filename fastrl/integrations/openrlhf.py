@@ -4,8 +4,8 @@
 
     openrlhf.enable()                  # in the process of the actor; or: with openrlhf.patched(): ...
 
-`PolicyLoss.forward`, `log_probs_from_logits` and `compute_entropy` are replaced; objects that exist already follow.
-OpenRLHF has no hook of its own for any of them.
+The adapter replaces `PolicyLoss.forward`, `log_probs_from_logits` and `compute_entropy`, because OpenRLHF has no hook
+for them. It also takes effect in objects that exist already.
 
 Legend: B sequences, A actions (padded), V vocabulary.
 """
@@ -64,9 +64,9 @@ def policy_loss(
     is_correction_gating: str = "ratio",
     is_correction_threshold: tuple[float, float] = (0.5, 5.0),
 ) -> PolicyLoss:
-    """Return the `PolicyLoss` that OpenRLHF's options describe; the names and defaults are those of its constructor.
+    """Return the `PolicyLoss` that OpenRLHF's options describe, with the names and defaults of its constructor.
 
-    With "gspo" and a correction OpenRLHF takes the ratio to the rollout's log-probs and weighs nothing.
+    With "gspo" and a correction OpenRLHF uses no weights: its ratio is the one to the rollout's log-probs.
 
     Raises:
         ValueError: a value that OpenRLHF does not know.
@@ -105,7 +105,7 @@ def _forward(
     batch_num_tokens: float | Tensor | None = None,
     global_batch_size: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Stand for OpenRLHF's `PolicyLoss.forward`: (loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio)."""
+    """Replace OpenRLHF's `PolicyLoss.forward`: return (loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio)."""
     options = {name: getattr(self, name) for name in _OPTIONS}
     options["is_correction_threshold"] = tuple(options["is_correction_threshold"])
     loss = policy_loss(**options)
@@ -177,7 +177,7 @@ def _computed(
 
 
 def _filtered(correction: RolloutCorrection, old: Tensor, rollout: Tensor, keep: Tensor) -> Tensor:
-    """Return the share of the tokens, or of the sequences, outside the band; a sequence without tokens is outside."""
+    """Return the share of tokens, or of sequences, outside the bounds; a sequence without tokens counts as outside."""
     if correction.op == "truncate":
         assert correction.low is not None  # OpenRLHF has both bounds
         assert correction.high is not None
@@ -195,7 +195,7 @@ def log_probs_from_logits(
     labels: Tensor,  # (...)
     temperature: float = 1.0,
 ) -> Tensor:
-    """Return the log-probs of `labels`, (...) float32; `logits` are left as they are, where OpenRLHF's are divided."""
+    """Return the log-probs of `labels`, (...) float32. Unlike OpenRLHF's own function it does not change `logits`."""
     _proofs.once(
         ("logprobs", logits.dtype, logits.shape[-1], logits.device.type, temperature == 1.0),
         lambda: _rows_proved("log_probs_from_logits", logits, labels, temperature),
@@ -215,19 +215,21 @@ def compute_entropy(
 
 
 def _entropy(logits: Tensor) -> Tensor:
+    # Any labels serve, as only the entropy is read.
     labels = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
     return token_logprobs(logits, labels).entropy
 
 
 def _rows_proved(name: str, logits: Tensor, labels: Tensor | None, temperature: float) -> bool:
-    """Compare a few rows with OpenRLHF's own function of that name, which may write over the logits that it gets."""
+    """Compare a few rows with OpenRLHF's own function of that name."""
     if name not in _originals:
         return False
-    # Rows by their indices: a view of the logits that is not contiguous would be copied as a whole by a reshape.
+    # By index and not after a reshape, which would copy all logits if they are not contiguous.
     chosen = torch.unravel_index(sampled_tokens(logits.shape[:-1].numel(), logits.device), logits.shape[:-1])
     rows = logits.detach()[chosen]
     with torch.no_grad():
         if labels is None:
+            # Clones, because OpenRLHF's functions may overwrite their logits.
             quantity, ours = "entropy", _entropy(rows)
             theirs = uncompiled(_originals[name])(rows.clone()[None])
         else:
@@ -261,7 +263,7 @@ def _find() -> list[tuple[Any, str, Any]]:
             (module, "compute_entropy", compute_entropy),
         ]
     _originals.update(originals)
-    _proofs.forget()
+    _proofs.forget()  # they compared with other originals
     return found
 
 
@@ -273,13 +275,13 @@ def patched(*, prove: bool = True) -> Iterator[None]:
     """Run OpenRLHF's policy loss, log-probs and entropies on fastrl inside this context, process-wide.
 
     Args:
-        prove: whether the first use of each setting is compared with OpenRLHF's own code: the log-probs and entropies
-            of 32 rows of the logits, the loss and its gradient of 4 sequences.
+        prove: whether to compare the first use of each setting with OpenRLHF's own code: log-probs and entropies on 32
+            rows of the logits, the loss and its gradient on 4 sequences.
 
     Raises:
         ImportError: OpenRLHF cannot be imported.
-        RuntimeError: this OpenRLHF's signatures are not those that the adapter fits.
-        In a call: AdapterMismatchError where OpenRLHF's own numbers are others.
+        RuntimeError: this OpenRLHF's signatures are not the expected ones.
+        AdapterMismatchError in a call: OpenRLHF's own numbers differ.
     """
     with _proofs.asked(prove), _switch.patched():
         yield
@@ -292,7 +294,7 @@ def enable(*, prove: bool = True) -> None:
 
 
 def disable() -> None:
-    """Undo `enable()`: OpenRLHF's own functions come back."""
+    """Undo `enable()` and restore OpenRLHF's own functions."""
     _switch.disable()
 
 

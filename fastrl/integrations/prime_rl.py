@@ -5,9 +5,9 @@
     import_path = "fastrl.integrations.prime_rl.default_loss"
     kwargs = { dppo_mask_high = 0.2, kl_tau = 1e-3 }
 
-`default_loss`, `ipo_loss`, `ref_kl_loss` and `ce_loss` are prime-rl's own losses, with its options and metrics;
-`policy_loss` is any loss of `PolicyLoss` by name. prime-rl calls the hook with one sequence at a time, adds the sums up
-and divides by its global token count.
+`default_loss`, `ipo_loss`, `ref_kl_loss` and `ce_loss` are prime-rl's own losses, with its options and metrics.
+`policy_loss` is any preset of `PolicyLoss`. prime-rl calls the hook for one sequence at a time, adds the results, and
+divides by its global token count. So every loss here is a sum over tokens.
 
 Legend: N tokens of one sequence.
 """
@@ -33,7 +33,7 @@ HOST = Host("prime-rl", "prime-rl", "559b44772", "fastrl.integrations.prime_rl")
 _MODULE = "prime_rl.trainer.rl.loss"
 _CONFIGS = "prime_rl.configs.trainer"
 _UNDO = "leave [trainer.loss] at prime-rl's own type, or pass prove=false in kwargs"
-_REF_KL_BOUND = 0.2  # prime-rl's constants for reference-KL losses, which have no options
+_REF_KL_BOUND = 0.2  # prime-rl's constants for its ref_kl loss, which has no options
 _REF_KL_TAU = 1e-3
 
 _proofs = FirstUse()
@@ -50,17 +50,20 @@ def default_loss(
 ) -> Any:
     """Return prime-rl's default loss of one sequence: DPPO's trust region on probabilities and a squared log-ratio.
 
-    l = -keep adv_tau A r + kl_tau x^2, x = logp - logp_inference, r = e^x; keep: p - q <= dppo_mask_high for A > 0,
-    p - q >= -dppo_mask_low otherwise (arXiv 2602.04879).
+        l = -keep adv_tau A r + kl_tau x^2      x = logp - logp_inference, r = e^x
+        keep = p - q <= dppo_mask_high          for A > 0
+               p - q >= -dppo_mask_low          otherwise
+
+    p and q are the probabilities of the trainer and of the inference engine (arXiv 2602.04879).
 
     Args:
-        inputs: prime-rl's `LossInputs`: columns (N,).
+        inputs: prime-rl's `LossInputs`, with columns (N,).
         dppo_mask_low, dppo_mask_high, adv_tau, kl_tau: options of prime-rl's `DefaultLossConfig`.
-        prove: whether the first call is compared with prime-rl's own loss.
+        prove: whether to compare the first call with prime-rl's own loss.
 
     Raises:
         ValueError: options out of range.
-        AdapterMismatchError: in the first call, where prime-rl's own loss is another one.
+        AdapterMismatchError: in the first call, if prime-rl's own loss or its gradient differs.
     """
     options = {"dppo_mask_low": dppo_mask_low, "dppo_mask_high": dppo_mask_high, "adv_tau": adv_tau, "kl_tau": kl_tau}
     _check_options(options)
@@ -71,12 +74,12 @@ def default_loss(
 def ipo_loss(
     inputs: Any, *, ipo_threshold: float = 0.1, adv_tau: float = 1.0, kl_tau: float = 1e-3, prove: bool = True
 ) -> Any:
-    """Return prime-rl's loss "ipo" of one sequence: as the default one, with keep: |p - q| <= ipo_threshold.
+    """Return prime-rl's loss "ipo" of one sequence: the default loss with keep = |p - q| <= ipo_threshold.
 
     Args:
-        inputs: prime-rl's `LossInputs`: columns (N,).
+        inputs: prime-rl's `LossInputs`, with columns (N,).
         ipo_threshold, adv_tau, kl_tau: options of prime-rl's `IPOLossConfig`.
-        prove: whether the first call is compared with prime-rl's own loss.
+        prove: whether to compare the first call with prime-rl's own loss.
 
     Raises:
         ValueError, AdapterMismatchError: as `default_loss` does.
@@ -91,8 +94,8 @@ def ref_kl_loss(inputs: Any, *, prove: bool = True) -> Any:
     """Return prime-rl's loss of on-policy distillation: its policy gradient with A = ref_logprob - logp, detached.
 
     Raises:
-        ValueError: without ref_logprobs.
-        AdapterMismatchError: in the first call, where prime-rl's own loss is another one.
+        ValueError: `inputs` have no ref_logprobs.
+        AdapterMismatchError: in the first call, if prime-rl's own loss or its gradient differs.
     """
     if inputs.ref_logprobs is None:
         raise ValueError("prime-rl's ref_kl loss needs ref_logprobs, got None: use the 'opd' or 'opsd' algorithm")
@@ -104,7 +107,7 @@ def ce_loss(inputs: Any, *, prove: bool = True) -> Any:
     """Return prime-rl's cross-entropy of one sequence: the sum of -logp over the mask.
 
     Raises:
-        AdapterMismatchError: in the first call, where prime-rl's own loss is another one.
+        AdapterMismatchError: in the first call, if prime-rl's own loss or its gradient differs.
     """
     _prove_once("ce", inputs, {}, prove, _ce)
     return _ce(inputs, {})
@@ -113,16 +116,17 @@ def ce_loss(inputs: Any, *, prove: bool = True) -> Any:
 def policy_loss(inputs: Any, *, preset: str, style: str | None = None, **fields: Any) -> Any:
     """Return any `PolicyLoss` of one sequence, by name: `kwargs = { preset = "cispo", weight_high = 4.0 }`.
 
-    The old log-probs and those of the rollout are both prime-rl's inference log-probs. `loss_weights` multiply the
+    prime-rl's inference log-probs serve both as the old and as the rollout's log-probs. `loss_weights` multiply the
     advantages. Metrics: policy_loss, ratio, clip_fraction.
 
     Args:
-        inputs: prime-rl's `LossInputs`: columns (N,).
-        preset, style, fields: those of `PolicyLoss.preset`; a preset's KL is left out unless `kl` is among `fields`.
+        inputs: prime-rl's `LossInputs`, with columns (N,).
+        preset, style, fields: arguments of `PolicyLoss.preset`. A preset's KL is left out unless `fields` have `kl`.
 
     Raises:
-        ValueError: an unknown preset or field; an aggregate other than "token_sum", prime-rl dividing by its own count;
-            an entropy bonus; loss_weights with a loss that is not linear in the advantages, or with a KL.
+        ValueError: an unknown preset or field, an entropy bonus, or an aggregate other than "token_sum", because
+            prime-rl divides by its own count. Or `inputs` have loss_weights and the loss has a KL or is not linear in
+            the advantages.
     """
     loss = _preset(preset, style, tuple(sorted(fields.items())))
     c = _Columns(inputs)
@@ -164,10 +168,11 @@ def _check_options(options: Mapping[str, float]) -> None:
 
 
 class _Columns:
-    """What every loss here reads of `LossInputs`, masked entries replaced by 0."""
+    """The columns of `LossInputs`, with masked entries replaced by 0."""
 
     def __init__(self, inputs: Any) -> None:
         self.mask: Tensor = inputs.loss_mask  # (N,) bool
+        # One sequence, as prime-rl calls the hook once for each.
         self.offsets = torch.tensor([0, self.mask.numel()], device=self.mask.device)
         self.logprobs = torch.where(self.mask, inputs.trainer_logprobs, 0.0)
         self.rollout = torch.where(self.mask, inputs.inference_logprobs, 0.0)
@@ -195,12 +200,12 @@ _IMPORTANCE = PolicyLoss(
 
 
 def _trust_region(c: _Columns, advantages: Tensor, dropped: Tensor, tau: float) -> Tensor:
-    """Return sum_t w (-keep A r + tau x^2), the sum that prime-rl's three policy losses share."""
+    """Return sum_t w (-keep A r + tau x^2), the common form of prime-rl's three policy losses."""
     value = loss_value(
         _IMPORTANCE, c.logprobs, advantages=advantages * c.weights, mask=c.mask, rollout_logprobs=c.rollout,
         selection=~dropped, cu_seqlens=c.offsets,
     )  # fmt: skip
-    penalty = 2.0 * kl_estimate(c.logprobs, c.rollout, "k2")
+    penalty = 2.0 * kl_estimate(c.logprobs, c.rollout, "k2")  # k2 is x^2 / 2
     return value + tau * (torch.where(c.mask, penalty, 0.0) * c.weights).sum()
 
 
@@ -250,7 +255,7 @@ def _outputs(loss: Tensor, metrics: dict[str, Tensor]) -> Any:
     return outputs(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
 
 
-# Our name -> (prime-rl's function, its config class).
+# our name -> (prime-rl's function, its config class)
 _THEIRS: Mapping[str, tuple[str, str | None]] = {
     "default": ("default_loss_fn", "DefaultLossConfig"),
     "ipo": ("ipo_loss_fn", "IPOLossConfig"),
@@ -281,6 +286,7 @@ def _proved(name: str, inputs: Any, options: dict[str, float], ours: Callable[[A
     mask = few["loss_mask"]
     if not bool(mask.any()):
         return False
+    # Masked entries may be nan, and a proof needs finite numbers.
     for column in ("trainer_logprobs", "inference_logprobs", "ref_logprobs", "advantages"):
         if few[column] is not None:
             few[column] = torch.where(mask, few[column], 0.0)

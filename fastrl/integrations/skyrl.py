@@ -5,9 +5,9 @@
     skyrl.register()                                  # in the driver, before training
     trainer.algorithm.policy_loss_type=fastrl_gspo
 
-`fastrl_NAME` is the loss that SkyRL calls NAME: the same options of SkyRL's algorithm config, the same value, gradient
-and metrics. `register_loss(name, loss)` adds any `PolicyLoss`. SkyRL sums over tokens: its reduction
-(`loss_reduction`) is in the advantages, and its KL and entropy terms are added outside.
+`fastrl_NAME` is SkyRL's loss NAME: the same options of SkyRL's algorithm config, the same value, gradient and metrics.
+`register_loss(name, loss)` adds any `PolicyLoss`. SkyRL's losses are sums over tokens: SkyRL puts its reduction
+(`loss_reduction`) into the advantages, and adds its KL and entropy terms outside.
 
 Legend: B sequences of the micro-batch, T padded response length.
 """
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fastrl.integrations.common.host import Host
+from fastrl.integrations.common.metrics import as_floats
 from fastrl.integrations.common.proof import FirstUse, on_cpu, prove_loss, sampled_sequences
 from fastrl.losses.masks import covariance_keep_mask
 from fastrl.losses.policy.correction import RolloutCorrection
@@ -32,7 +33,7 @@ from fastrl.losses.policy.loss import PolicyLoss, loss_value
 HOST = Host("SkyRL", "skyrl", "a9564572e", "fastrl.integrations.skyrl")
 
 CLAMP = 20.0
-"""Bound of the log-ratios that SkyRL takes the exponential of."""
+"""SkyRL clamps log-ratios to this bound before it takes their exponential."""
 
 _MODULE = "skyrl.backends.skyrl_train.utils.ppo_utils"
 _ARGUMENTS = ("log_probs", "old_log_probs", "advantages", "config", "loss_mask", "rollout_logprobs")
@@ -44,7 +45,7 @@ _CORRECTION_OPTIONS = (
 _WITHOUT_CORRECTION = ("clip_cov", "kl_cov", "importance_sampling")
 
 _proofs = FirstUse()
-_ours: dict[str, Any] = {}  # name -> function that is in SkyRL's registry
+_ours: dict[str, Any] = {}  # name -> our function in SkyRL's registry
 
 Metrics = dict[str, Tensor]
 
@@ -56,7 +57,7 @@ def _preset(name: str, fields: tuple[tuple[str, Any], ...]) -> PolicyLoss:
 
 
 def _clip(config: Any) -> dict[str, Any]:
-    # A bound at or below 0 is never met: a ratio is positive.
+    # A width of 1 or more puts the lower bound at or below 0, where a ratio, being positive, never is.
     return {"clip_low": min(float(config.eps_clip_low), 1.0), "clip_high": float(config.eps_clip_high)}
 
 
@@ -90,7 +91,7 @@ def _cispo(config: Any, rollout: bool) -> tuple[str, dict[str, Any]]:
 
 def _rollout_is(config: Any, rollout: bool) -> tuple[str, dict[str, Any]]:
     _needs_rollout("rollout_is", rollout)
-    # SkyRL's interval is open, and a lower end below 0 lets every ratio through.
+    # SkyRL's interval is open. With a lower end below 0 every small ratio is inside.
     low = 1.0 - config.eps_clip_low
     return "cispo", {
         "surrogate": "masked_weight",
@@ -141,23 +142,25 @@ FORMS: Mapping[str, Callable[[Any, bool], tuple[str, dict[str, Any]]]] = {
     "kl_cov": _kl_cov,
     "importance_sampling": _importance_sampling,
 }
-"""SkyRL's name of a loss -> (preset, fields) of its config and of whether there are rollout log-probs."""
+"""SkyRL's name of a loss -> function of (config, whether there are rollout log-probs) that returns (preset, fields)."""
 
 
 @dataclass(frozen=True)
 class PolicyLossFunction:
-    """A policy loss with SkyRL's signature; an object of this module, so that Ray ships it by name.
+    """A policy loss with SkyRL's signature.
 
-    The first call with a setting computes the loss of up to 4 sequences with SkyRL's own function too, and raises where
-    the loss or its gradient differs.
+    The first call with a setting computes the loss of up to 4 sequences with SkyRL's own function too. It raises if the
+    loss or its gradient differs.
     """
 
+    # A class of this module and not a closure, so that Ray ships its objects by name.
+
     name: str
-    """SkyRL's name of the loss, or the name that a `PolicyLoss` was registered with."""
+    """SkyRL's name of the loss, or the name under which a `PolicyLoss` was registered."""
     loss: PolicyLoss | None = None
-    """The loss, where it is not one of SkyRL's."""
+    """The registered loss; None for one of SkyRL's own."""
     prove: bool = True
-    """Whether the first call is compared with SkyRL's own loss of that name."""
+    """Whether to compare the first call with SkyRL's own loss of that name."""
 
     def __call__(
         self,
@@ -171,8 +174,8 @@ class PolicyLossFunction:
         """Return (sum of the loss over tokens, metrics), as SkyRL's policy losses do.
 
         Raises:
-            ValueError: options of `config` that are not supported, named; rollout log-probs that a loss needs.
-            AdapterMismatchError: in the first call, where SkyRL's own loss is another one.
+            ValueError: options of `config` that are not supported, with their names, or missing rollout log-probs.
+            AdapterMismatchError: in the first call, if SkyRL's own loss or its gradient differs.
         """
         mask = torch.ones_like(log_probs) if loss_mask is None else loss_mask
         loss = self._built(config, rollout_logprobs is not None)
@@ -181,7 +184,7 @@ class PolicyLossFunction:
             call = (log_probs, old_log_probs, advantages, mask, rollout_logprobs)
             _proofs.once(key, lambda: self._proved(config, *call))
         value, metrics = self._computed(loss, log_probs, old_log_probs, advantages, config, mask, rollout_logprobs)
-        return value, _numbers(metrics)
+        return value, as_floats(metrics)
 
     def _built(self, config: Any, rollout: bool) -> PolicyLoss:
         if self.loss is not None:
@@ -241,6 +244,7 @@ class PolicyLossFunction:
         assert point is not None
         assert few_old is not None
         assert few_advantages is not None
+        # The configuration has our name of the loss. SkyRL's function gets its own.
         known = copy.copy(config)
         known.policy_loss_type = self.name
         original = _registry().get(self.name)
@@ -263,7 +267,8 @@ def _correction_options(config: Any) -> dict[str, Any]:
 
 
 def _corrects(config: Any) -> bool:
-    """Return whether SkyRL corrects for the rollout's log-probs; both bounds of the token mask have to be set."""
+    """Return whether SkyRL corrects for the rollout's log-probs."""
+    # The token mask acts only if both of its bounds are set.
     both = [_option(config, f"token_mask_is_threshold_{side}") is not None for side in ("low", "high")]
     names = ("tis_ratio_type", "sequence_mask_metric", "outlier_token_is_threshold_low",
              "outlier_token_is_threshold_high")  # fmt: skip
@@ -271,9 +276,10 @@ def _corrects(config: Any) -> bool:
 
 
 def _corrected(config: Any, old: Tensor, rollout: Tensor, live: Tensor) -> tuple[Tensor, Tensor | None, Metrics]:
-    """Return (keep-mask, weights or None, metrics) of SkyRL's off-policy correction, in SkyRL's order.
+    """Return (keep-mask, weights or None, metrics) of SkyRL's off-policy correction.
 
-    Outliers and the token mask remove tokens first; weights and sequence masks are then over those that are left.
+    SkyRL's order: the outlier mask and the token mask remove tokens, then weights and the sequence mask are computed
+    from the rest.
     """
     delta = torch.where(live, old - rollout, 0.0).detach()
     ratio = delta.clamp(-CLAMP, CLAMP).exp()
@@ -304,7 +310,7 @@ def _corrected(config: Any, old: Tensor, rollout: Tensor, live: Tensor) -> tuple
 
 
 def _weights(config: Any, old: Tensor, rollout: Tensor, keep: Tensor, ratio: Tensor) -> tuple[Tensor | None, Metrics]:
-    """Return the truncated weights (B, T), or None, and the share that was truncated."""
+    """Return the truncated weights (B, T) or None, and as a metric the truncated share."""
     kind = _option(config, "tis_ratio_type")
     if kind is None:
         return None, {}
@@ -321,7 +327,7 @@ def _weights(config: Any, old: Tensor, rollout: Tensor, keep: Tensor, ratio: Ten
 
 
 def _sequence_mask(config: Any, delta: Tensor, keep: Tensor) -> tuple[Tensor, Metrics]:
-    """Return the keep-mask without the sequences whose ratio, mean or product, is out of bounds."""
+    """Return the keep-mask without the sequences whose ratio (geometric mean or product) is out of bounds."""
     kind = _option(config, "sequence_mask_metric")
     if kind is None:
         return keep, {}
@@ -390,21 +396,15 @@ def _metrics(
 
 
 def _removed(loss: PolicyLoss, logprobs: Tensor, anchor: Tensor, advantages: Tensor, live: Tensor) -> Tensor:
-    """Return the number of tokens that DPPO's trust region removes; one without an advantage has no side of it."""
+    """Return the number of tokens that DPPO's trust region removes."""
+    # The sign of the advantage chooses the bound, so a token with advantage 0 has none.
     counted = live & (advantages != 0)
     output = loss(logprobs, advantages=advantages, mask=counted, old_logprobs=anchor, rollout_logprobs=anchor)
     return output.metrics["clip_fraction"][0]
 
 
-def _numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return the metrics as floats, as SkyRL's losses do; the device is waited for once."""
-    if not metrics:
-        return {}
-    return dict(zip(metrics, torch.stack([value.double() for value in metrics.values()]).tolist(), strict=True))
-
-
 def _registry() -> Any:
-    """Return SkyRL's registry, once its loss signature has been compared with the one that the adapter fits."""
+    """Return SkyRL's registry, or raise RuntimeError if its loss signature or the registry is not as expected."""
     module = HOST.module(_MODULE)
     HOST.function(module, "ppo_policy_loss", _ARGUMENTS)
     registry = HOST.attribute(module, "PolicyLossRegistry")
@@ -414,17 +414,17 @@ def _registry() -> Any:
 
 
 def register(names: Iterable[str] | None = None, *, prove: bool = True) -> tuple[str, ...]:
-    """Put fastrl's losses into SkyRL's registry; return the names that are there now.
+    """Put fastrl's losses into SkyRL's registry, and return the names of all that are in it.
 
-    Call it in the driver; with Ray running SkyRL's registry hands the losses to the workers, where fastrl has to be
+    Call it in the driver. If Ray is running, SkyRL's registry passes the losses on to the workers, which need fastrl
     installed.
 
     Args:
-        names: of `FORMS`, SkyRL's names; None: all of them.
-        prove: whether the first call of each loss is compared with SkyRL's own.
+        names: SkyRL's names, from `FORMS`; None: all of them.
+        prove: whether to compare the first call of each loss with SkyRL's own.
 
     Raises:
-        ValueError: an unknown name; a name that SkyRL has already.
+        ValueError: an unknown name, or one that SkyRL has already.
         ImportError: SkyRL cannot be imported.
         RuntimeError: this SkyRL's losses take other arguments, or it has no registry.
     """
@@ -440,8 +440,8 @@ def register_loss(name: str, loss: PolicyLoss) -> None:
     """Make any `PolicyLoss` available to SkyRL as `policy_loss_type=name`.
 
     Raises:
-        ValueError: a name that SkyRL has already; an aggregate other than "token_sum", SkyRL's reduction being in the
-            advantages; a loss with a KL to the reference or an entropy bonus, which SkyRL adds itself.
+        ValueError: a name that SkyRL has already. An aggregate other than "token_sum", because SkyRL's reduction is in
+            the advantages. A KL to the reference or an entropy bonus, because SkyRL adds them itself.
     """
     if not isinstance(loss, PolicyLoss):
         raise TypeError(f"loss must be a PolicyLoss, got {type(loss).__name__}")
@@ -465,6 +465,7 @@ def register_loss(name: str, loss: PolicyLoss) -> None:
 def _put(functions: Mapping[str, PolicyLossFunction]) -> None:
     registry = _registry()
     there = {name: registry.get(name) for name in registry.list_available() if name in functions}
+    # An equal function is ours, from an earlier call.
     clash = [name for name, function in there.items() if function != functions[name]]
     if clash:
         raise ValueError(f"SkyRL has a policy loss {', '.join(map(repr, clash))} already")
@@ -475,7 +476,7 @@ def _put(functions: Mapping[str, PolicyLossFunction]) -> None:
 
 
 def unregister() -> None:
-    """Take out every name that `register` and `register_loss` have put in; SkyRL's own entries are untouched."""
+    """Remove every name that `register` and `register_loss` have put in. SkyRL's own entries stay."""
     if not _ours:
         return
     registry = _registry()

@@ -1,11 +1,13 @@
-"""fastrl inside slime: policy losses through its hook for custom losses, and its log-probs of one tensor-parallel rank.
+"""fastrl inside slime: policy losses for its hook of custom losses, and its log-probs on one tensor-parallel rank.
 
     --loss-type custom_loss --custom-loss-function-path fastrl.integrations.slime.policy_loss
 
-`policy_loss` is slime's own loss (ppo, gspo, cispo by `args.advantage_estimator`); `custom_loss(loss)` makes a hook of
-any `PolicyLoss`. slime reduces per-token values with the closure that it passes (`sum_of_sample_mean`), a weighted sum
-with one weight per sample. The weights are that closure's gradient; they multiply the advantages, in which every
-surrogate is linear, so the fused sum is slime's mean.
+`policy_loss` is slime's own loss: ppo, gspo or cispo, by `args.advantage_estimator`. `custom_loss(loss)` makes a hook
+of any `PolicyLoss`.
+
+slime passes a closure, `sum_of_sample_mean`, which reduces per-token values to a weighted sum with one weight per
+sample. The gradient of this closure gives the weights. The adapter multiplies the advantages by them. Every surrogate
+is linear in the advantages, so the sum of the loss over tokens is slime's mean.
 
 Legend: S samples of the micro-batch, N tokens of their responses one after the other, T rows of logits, V vocabulary.
 """
@@ -30,7 +32,7 @@ HOST = Host("slime", "slime", "624b824a8", "fastrl.integrations.slime")
 
 _proofs = FirstUse()
 _loss_proofs = FirstUse()
-_originals: list[Callable[..., Any]] = []  # slime's own log-probs, while the switch is on
+_originals: list[Callable[..., Any]] = []  # slime's own log-prob function, while the switch is on
 
 Reduction = Callable[[Tensor], Tensor]
 Hook = Callable[[Any, Any, Tensor, Reduction], tuple[Tensor, dict[str, Tensor]]]
@@ -54,13 +56,13 @@ def policy_loss(
     logits: Tensor,  # (1, T, V / tensor-parallel ranks)
     sum_of_sample_mean: Reduction,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return slime's policy loss and its metrics, from its arguments: eps_clip, eps_clip_high, eps_clip_c, ...
+    """Return slime's policy loss and its metrics, from slime's arguments (eps_clip, eps_clip_high, eps_clip_c, ...).
 
-    The first call with a setting computes slime's own loss of the same log-probs too, unless `args.fastrl_prove` is
-    False (a key of the file that --custom-config-path names).
+    The first call with a setting computes slime's own loss of the same log-probs too. To switch that off, put
+    `fastrl_prove: false` into the file of --custom-config-path.
 
     Raises:
-        AdapterMismatchError: in the first call, where slime's own loss or its gradient is another one.
+        AdapterMismatchError: in the first call, if slime's own loss or its gradient differs.
         ValueError: options that are not supported: use_tis, get_mismatch_metrics, use_opsm,
             custom_pg_loss_reducer_function_path, context parallelism.
     """
@@ -68,11 +70,11 @@ def policy_loss(
 
 
 def custom_loss(loss: PolicyLoss) -> Hook:
-    """Return a hook for `--custom-loss-function-path` that computes `loss`; slime reduces, and adds KL and entropy.
+    """Return a hook for `--custom-loss-function-path` that computes `loss` under slime's reduction, KL and entropy.
 
     Raises:
-        ValueError: a loss with a KL, an entropy bonus, a correction or a selection of its own: slime's use_kl_loss and
-            entropy_coef add the first two; an aggregate other than "token_sum", since slime's reduction is applied.
+        ValueError: the loss has a KL or an entropy bonus, which slime adds by use_kl_loss and entropy_coef, or a
+            correction, or the ratio anchor "rollout". Or its aggregate is not "token_sum", although slime reduces.
     """
     if not isinstance(loss, PolicyLoss):
         raise TypeError(f"loss must be a PolicyLoss, got {type(loss).__name__}")
@@ -125,6 +127,7 @@ def _computed(
     )
     logprobs, entropy = torch.cat(rows["log_probs"]), torch.cat(rows["entropy"])
     if logprobs.numel() == 0:
+        # The micro-batch has no response token. A zero with a graph lets the backward reach every parameter.
         zero = 0.0 * logits.sum()
         names = ("loss", "pg_loss", "entropy_loss", "pg_clipfrac", "ppo_kl")
         return zero, {name: zero.detach() for name in names}
@@ -157,7 +160,7 @@ def _terms(
 def _loss_proved(
     loss: PolicyLoss, module: Any, args: Any, batch: Any, logprobs: Tensor, entropy: Tensor, reduction: Reduction
 ) -> bool:
-    """Compare the loss of the micro-batch's log-probs, a number per token, with slime's own."""
+    """Compare the loss of the micro-batch's log-probs with slime's own."""
     original = HOST.function(module, "policy_loss_function", _LOSS_ARGUMENTS)
     mask = torch.cat(list(batch["loss_masks"])) != 0
     point = torch.where(mask, logprobs.detach(), 0.0)
@@ -168,7 +171,8 @@ def _loss_proved(
             "log_probs": list(leaf.split(batch["response_lengths"])),
             "entropy": list(fixed.split(batch["response_lengths"])),
         }
-        # slime's function with its log-probs given: its own globals, but for the ones that reach the vocabulary.
+        # A copy of slime's function that takes the log-probs as given: in its globals we replace the functions that
+        # compute or record them.
         names = {name: uncompiled(value) for name, value in original.__globals__.items()}
         names["get_log_probs_and_entropy"] = lambda *args, **kwargs: (None, rows)
         names["_maybe_capture_log_probs"] = lambda *args, **kwargs: None
@@ -237,7 +241,8 @@ def _clipped(loss: PolicyLoss, ratio: Tensor, advantages: Tensor) -> Tensor:
 
 
 def _weights(logprobs: Tensor, reduction: Reduction) -> Tensor:
-    """Return (N,) w such that the reduction of x is sum w x: its gradient, since it is linear."""
+    """Return the weights w (N,) with reduction(x) = sum w x."""
+    # The reduction is linear, so its gradient is w.
     with torch.enable_grad():
         probe = torch.zeros_like(logprobs, requires_grad=True)
         (weights,) = torch.autograd.grad(reduction(probe), probe)
@@ -267,13 +272,13 @@ def calculate_log_probs_and_entropy(
     log_prob_keep_mask: Tensor | None = None,  # (T, V)
     with_entropy_grad: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Stand for slime's function of this name: log-probs (T, 1) and entropy (T,), in one pass without copies.
+    """Replace slime's function of this name: return log-probs (T, 1) and entropy (T,), in one pass without copies.
 
-    `chunk_size` changes nothing: no tensor of the size of the logits is made beside their gradient. With
-    `log_prob_keep_mask` the log-probs are over the tokens kept, and the entropy over all, as in slime.
+    `chunk_size` has no effect: the gradient of the logits is the only tensor of their size. With `log_prob_keep_mask`
+    the log-probs are over the kept tokens and the entropy over all, as in slime.
 
     Raises:
-        ValueError: logits that are spread over tensor-parallel ranks.
+        ValueError: the logits are split over tensor-parallel ranks.
     """
     del chunk_size
     ranks = tp_group.size() if tp_group is not None and hasattr(tp_group, "size") else 1
@@ -306,7 +311,7 @@ def _rows(
 
 
 def _rows_proved(logits: Tensor, tokens: Tensor, tp_group: Any, keep: Tensor | None, with_entropy: bool) -> bool:
-    """Compare a few rows with slime's own function, which may write over the logits that it gets."""
+    """Compare a few rows with slime's own function."""
     if not _originals:
         return False
     chosen = sampled_tokens(logits.shape[0], logits.device)
@@ -314,6 +319,7 @@ def _rows_proved(logits: Tensor, tokens: Tensor, tp_group: Any, keep: Tensor | N
     kept = None if keep is None else keep[chosen]
     with torch.no_grad():
         logprobs, entropy = _rows(rows, picked, kept, with_entropy, False)
+        # A clone, because slime's function may overwrite its logits.
         theirs, their_entropy = _originals[-1](
             rows.clone(), picked, tp_group, with_entropy=with_entropy, log_prob_keep_mask=kept
         )
@@ -336,7 +342,7 @@ def _find() -> list[tuple[Any, str, Any]]:
         original = HOST.function(module, "calculate_log_probs_and_entropy", _ROWS_ARGUMENTS)
         found.append((module, "calculate_log_probs_and_entropy", calculate_log_probs_and_entropy))
     _originals[:] = [original]
-    _proofs.forget()
+    _proofs.forget()  # they compared with other originals
     return found
 
 
@@ -345,15 +351,15 @@ _switch = Switch(HOST, _find)
 
 @contextmanager
 def patched(*, prove: bool = True) -> Iterator[None]:
-    """Run slime's log-probs and entropies on fastrl inside this context, process-wide; one tensor-parallel rank.
+    """Run slime's log-probs and entropies on fastrl inside this context, process-wide. For one tensor-parallel rank.
 
     Args:
-        prove: whether the first use of each setting is compared with slime's own code on 32 rows of the logits.
+        prove: whether to compare the first use of each setting with slime's own code, on 32 rows of the logits.
 
     Raises:
         ImportError: slime, or Megatron under it, cannot be imported.
         RuntimeError: this slime's function takes other arguments.
-        In a call: AdapterMismatchError where slime's own numbers are others.
+        AdapterMismatchError in a call: slime's own numbers differ.
     """
     with _proofs.asked(prove), _switch.patched():
         yield
@@ -366,7 +372,7 @@ def enable(*, prove: bool = True) -> None:
 
 
 def disable() -> None:
-    """Undo `enable()`: slime's own function comes back."""
+    """Undo `enable()` and restore slime's own function."""
     _switch.disable()
 
 

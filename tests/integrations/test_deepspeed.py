@@ -62,7 +62,7 @@ def _loss(output: Any, weights: Tensor | None, items: int) -> Tensor:
 
 
 def _steps(name: str, wrap: Any, forward: Any, rows: slice, own_loss: bool) -> tuple[list[float], Any]:
-    """Train on `rows` of the batch; return the losses and the model."""
+    """Train on `rows` of the batch, and return the losses and the model."""
     from tiny_families import tiny_family
 
     model = tiny_family(name).train()
@@ -103,7 +103,7 @@ def _plain(name: str, own_loss: bool) -> tuple[list[float], Any]:
 
 
 def _patched(deepspeed: Any, name: str, rank: int, own_loss: bool) -> None:
-    """Compare losses and weights of two ranks with those of one process."""
+    """Compare losses and weights of two ranks with one process."""
     from fastrl.integrations.transformers import patch
 
     def wrap(model: Any) -> Any:

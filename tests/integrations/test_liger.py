@@ -60,7 +60,7 @@ def _batch(biased: bool = True, seed: int = 0) -> dict[str, Tensor | None]:
 def _run(
     call: Callable[..., Any], batch: dict[str, Any], scale: float = 1.5
 ) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Tensor]]:
-    """Return the loss, what comes with it, and the gradients of scale times the loss."""
+    """Return the loss, its metrics, and the gradients of scale times the loss."""
     leaves = {k: batch[k].clone().requires_grad_() for k in ("hidden", "weight", "bias") if batch[k] is not None}
     result = call(**{**batch, **leaves})
     loss, others = result if isinstance(result, tuple) else (result, ())
@@ -167,7 +167,7 @@ def test_grpo_takes_the_weights_of_the_rollout_engine(options: dict[str, Any], r
 
 def test_vespo_takes_the_weights_into_the_sequence_weight() -> None:
     _same(_grpo(vllm_is_ratio="token"), "LigerFusedLinearGRPOLoss", _grpo_batch(), loss_type="vespo")
-    # A weight of the sequence enters once, whatever the number of its tokens; one of 0 leaves the sequence out.
+    # A sequence's weight enters once, not once per token. A weight of 0 leaves the sequence out.
     for ratio in (torch.tensor([0.7, 1.6, 0.0, 1.1]), torch.tensor([[0.7], [1.6], [0.0], [1.1]])):
         _same(_grpo(vllm_is_ratio=ratio), "LigerFusedLinearGRPOLoss", _grpo_batch(), loss_type="vespo")
     module = ours.LigerFusedLinearGRPOLoss(loss_type="vespo")

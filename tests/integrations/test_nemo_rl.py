@@ -2,7 +2,6 @@
 
 import pickle
 import sys
-from collections.abc import Iterator
 from enum import Enum
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -46,7 +45,7 @@ class ClippedPGLossFn:
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
+def host(monkeypatch: pytest.MonkeyPatch, stand_for: Any) -> dict[str, ModuleType]:
     """Stand for NeMo-RL's modules: where the class is defined, the package that exports it, a loop that imported it."""
 
     class Loss(ClippedPGLossFn):
@@ -58,10 +57,8 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
     for module in modules.values():
         vars(module)["ClippedPGLossFn"] = Loss
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(type(adapter.HOST), "module", lambda self, path: modules[path.removeprefix("nemo_rl.")])
-    adapter._proofs.forget()
-    yield modules
-    adapter._proofs.forget()
+    stand_for(adapter, {module.__name__: module for module in modules.values()})
+    return modules
 
 
 def shifted(x: Tensor) -> Tensor:

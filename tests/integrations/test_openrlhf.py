@@ -40,12 +40,12 @@ class HostLoss(nn.Module):
 
 @pytest.fixture
 def scale() -> float:
-    """What the host multiplies its logits by."""
+    """The host's factor on its logits."""
     return 1.0
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, scale: float) -> dict[str, Any]:
+def host(stand_for: Any, scale: float) -> dict[str, Any]:
     class Loss(HostLoss):
         __init__ = HostLoss.__init__
         forward = HostLoss.forward
@@ -65,7 +65,7 @@ def host(monkeypatch: pytest.MonkeyPatch, scale: float) -> dict[str, Any]:
     vars(modules["loss"])["PolicyLoss"] = Loss
     for name in ("utils", "actor"):
         vars(modules[name]).update(functions)
-    monkeypatch.setattr(type(adapter.HOST), "module", lambda self, path: modules[path.rpartition(".")[2]])
+    stand_for(adapter, modules)
     return modules
 
 

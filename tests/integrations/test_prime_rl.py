@@ -1,6 +1,5 @@
 """fastrl inside prime-rl: golden cases through its hook for custom losses, its own losses beside them where it is."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -53,7 +52,7 @@ def default_loss_fn(inputs, loss_config):
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def host(stand_for: Any) -> ModuleType:
     module = ModuleType("loss")
     module.bound = 0.0  # type: ignore[attr-defined]
     vars(module).update(
@@ -61,10 +60,8 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         default_loss_fn=default_loss_fn,
         DefaultLossConfig=lambda **options: SimpleNamespace(**options, bound=module.bound),
     )
-    monkeypatch.setattr(type(adapter.HOST), "module", lambda self, path: module)
-    adapter._proofs.forget()
-    yield module
-    adapter._proofs.forget()
+    stand_for(adapter, {"loss": module, "trainer": module})  # the losses, and their configurations
+    return module
 
 
 def rows(x: dict[str, Tensor]) -> list[LossInputs]:

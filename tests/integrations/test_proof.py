@@ -1,4 +1,4 @@
-"""The proof of the adapters: it passes what rounding explains and refuses what it does not."""
+"""The proof of the adapters: it accepts differences that rounding explains, and refuses all others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ UNDO = "leave the context to undo"
 
 
 def rows(logits: Tensor, labels: Tensor) -> dict[str, Tensor | None]:
-    """Return what an adapter replaces, of logits (K, V), in their own precision."""
+    """Return the quantities that an adapter replaces, from logits (K, V), in the precision of the logits."""
     logp = logits.log_softmax(-1)
     return {
         "logprobs": logp.gather(-1, labels[:, None]).squeeze(-1),

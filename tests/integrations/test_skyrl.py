@@ -106,15 +106,13 @@ def ppo_policy_loss(log_probs, old_log_probs, advantages, config, loss_mask=None
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def host(stand_for: Any) -> Iterator[ModuleType]:
     module = ModuleType("ppo_utils")
     vars(module).update(ppo_policy_loss=ppo_policy_loss, PolicyLossRegistry=Registry())
     vars(module)["PolicyLossRegistry"].register("regular", ppo_policy_loss)
-    monkeypatch.setattr(type(adapter.HOST), "module", lambda self, path: module)
-    adapter._proofs.forget()
+    stand_for(adapter, {"ppo_utils": module})
     yield module
     adapter.unregister()
-    adapter._proofs.forget()
 
 
 def test_names_come_and_go(host: ModuleType) -> None:

@@ -19,7 +19,7 @@ CASES = [case for case in cases("policy") if case.peer == "slime" and "opsm" not
 
 @pytest.fixture
 def cap() -> float:
-    """The host's softcap; the default one rounds away."""
+    """The host's softcap. At the default, 1e6, it changes nothing beyond rounding."""
     return 1e6
 
 
@@ -39,7 +39,7 @@ def policy_loss_function(args, batch, logits, sum_of_sample_mean):
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, cap: float) -> dict[str, ModuleType]:
+def host(stand_for: Any, cap: float) -> dict[str, ModuleType]:
     """Stand for slime's modules: the log-probs of a batch are its logits."""
 
     def get_log_probs_and_entropy(logits: Tensor, *, response_lengths: list[int], **kwargs: Any) -> Any:
@@ -62,8 +62,7 @@ def host(monkeypatch: pytest.MonkeyPatch, cap: float) -> dict[str, ModuleType]:
     vars(modules["loss"])["get_log_probs_and_entropy"] = get_log_probs_and_entropy
     vars(modules["loss"])["get_rollout_top_p_logprob_kwargs"] = lambda args, batch: {}
     vars(modules["loss"])["policy_loss_function"] = policy_loss_function
-    monkeypatch.setattr(type(adapter.HOST), "module", lambda self, path: modules[path.rpartition(".")[2]])
-    adapter._loss_proofs.forget()
+    stand_for(adapter, modules)
     return modules
 
 
@@ -76,7 +75,7 @@ def arguments(**fields: Any) -> SimpleNamespace:
 
 
 def batch_of(x: dict[str, Tensor]) -> tuple[dict[str, Any], Tensor]:
-    """Return slime's batch and logits (1, N, 1) that stand for the log-probs; rows have lengths T, T - 1, ..."""
+    """Return slime's batch and logits (1, N, 1) that stand for the log-probs. The rows have lengths T, T - 1, ..."""
     rows, width = x["mask"].shape
     advantages = x["advantages"]
     if advantages.dim() == 1:

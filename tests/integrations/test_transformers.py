@@ -19,9 +19,8 @@ from oracle import assert_as_accurate
 from tiny_families import FAMILIES, SIZES, VOCABULARY, tiny_batch, tiny_family
 from torch import Tensor
 
-from fastrl.integrations import transformers as adapter
 from fastrl.integrations.common.proof import AdapterMismatchError
-from fastrl.integrations.transformers import patch, unpatch
+from fastrl.integrations.transformers import patch, patching, unpatch
 
 
 def _gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
@@ -44,6 +43,15 @@ def _of_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _in_double(inputs: dict[str, Any]) -> dict[str, Any]:
     return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def _alone_and_patched(model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Tensor], Any, dict[str, Tensor]]:
+    """Return (output, gradients) of the model's own forward, then of the patched one."""
+    theirs = model(**inputs)
+    gradients = _gradients(model, theirs.loss)
+    with patch(model):
+        ours = model(**inputs)
+        return theirs, gradients, ours, _gradients(model, ours.loss)
 
 
 # --- the numbers ------------------------------------------------------------------------------------------------------
@@ -204,7 +212,7 @@ def test_autocast_runs_the_head_in_its_dtype_and_keeps_the_row_arithmetic_in_flo
     model = tiny_family("phi")
     inputs = tiny_batch("phi", model)
     seen: list[torch.dtype] = []
-    original = adapter.PolicyLoss.from_hidden
+    original = patching.PolicyLoss.from_hidden
 
     def spy(self: Any, hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Any:
         seen.extend((hidden.dtype, weight.dtype, options["bias"].dtype))
@@ -213,7 +221,7 @@ def test_autocast_runs_the_head_in_its_dtype_and_keeps_the_row_arithmetic_in_flo
 
     with pytest.MonkeyPatch.context() as context, torch.autocast("cpu", torch.bfloat16):
         theirs = _gradients(model, model(**inputs).loss)
-        context.setattr(adapter.PolicyLoss, "from_hidden", spy)
+        context.setattr(patching.PolicyLoss, "from_hidden", spy)
         with patch(model):
             loss = model(**inputs).loss
             ours = _gradients(model, loss)
@@ -254,7 +262,7 @@ def test_no_tensor_of_logits_is_ever_allocated(mode: str) -> None:
         assert plain.largest >= tokens * vocabulary * 4
 
 
-# --- what must not change ---------------------------------------------------------------------------------------------
+# --- unchanged behaviour ----------------------------------------------------------------------------------------------
 
 
 def test_calls_without_labels_and_generation_are_the_hosts() -> None:
@@ -446,11 +454,7 @@ def test_rows_chosen_by_the_loss_go_back_to_their_places(shift: str) -> None:
     model = tiny_family("llama")
     inputs = tiny_batch("llama", model)
     model.loss_function = SHIFTS[shift]
-    theirs = model(**inputs)
-    gradients = _gradients(model, theirs.loss)
-    with patch(model):
-        ours = model(**inputs)
-        got = _gradients(model, ours.loss)
+    theirs, gradients, ours, got = _alone_and_patched(model, inputs)
     torch.testing.assert_close(ours.loss, theirs.loss)
     logits = theirs.logits * (-1.5 if shift == "negative" else 1.0)
     torch.testing.assert_close(ours.logprobs, _of_logits(logits, _next_labels(inputs["labels"]))[0])
@@ -497,11 +501,7 @@ def test_a_padded_vocabulary_is_cut_as_the_host_cuts_it() -> None:
     model.loss_function = lambda logits, labels, vocab_size, **_: F.cross_entropy(
         logits[..., :60].reshape(-1, 60), _next_labels(labels).view(-1)
     )
-    theirs = model(**inputs)
-    gradients = _gradients(model, theirs.loss)
-    with patch(model):
-        ours = model(**inputs)
-        got = _gradients(model, ours.loss)
+    theirs, gradients, ours, got = _alone_and_patched(model, inputs)
     torch.testing.assert_close(ours.loss, theirs.loss)
     torch.testing.assert_close(ours.logprobs, _of_logits(theirs.logits[..., :60], _next_labels(inputs["labels"]))[0])
     for name, want in gradients.items():
@@ -538,12 +538,12 @@ def test_models_that_cannot_be_patched_say_why() -> None:
 def test_a_head_that_is_not_reproduced_raises_on_first_use(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_family("phi")
     inputs = tiny_batch("phi", model)
-    real = adapter.effective_linear
-    monkeypatch.setattr(adapter, "effective_linear", lambda head, hidden: (*real(head, hidden)[:2], None))
+    real = patching.effective_linear
+    monkeypatch.setattr(patching, "effective_linear", lambda head, hidden: (*real(head, hidden)[:2], None))
     with patch(model), pytest.raises(AdapterMismatchError, match="does not reproduce the host"):
         model(**inputs)
-    monkeypatch.setattr(adapter, "head_scalars_of", lambda steps: (1.0, None))
-    monkeypatch.setattr(adapter, "effective_linear", real)
+    monkeypatch.setattr(patching, "head_scalars_of", lambda steps: (1.0, None))
+    monkeypatch.setattr(patching, "effective_linear", real)
     scaled = tiny_family("granite")
     with patch(scaled), pytest.raises(AdapterMismatchError, match="does not reproduce the host"):
         scaled(**tiny_batch("granite", scaled))
@@ -623,7 +623,7 @@ def test_gradient_checkpointing() -> None:
         torch.testing.assert_close(ours[name], want, atol=2e-6, rtol=2e-5)
 
 
-@pytest.mark.filterwarnings("ignore")  # what the compiler says of its graph breaks
+@pytest.mark.filterwarnings("ignore")  # the compiler's warnings of graph breaks
 def test_a_compiled_model() -> None:
     model = tiny_family("llama")
     inputs = tiny_batch("llama", model)
@@ -640,7 +640,7 @@ def test_a_compiled_model() -> None:
 
 
 def _trained(folder: Path, patched: bool, **options: Any) -> tuple[list[float], dict[str, Tensor], dict[str, float]]:
-    """Two optimiser steps of transformers.Trainer; losses, weights and what the evaluation returned."""
+    """Run two optimiser steps of transformers.Trainer, and return losses, weights and the result of the evaluation."""
     model = tiny_family("llama")
     torch.manual_seed(11)
     rows = [{"input_ids": (ids := torch.randint(5, VOCABULARY, (6 + i % 3,)))} | {"labels": ids} for i in range(8)]

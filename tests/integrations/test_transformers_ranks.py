@@ -26,7 +26,7 @@ def _batch(model: Any) -> dict[str, Tensor]:
 
 
 def _step(model: Any, inputs: dict[str, Tensor], items: int) -> Tensor:
-    """One SGD step on this rank's share of the batch; gradients are averaged over ranks, so the loss is times WORLD."""
+    """Take one SGD step on this rank's share of the batch. Ranks average gradients, so the loss is times WORLD."""
     optimiser = torch.optim.SGD(model.parameters(), lr=0.5)
     output = model(**inputs, num_items_in_batch=items)
     assert output.logits is None

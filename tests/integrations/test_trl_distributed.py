@@ -33,7 +33,7 @@ def _is_spread(trainer: Any) -> None:
 
 
 def check_training(rank: int, world_size: int) -> None:
-    """Train every setting alone and with the fused loss; compare with TRL's run and with the other rank."""
+    """Train every setting alone and with the fused loss, and compare with TRL's run and with the other rank."""
     warnings.simplefilter("ignore")
     sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
     import trl_runs

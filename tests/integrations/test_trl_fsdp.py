@@ -33,7 +33,7 @@ SETTINGS: tuple[tuple[str, dict[str, Any], bool], ...] = (
 
 
 def _shard(head_by_itself: bool) -> Callable[[Any], None]:
-    """Return what shards a trainer's model before its optimiser is made, and keeps it from being wrapped in DDP."""
+    """Return a function that shards a trainer's model before its optimiser exists, and keeps DDP from wrapping it."""
 
     def prepare(trainer: Any) -> None:
         from torch.distributed.device_mesh import init_device_mesh

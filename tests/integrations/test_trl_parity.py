@@ -22,6 +22,7 @@ from torch import Tensor
 pytest.importorskip("trl")
 
 import trl
+import trl_runs
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
@@ -29,12 +30,7 @@ from fastrl.train.config.grpo import GRPOConfig
 from fastrl.train.grpo import run_grpo
 from fastrl.train.rollouts import sampler
 
-# What TRL and its libraries say of these tiny runs.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = trl_runs.QUIET
 
 STEPS = 3
 GROUP = 4
@@ -45,7 +41,7 @@ EPSILON = 0.05  # small enough that the second step on a batch is clipped
 
 @dataclass
 class Recorded:
-    """What one run sampled, and what both of them measured."""
+    """The samples of one run, and the measurements of both."""
 
     prompts: list[str] = field(default_factory=list)  # of all steps, in order
     prompt_ids: list[list[int]] = field(default_factory=list)  # of all completions, in order
@@ -59,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ours(folder: Path, run_dir: Path, **changes: Any) -> tuple[list[dict[str, float]], dict[str, Tensor], Recorded]:
-    """Train with this loop; return the metrics of each batch, the weights, and what was sampled."""
+    """Train with this loop, and return the metrics of each batch, the weights, and the samples."""
     recorded = Recorded()
     sample = sampler.Sampler.rollout
 
@@ -92,7 +88,7 @@ def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
 
 
 def trls(folder: Path, output: Path, recorded: Recorded, **changes: Any) -> tuple[list[dict[str, float]], Any]:
-    """Train with TRL on the recorded completions; return its logs of each optimiser step and the model."""
+    """Train with TRL on the recorded completions, and return its logs of each optimiser step and the model."""
     batch = PROMPTS * GROUP
     starts: Iterator[int] = iter(range(0, len(recorded.prompt_ids), batch))
 
@@ -137,11 +133,11 @@ UNSCALED: tuple[dict[str, Any], dict[str, Any]] = (
     {**TWICE[0], "advantage_scale": "none"},
     {**TWICE[1], "scale_rewards": "none"},
 )
-# Relative to 0.01 at least. Both sides sum a few hundred float32 terms in another order; the updates that follow carry
-# such roundings on. 1e-4 is some 800 of them, and a hundredth of what a wrong factor anywhere would show.
+# Relative to 0.01 at least. The sides sum a few hundred float32 terms in different orders, and every update carries
+# these roundings on. 1e-4 is some 800 roundings, and a hundredth of the effect of a wrong factor anywhere.
 RELATIVE = 1e-4
-# Of the norm of a weight's change. AdamW divides by the gradient's own size, so that an entry whose gradient is nothing
-# but rounding moves by a whole step in either direction: 1e-3 is one such entry in a million.
+# Relative to the norm of a weight's change. AdamW divides by the gradient's own size, so an entry with a gradient of
+# pure rounding moves by a whole step in either direction. 1e-3 is one such entry in a million.
 WEIGHTS = 1e-3
 
 
@@ -175,7 +171,7 @@ def test_same_steps(
     for step, line in enumerate(metrics):
         theirs = logs[step * updates : (step + 1) * updates]
         for mine, name in names.items():
-            logged = [float(log[name]) for log in theirs if name in log]  # those of the rewards once a batch
+            logged = [float(log[name]) for log in theirs if name in log]  # TRL logs rewards once a batch
             value = sum(logged) / len(logged)
             assert abs(line[mine] - value) <= RELATIVE * max(abs(value), 0.01), f"{mine} of step {step}: {value}"
     if changes is not PARTS:

@@ -22,12 +22,7 @@ from trl_runs import Run, assert_same, train
 from fastrl.integrations import trl as fast
 from fastrl.integrations.common.proof import AdapterMismatchError
 
-# What TRL and its libraries say of these tiny runs.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = trl_runs.QUIET
 
 DPO_LOSSES = [
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
@@ -74,7 +69,7 @@ LOGPROBS_FIRST = {"dpo-aot", "dpo-aot_unpaired", "dpo-ld", "dpo-wpo", "grpo-top-
 
 @pytest.fixture(scope="module", autouse=True)
 def _light_heap() -> Iterator[None]:
-    """Trainers collect garbage at every start: what is imported by now need not be looked at again."""
+    """Trainers collect garbage at every start. Freezing keeps the objects imported by now out of that."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -128,11 +123,11 @@ def test_kto_rows_of_one_label(folder: Path, tmp_path: Path) -> None:
     compare("kto", folder, tmp_path, {}, prepare=sort, ref_folder=trl_runs.tiny_folder(tmp_path / "reference", seed=1))
 
 
-# --- what a batch may hold beside ------------------------------------------------------------------------------------
+# --- other columns of a batch -----------------------------------------------------------------------------------------
 
 
 def rollout(trainer: Any, change: Any) -> None:
-    """Let `change(trainer, output)` add to what the trainer's rollouts return."""
+    """Let `change(trainer, output)` add columns to the trainer's rollouts."""
     generate = trainer._generate_and_score_completions
 
     def wrapped(inputs: Any) -> dict[str, Any]:
@@ -145,7 +140,7 @@ def rollout(trainer: Any, change: Any) -> None:
 
 
 def corrected(mode: str) -> Any:
-    """Return what makes a trainer correct for log-probs of another engine, as if they came from vLLM."""
+    """Return a change after which a trainer corrects for another engine's log-probs, as if they came from vLLM."""
 
     def change(trainer: Any, output: dict[str, Any]) -> None:
         mask, old = output["completion_mask"], output["old_per_token_logps"]
@@ -209,9 +204,9 @@ def with_tools(trainer: Any, output: dict[str, Any]) -> None:
 
 
 def test_tokens_of_a_tool_keep_their_log_probs() -> None:
-    """TRL multiplies what it computes of them by zero: it must be finite, whatever the old log-prob was."""
+    """TRL computes with these tokens and multiplies by zero, so their numbers must be finite for any old log-prob."""
     from fastrl.integrations.trl._logprobs import request_of
-    from fastrl.integrations.trl._prediction import PolicyPrediction
+    from fastrl.integrations.trl._prediction import HeadCall, PolicyPrediction
     from fastrl.ops import linear_token_logprobs
 
     generator = torch.Generator().manual_seed(2)
@@ -221,7 +216,7 @@ def test_tokens_of_a_tool_keep_their_log_probs() -> None:
     inputs = {"mask": torch.tensor([1, 0, 1, 1, 0, 1]), "cu_seqlens": torch.tensor([0, 6]), "advantages": torch.ones(1)}
     request = request_of(hidden, 0.9, None, 1.0, ("log_probs", "entropy"), False)
     loss = fast.policy_loss_from_config(bare_config("grpo"))
-    fused = PolicyPrediction(loss, inputs).fused(hidden, weight, None, labels, request, [])
+    fused = PolicyPrediction(loss, inputs).fused(HeadCall(hidden, weight, None, labels, request))
     exact = linear_token_logprobs(hidden, weight, labels, temperature=0.9)
     assert torch.equal(fused.logprobs, exact.logprobs)
     assert torch.equal(fused.entropy, exact.entropy)
@@ -290,7 +285,7 @@ def test_head_cast_to_float32(folder: Path, tmp_path: Path) -> None:
 
 
 def test_autocast(folder: Path, tmp_path: Path) -> None:
-    """Under bf16 autocast TRL rounds its logits, and so its log-probs, to bf16; the losses agree to that rounding."""
+    """Under bf16 autocast TRL rounds its logits, and so its log-probs, to bf16. The losses agree to that rounding."""
     for kind in ("sft", "dpo"):
         theirs = train(kind, folder, tmp_path, {"bf16": True})
         for mode in ("patched", "fast"):
@@ -322,7 +317,7 @@ def bare_config(kind: str, **options: Any) -> Any:
 
 
 def test_pairs_without_a_prompt(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first token has nothing to be scored from; TRL's averages count it."""
+    """Without a prompt nothing predicts the first token, but TRL's averages count it."""
     pairs = trl_runs.dataset("dpo").map(lambda row: {"prompt": "", "chosen": row["chosen"] + ".", "rejected": "no!"})
     monkeypatch.setattr(trl_runs, "dataset", lambda kind: pairs)
     options = {"loss_type": ["ipo", "sigmoid_norm", "sft"], "max_steps": 1}
@@ -331,7 +326,7 @@ def test_pairs_without_a_prompt(folder: Path, tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_a_compiled_reference_has_no_truth_value(kind: str, folder: Path, tmp_path: Path) -> None:
-    """`bool` of what `torch.compile` returns asks the model for its length, which raises."""
+    """`bool` of a compiled model asks the model for its length, which raises."""
 
     def length(self: Any) -> int:
         raise TypeError(f"{type(self).__name__} does not support len()")
@@ -435,7 +430,7 @@ def test_another_loss_than_the_trainer_computes_is_refused(change: str, folder: 
 
 
 def test_a_token_on_the_edge_of_the_clip_is_no_mismatch() -> None:
-    """A ratio that rounding puts on either side of the clip may have either gradient; any other one is refused."""
+    """A ratio that rounding puts on either side of the clip may have either gradient, and no other."""
     from fastrl.integrations.trl._prediction import Fused, PolicyPrediction, attach
 
     loss = fast.policy_loss_from_config(bare_config("grpo", epsilon=0.2))
@@ -466,7 +461,7 @@ def test_a_token_on_the_edge_of_the_clip_is_no_mismatch() -> None:
 
 
 def test_gradients_that_have_vanished_are_the_same_loss() -> None:
-    """Saturated sigmoids: one form of their derivative is 1e-32 and another 0; but nothing larger passes for it."""
+    """Saturated sigmoids: one form of their derivative is 1e-32 and another 0. Any larger difference is refused."""
     from fastrl.integrations.trl._prediction import Fused, PolicyPrediction, attach
 
     inputs = {"mask": torch.ones(2), "cu_seqlens": torch.tensor([0, 2]), "advantages": torch.zeros(1)}

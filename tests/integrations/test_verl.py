@@ -23,7 +23,7 @@ from fastrl.losses.policy import PolicyLoss, RolloutCorrection
 
 NEEDS_VERL = "needs verl 0.9 and tensordict, omegaconf, hydra-core, codetiming, ray, torchdata"
 
-# verl adds its KL outside the policy loss; bypass mode computes weights and rejection before it calls one of these.
+# verl adds its KL outside the policy loss. Bypass mode computes weights and rejection before it calls one of these.
 OUTSIDE = ("+kl_", "bypass_")
 POLICY = [c for c in cases("policy") if c.peer == "verl" and not any(mark in c.id for mark in OUTSIDE)]
 ADVANTAGE = {
@@ -218,9 +218,9 @@ class Softcapped(StandIn):
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
+def stand_in(stand_for: Any) -> Any:
     def use(owner: type) -> None:
-        monkeypatch.setattr(type(_fused.HOST), "module", lambda self, path: SimpleNamespace(FusedLinearForPPO=owner))
+        stand_for(_fused, {"torch_functional": SimpleNamespace(FusedLinearForPPO=owner)})
 
     return use
 

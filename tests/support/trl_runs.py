@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import trl
@@ -21,6 +22,10 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from fastrl.integrations import trl as fast
 
+# TRL and its libraries warn about these tiny runs.
+QUIET = [
+    pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("FutureWarning", "DeprecationWarning", "UserWarning")
+]
 CONFIGS = {
     "sft": trl.SFTConfig,
     "dpo": trl.DPOConfig,

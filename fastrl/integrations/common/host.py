@@ -1,7 +1,10 @@
-"""What the adapters for other trainers share: whether the host fits, and replacing its objects so that they come back.
+"""A trainer's package: whether it is the one that an adapter was written for, and how its functions are replaced.
 
-An adapter names the attributes and signatures that it was tested with. A host that looks otherwise is refused in one
-line that says what was expected and what is there; nothing is guessed from version numbers.
+An adapter names the attributes and signatures that it was tested with. If the installed package has others, one line of
+error says the expected and the found ones. Version numbers decide nothing.
+
+Every adapter except liger and transformers describes its trainer as a `Host`. A `Switch` replaces functions for trl,
+verl, openrlhf, slime and nemo_rl. skyrl and prime_rl need none: SkyRL has a registry and prime-rl a hook.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ _ABSENT = object()
 
 @dataclass(frozen=True)
 class Host:
-    """A trainer that an adapter enters."""
+    """A trainer that an adapter is written for."""
 
     name: str
     """Its name in messages."""
@@ -32,7 +35,7 @@ class Host:
     adapter: str
     """The module of the adapter."""
     install: str = ""
-    """How it is installed, for the error where it cannot be imported."""
+    """How to install it, for the message of a failed import."""
 
     def version(self) -> str:
         """Return the installed version, or "of unknown version" for one that was not installed as a distribution."""
@@ -42,7 +45,7 @@ class Host:
             return "of unknown version"
 
     def module(self, path: str) -> Any:
-        """Return a module of the host; raise ImportError, in one line, where it cannot be imported."""
+        """Return a module of the host, or raise ImportError in one line."""
         try:
             return importlib.import_module(path)
         except ImportError as error:
@@ -53,20 +56,20 @@ class Host:
             ) from error
 
     def attribute(self, owner: Any, name: str) -> Any:
-        """Return `owner.name`; raise RuntimeError where this version of the host does not have it."""
+        """Return `owner.name`, or raise RuntimeError if this version of the host does not have it."""
         found = getattr(owner, name, _ABSENT)
         if found is _ABSENT:
             raise self.unsupported(f"{_path(owner)}.{name} does not exist")
         return found
 
     def function(self, owner: Any, name: str, arguments: tuple[str, ...]) -> Callable[..., Any]:
-        """Return the function `owner.name`; raise RuntimeError unless it takes exactly `arguments`."""
+        """Return the function `owner.name`, or raise RuntimeError unless it takes exactly `arguments`."""
         function = self.attribute(owner, name)
         self.check_arguments(f"{_path(owner)}.{name}", function, arguments)
         return function
 
     def check_arguments(self, name: str, function: Callable[..., Any] | None, arguments: tuple[str, ...]) -> None:
-        """Raise RuntimeError unless `function`, which messages call `name`, is there and takes exactly `arguments`."""
+        """Raise RuntimeError unless `function` exists and takes exactly `arguments`; `name` is for the message."""
         if function is None:
             raise self.unsupported(f"{name} does not exist")
         found = tuple(inspect.signature(function).parameters)
@@ -74,7 +77,7 @@ class Host:
             raise self.unsupported(f"{name} takes ({', '.join(found)}), expected ({', '.join(arguments)})")
 
     def unsupported(self, what: str) -> RuntimeError:
-        """Return the error for a host that the adapter does not fit."""
+        """Return the error for a version of the host that the adapter does not support."""
         return RuntimeError(
             f"{self.name} {self.version()} is not supported: {what}; {self.adapter} was tested with {self.tested}"
         )
@@ -87,11 +90,11 @@ def _path(owner: Any) -> str:
 
 
 class Switch:
-    """Objects of a host replaced while it is on, and put back, the same objects, when it goes off.
+    """Replaces objects of a host while it is on, and puts the same objects back when it goes off.
 
     Args:
         host: for messages.
-        find: returns (owner, name, replacement) of everything to replace; it checks that the host fits.
+        find: checks the host and returns (owner, name, replacement) of each object to replace.
     """
 
     def __init__(self, host: Host, find: Callable[[], list[tuple[Any, str, Any]]]) -> None:
@@ -109,7 +112,7 @@ class Switch:
 
     @contextmanager
     def patched(self) -> Iterator[None]:
-        """Replace inside this context; contexts nest."""
+        """Replace the objects inside this context. Contexts nest."""
         with self._lock:
             self._install()
             self._contexts += 1
@@ -121,13 +124,13 @@ class Switch:
                 self._restore_when_unused()
 
     def enable(self) -> None:
-        """Replace from here on; a second call changes nothing."""
+        """Replace the objects from here on. A second call changes nothing."""
         with self._lock:
             self._install()
             self._permanent = True
 
     def disable(self) -> None:
-        """Undo `enable`; inside a context the host's own objects come back when that ends."""
+        """Undo `enable`. Inside a context the host's own objects come back when the context ends."""
         with self._lock:
             self._permanent = False
             self._restore_when_unused()
@@ -135,6 +138,7 @@ class Switch:
     def _install(self) -> None:
         if self._bindings:
             return
+        # Find everything before the first change: a host that does not fit is left untouched.
         found = [(owner, name, vars(owner)[name], ours) for owner, name, ours in self._find()]
         for owner, name, _, ours in found:
             setattr(owner, name, ours)
@@ -145,6 +149,7 @@ class Switch:
             return
         while self._bindings:
             owner, name, original, ours = self._bindings.pop()
+            # Another library may have patched the same name since. Its object must not be lost.
             if vars(owner).get(name) is not ours:
                 warnings.warn(
                     f"{_path(owner)}.{name} was replaced by something else while fastrl's patch of {self._host.name} "

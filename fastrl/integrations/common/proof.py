@@ -1,11 +1,14 @@
-"""The proof that every adapter gives of itself: on first use its numbers are compared with the host's own.
+"""The proof on first use: an adapter computes a small batch with the host's own code too and compares the numbers.
 
-An adapter that reads a model's head must know everything that the model does to its logits: scale, softcap, bias,
-temperature, precision. Lists of model families go stale, so what was read is measured: on a few tokens the adapter's
-log-probs (and whatever else it replaces) stand beside those of the host's own code, and a difference beyond what the
-host's precision explains raises before anything has been trained.
+An adapter must know every operation that a model applies to its logits: scale, softcap, bias, temperature, precision. A
+list of model families goes stale, so the proof measures. On a few tokens it compares the adapter's log-probs, and the
+other quantities that the adapter replaces, with the host's. If they differ by more than the host's precision explains,
+it raises before the first training step.
 
-Legend: K tokens that are compared, D hidden, V vocabulary.
+`prove` compares log-probs and other statistics of rows: for transformers, trl, verl, openrlhf and slime. `prove_loss`
+compares a loss and its gradient: for verl, openrlhf, slime, nemo_rl, skyrl and prime_rl.
+
+Legend: B sequences, T time, N tokens, K tokens or sequences that are compared, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,10 +23,10 @@ import torch
 from torch import Tensor
 
 TOKENS = 32
-"""Tokens that a proof looks at: with a vocabulary of 151,936 their float32 logits take 19 MB."""
+"""Tokens of a proof. With a vocabulary of 151,936 their float32 logits take 19 MB."""
 
 ROUNDINGS = 4
-"""Times that a host rounds a logit to its own precision: product or bias, scale, softcap, temperature."""
+"""How often a host rounds a logit to its own precision: product or bias, scale, softcap, temperature."""
 
 
 class AdapterMismatchError(RuntimeError):
@@ -38,23 +41,29 @@ def sampled_tokens(n: int, device: torch.device | str, count: int = TOKENS) -> T
 
 
 def logit_error(largest: Tensor, dtype: torch.dtype, terms: int) -> Tensor:
-    """Return how far the logits of a host's rows may be from the exact ones, (K,).
+    """Return the largest rounding error of a host's logits in each row, (K,).
 
     Args:
         largest: (K,) the largest absolute logit of each row, after scale, softcap and temperature.
         dtype: the precision in which the host forms its logits.
-        terms: D, the products that a logit sums, in float32 at least.
+        terms: D, the number of products in the sum of a logit, which the host keeps in float32 at least.
     """
+    # Each rounding errs by half a unit in the last place. The error of a sum grows with the root of its length.
     stored = ROUNDINGS * torch.finfo(dtype).eps / 2.0
     summed = math.sqrt(terms) * torch.finfo(torch.float32).eps
     return largest.clamp(min=1.0) * (stored + summed)
 
 
 def allowances(error: Tensor, vocabulary: int) -> dict[str, Tensor]:
-    """Return the largest differences that rows of logits wrong by `error` (K,) explain, per quantity.
+    """Return the largest difference of each quantity that logits wrong by `error` (K,) explain.
 
-    With |dz_v| <= e: |d logsumexp| <= e, so a log-prob moves by at most 2 e; dH = -sum_v p_v (log p_v + H) dz_v, at
-    most 2 log(V) e; log sum p^2 = logsumexp(2 z) - 2 logsumexp(z), at most 4 e; a mean of logits by e.
+    For |dz_v| <= e the quantities move by at most:
+
+        logsumexp       e
+        log-prob        2 e
+        entropy         2 log(V) e, from dH = -sum_v p_v (log p_v + H) dz_v
+        log sum p^2     4 e, from log sum p^2 = logsumexp(2 z) - 2 logsumexp(z)
+        mean of logits  e
     """
     return {
         "logprobs": 2.0 * error,
@@ -76,12 +85,12 @@ def prove(
     vocabulary: int,
     undo: str,
 ) -> bool:
-    """Compare an adapter's numbers on a few tokens with the host's own; return whether anything could be compared.
+    """Compare an adapter's numbers on a few tokens with the host's own; return whether a token could be compared.
 
     Args:
-        adapter: what is being proved, for the message.
-        ours: "logprobs", and whichever of "entropy", "logsumexp", "log_sum_squared_probs", "mean_logits" the adapter
-            replaces; None entries are left out.
+        adapter: its name, for the message.
+        ours: the quantities that the adapter replaces, among "logprobs", "entropy", "logsumexp",
+            "log_sum_squared_probs" and "mean_logits". None entries are left out.
         host: the same quantities of the same tokens from the host's own code, unpatched.
         largest_logit: the largest absolute logit of each row, after scale, softcap and temperature.
         dtype: the precision in which the host forms its logits.
@@ -90,13 +99,12 @@ def prove(
         undo: how the user switches the adapter off, for the message.
 
     Returns:
-        False where no token could be compared (none is there, or the host's numbers are not finite): prove again at the
-        next call.
+        False if there is no token, or if no number of the host is finite. Prove again at the next call.
 
     Raises:
-        AdapterMismatchError: a difference that the host's precision does not explain, or a number of ours that is not
-            finite where the host's is. The message names the quantity, the token and both values.
-        ValueError: quantities without an allowance, or that only one side has.
+        AdapterMismatchError: the host's precision does not explain a difference, or the adapter's number is not finite
+            and the host's is. The message names the quantity, the token and both values.
+        ValueError: a quantity without an allowance, or one that only one side has.
     """
     present = {name for name, value in ours.items() if value is not None}
     if present != {name for name, value in host.items() if value is not None}:
@@ -114,6 +122,7 @@ def prove(
                 f"{adapter}: {name} has {mine.numel()} values where the host has {theirs.numel()}, for "
                 f"{largest.numel()} tokens; {undo}"
             )
+        # A token can only be compared if the host's own number is finite.
         known = theirs.isfinite()
         compared = compared or bool(known.any())
         difference = torch.where(known, (mine - theirs).abs(), 0.0).nan_to_num(nan=math.inf)
@@ -123,9 +132,9 @@ def prove(
             raise AdapterMismatchError(
                 f"{adapter} does not reproduce the host: {name} of compared token {worst} is {float(mine[worst]):.7g}, "
                 f"the host's own {float(theirs[worst]):.7g}; the difference {float(difference[worst]):.3g} exceeds "
-                f"{float(limits[name][worst]):.3g}, what {dtype} logits explain. The model does something to its "
-                f"logits that the adapter does not know (scale, softcap, bias, temperature, an adapter on the head); "
-                f"{undo}"
+                f"{float(limits[name][worst]):.3g}, the most that {dtype} logits explain. The model applies an "
+                f"operation to its logits that the adapter does not know (scale, softcap, bias, temperature, an "
+                f"adapter on the head); {undo}"
             )
     return compared
 
@@ -135,10 +144,10 @@ def _flat(value: Any) -> Tensor:
 
 
 LOSS_SEQUENCES = 4
-"""Sequences that the proof of a loss looks at."""
+"""Sequences in the proof of a loss."""
 
 LOSS_PRECISION = 1e-5
-"""Share of a loss or a gradient that single precision inside a host, and its epsilons in denominators, explain."""
+"""Largest relative difference that the host's float32 arithmetic and its epsilons in denominators explain."""
 
 
 def sampled_sequences(mask: Tensor, advantages: Tensor) -> Tensor:
@@ -152,7 +161,7 @@ def sampled_sequences(mask: Tensor, advantages: Tensor) -> Tensor:
 
 
 def on_cpu(value: Any, rows: Tensor | None = None) -> Any:
-    """Return a tensor (its `rows`, where they are given) as a detached copy on the CPU, floats in float64."""
+    """Return a detached copy of a tensor, or of its `rows`, on the CPU, floats in float64; other values as given."""
     if not isinstance(value, Tensor):
         return value
     value = value.detach()
@@ -163,7 +172,8 @@ def on_cpu(value: Any, rows: Tensor | None = None) -> Any:
 def moved_apart(
     logprobs: Tensor,  # (B, T) or (N,)
 ) -> Tensor:
-    """Return log-probs up to 0.75 nats away, at most -1e-3: where policies are equal, no bound would be looked at."""
+    """Return log-probs up to 0.75 nats away, at most -1e-3."""
+    # In the first step both policies are equal, every ratio is 1, and no clip would be tested.
     n, width = logprobs.numel(), logprobs.shape[-1] if logprobs.numel() else 1
     steps = torch.arange(n, dtype=logprobs.dtype, device=logprobs.device)
     apart = 0.5 * (1.7 * steps).cos() + 0.25 * (1.0 + 2.3 * steps.div(width, rounding_mode="floor")).cos()
@@ -178,20 +188,20 @@ def prove_loss(
     *,
     undo: str,
 ) -> bool:
-    """Compare a loss and its gradient with those of the host's own loss; return whether there was a gradient.
+    """Compare a loss and its gradient with the host's own loss and gradient; return whether there was a gradient.
 
-    Both get the same log-probs, in float64, moved apart from the old ones so that bounds are met, and the same seed for
-    what they draw on the CPU.
+    Both sides get the same log-probs in float64, moved away from the old ones so that some ratios reach the clip, and
+    the same seed for random numbers on the CPU.
 
     Args:
-        adapter: what is being proved, for the message.
+        adapter: its name, for the message.
         ours: the adapter's loss of log-probs, a scalar.
-        host: the host's own, unpatched.
-        logprobs: of a few sequences; nothing is asked of what stands under the mask but that it is finite.
+        host: the host's own loss, unpatched.
+        logprobs: log-probs of a few sequences. Under the mask they can be any finite numbers.
         undo: how the user switches the adapter off, for the message.
 
     Returns:
-        False where the host's loss is not finite or its gradient is 0 everywhere: prove again at the next call.
+        False if the host's loss is not finite or its gradient is 0 everywhere. Prove again at the next call.
 
     Raises:
         AdapterMismatchError: the loss or the gradient of a token differs by more than `LOSS_PRECISION`.
@@ -201,6 +211,7 @@ def prove_loss(
     if not (theirs.isfinite() and their_gradient.isfinite().all() and bool(their_gradient.any())):
         return False
     mine, gradient = _value_and_gradient(ours, point)
+    # The terms of a loss have both signs and may cancel, so its error is relative to the size of the terms.
     size = float(theirs.abs() + (their_gradient.abs() * point.abs().clamp(min=1.0)).sum())
     pairs = [("the loss", mine, theirs, LOSS_PRECISION * size)]
     allowed = LOSS_PRECISION * float(their_gradient.abs().max())
@@ -230,18 +241,18 @@ def _value_and_gradient(loss: Callable[[Tensor], Tensor], point: Tensor) -> tupl
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what `torch.compile` wrapped, or the function itself: a few rows are not worth a compilation."""
+    """Return the function under `torch.compile`, or the function itself: a few rows are not worth a compilation."""
     return getattr(function, "_torchdynamo_orig_callable", function)
 
 
 class FirstUse:
-    """Remembers what has been proved, so that each setting pays for its proof once per process."""
+    """Remembers the settings that have been proved, so that each is proved once per process."""
 
     def __init__(self) -> None:
         self._proved: set[Hashable] = set()
         self._lock = threading.Lock()
         self.wanted = True
-        """Whether anything is proved at all."""
+        """Whether to prove at all."""
 
     @contextmanager
     def asked(self, wanted: bool) -> Iterator[None]:
@@ -253,7 +264,7 @@ class FirstUse:
             self.wanted = before
 
     def once(self, key: Hashable, attempt: Callable[[], bool]) -> None:
-        """Run `attempt` unless `key` is proved; it counts as proved when it returns True and is repeated otherwise."""
+        """Run `attempt` unless `key` is proved. If it returns True `key` is proved, else the next call repeats it."""
         if not self.wanted or key in self._proved:
             return
         if attempt():
@@ -261,6 +272,6 @@ class FirstUse:
                 self._proved.add(key)
 
     def forget(self) -> None:
-        """Prove everything anew from here on."""
+        """Forget all proofs, so that every setting is proved again."""
         with self._lock:
             self._proved.clear()

@@ -3,9 +3,12 @@
     # from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
     from fastrl.integrations.liger import LigerFusedLinearGRPOLoss
 
-The signatures are those of Liger-Kernel 0.8.5, which need not be installed. Every class takes `compiled` and
-`chunk_size` and makes no use of them: they say how Liger computes, not what. An option that is not supported raises
-when the object is built; docs/liger.md lists those, and where the numbers differ on purpose.
+The signatures are taken from Liger-Kernel 0.8.5, which need not be installed. `compiled` and `chunk_size` have no
+effect: they choose Liger's way of computing. An option that is not supported raises an error when the object is built.
+docs/liger.md lists these options, and the numbers that differ from Liger's on purpose.
+
+policy.py      GRPO and its relatives       preference.py  DPO, CPO, SimPO, ORPO, KTO
+supervised.py  cross-entropy, distillation (JSD)
 """
 
 from fastrl.integrations.liger.policy import LigerFusedLinearGRPOLoss as LigerFusedLinearGRPOLoss

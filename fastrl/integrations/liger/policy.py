@@ -22,17 +22,20 @@ LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vesp
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 OVER_ALL_RANKS = ("dapo", "cispo", "vespo")
 _AGGREGATE = {"grpo": "sequence_mean", "sapo": "sequence_mean", "dr_grpo": "constant", "luspo": "sequence_sum"}
-# exp(20), where the log-weights of VESPO are clamped.
+# VESPO's log-weights are clamped at 20.
 _VESPO_WEIGHT_MAX = math.exp(20.0)
 
 
 class BuiltOnce(nn.Module):
-    """A module that refuses to change the options that its `loss` was built from, which Liger reads at every call."""
+    """A module with a `loss` built once from its options, which then cannot be changed.
+
+    Liger reads its options at every call, so there a change takes effect. Here it raises.
+    """
 
     BUILT_FROM: tuple[str, ...] = ()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; raise AttributeError for an option once the loss is built."""
+        """Set an attribute, or raise AttributeError for an option of the built loss."""
         if name in self.BUILT_FROM and "loss" in self.__dict__:
             raise AttributeError(
                 f"{type(self).__name__}.{name} cannot be changed, as the loss is built once: build another with "
@@ -46,21 +49,21 @@ class LigerFusedLinearGRPOLoss(BuiltOnce):
 
     Args:
         beta: coefficient of the KL to the reference (k3); 0.0 leaves it out.
-        use_ref_model: whether the calls bring a reference; without one there is no KL.
-        epsilon_low, epsilon_high: clip widths; for "cispo" epsilon_high is the bound of the weight itself.
+        use_ref_model: whether the calls pass a reference. Without one there is no KL.
+        epsilon_low, epsilon_high: clip widths. For "cispo" epsilon_high is the bound of the weight itself.
         loss_type: one of `LOSS_TYPES`.
-        max_completion_length: needed by "dr_grpo".
+        max_completion_length: divisor of "dr_grpo", which needs it.
         importance_sampling_level: "token" or "sequence".
-        sapo_temperature_pos, sapo_temperature_neg: of "sapo".
-        temperature: of the sampling, applied to the logits.
+        sapo_temperature_pos, sapo_temperature_neg: temperatures of "sapo".
+        temperature: sampling temperature, applied to the logits.
         delta: cap of the unclipped ratio, > 1 + epsilon_high.
         use_bias_correction_kl: multiply the KL by the ratio.
-        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: of "vespo".
+        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: parameters of "vespo".
         compiled, chunk_size: accepted, without effect.
 
     Raises:
-        ValueError: unknown names; numbers out of range; options that the loss type does not read; "luspo" at the token
-            level; "cispo", "sapo" and "vespo" at the sequence level.
+        ValueError: an unknown name, a number out of range, or an option that the loss type does not read. Or a level
+            that it does not have: the token level for "luspo", the sequence level for "cispo", "sapo" and "vespo".
     """
 
     BUILT_FROM = (
@@ -143,11 +146,11 @@ class LigerFusedLinearGRPOLoss(BuiltOnce):
         vllm_is_ratio: Tensor | None = None,  # (B,), (B, 1) or (B, T)
         num_items_in_batch: float | Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return (loss, metrics): the mean KL where beta is not 0, then the share of clipped tokens.
+        """Return (loss, metrics): the mean KL if beta is not 0, then the share of clipped tokens.
 
         The loss is float32, differentiable with respect to `_input`, `lin_weight` and `bias`. "dapo", "cispo" and
-        "vespo" divide by `num_items_in_batch`, or by the tokens of all ranks, over the number of ranks: without
-        `num_items_in_batch` the ranks of an initialised process group have to call together.
+        "vespo" divide by `num_items_in_batch`, or by the number of tokens on all ranks, each over the number of ranks.
+        Without `num_items_in_batch` all ranks of an initialised process group must make the call.
         """
         inputs: dict[str, Any] = {"mask": attention_mask, "old_logprobs": old_per_token_logps}
         inputs["ref_logprobs"] = self._reference(
@@ -155,7 +158,7 @@ class LigerFusedLinearGRPOLoss(BuiltOnce):
         )
         inputs |= self._counts(attention_mask, num_items_in_batch)
         loss, signs = self.loss, advantages
-        clips = self.loss_type in (*CLIPPED, "cispo")
+
         if vllm_is_ratio is not None:
             if self.loss_type == "vespo":
                 loss, inputs["rollout_logprobs"] = _with_vespo_weights(
@@ -169,7 +172,7 @@ class LigerFusedLinearGRPOLoss(BuiltOnce):
             **inputs,
         )  # fmt: skip
         clipped = _mean(output.metrics["clip_fraction"])
-        if vllm_is_ratio is not None and clips:
+        if vllm_is_ratio is not None and self.loss_type in (*CLIPPED, "cispo"):
             clipped = self._clipped(output.logprobs, old_per_token_logps, attention_mask, signs)
         metrics = [clipped]
         if self.beta != 0.0:
@@ -185,7 +188,7 @@ class LigerFusedLinearGRPOLoss(BuiltOnce):
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor | None:
-        """Return the reference's log-probs (B, T), or None where the loss reads none."""
+        """Return the reference's log-probs (B, T), or None if the loss reads none."""
         if not self.use_ref_model:
             if logprobs is not None or hidden is not None:
                 raise ValueError("a reference was passed to a loss built with use_ref_model=False")
@@ -202,7 +205,8 @@ class LigerFusedLinearGRPOLoss(BuiltOnce):
 
     @torch.no_grad()
     def _clipped(self, logprobs: Tensor | None, old: Tensor | None, mask: Tensor, advantages: Tensor) -> Tensor:
-        """Return the share of clipped tokens by the advantages' own signs, which a weight of 0 would hide."""
+        """Return the share of clipped tokens."""
+        # The sign of the unweighted advantage decides. In the weighted one a weight of 0 would hide it.
         assert logprobs is not None
         live = mask != 0
         log_ratio = torch.zeros_like(logprobs) if old is None else torch.where(live, logprobs - old, 0.0)
@@ -217,9 +221,10 @@ class LigerFusedLinearGRPOLoss(BuiltOnce):
         return ((clipped & live).sum() / live.sum().clamp(min=1)).to(torch.float32)
 
     def _counts(self, mask: Tensor, num_items_in_batch: float | Tensor | None) -> dict[str, Any]:
-        """Return the counts that the sums are divided by."""
+        """Return the counts by which the loss divides its sums."""
         if self.loss_type not in OVER_ALL_RANKS:
             return {"n_sequences": max(mask.shape[0], 1)} if self.loss_type != "bnpo" else {}
+        # The trainer averages gradients over the ranks, so each rank divides by its share of the total.
         ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         if num_items_in_batch is None:
             total = (mask != 0).sum().to(torch.float32)
@@ -241,7 +246,7 @@ def _check_level(loss_type: str, level: str) -> None:
 
 
 def _spread(values: Tensor, mask: Tensor) -> Tensor:
-    """Return (B, T) of (B,), (B, 1) or (B, T)."""
+    """Return values (B,), (B, 1) or (B, T) as (B, T)."""
     if values.dim() == 1 and values.shape[0] == mask.shape[0]:
         values = values[:, None]
     if values.dim() != 2 or values.shape[0] != mask.shape[0] or values.shape[1] not in (1, mask.shape[1]):
@@ -255,9 +260,9 @@ def _spread(values: Tensor, mask: Tensor) -> Tensor:
 def _with_vespo_weights(
     loss: PolicyLoss, ratio: Tensor, old_logprobs: Tensor | None, mask: Tensor
 ) -> tuple[PolicyLoss, Tensor]:
-    """Return the loss and rollout log-probs that carry the given ratios into VESPO's sequence weight.
+    """Return the loss and rollout log-probs that bring the given ratios into VESPO's sequence weight.
 
-    A ratio per token enters as their product, a ratio per sequence, (B,) or (B, 1), once.
+    Ratios per token enter as their product. A ratio per sequence, (B,) or (B, 1), enters once.
     """
     if old_logprobs is None:
         raise ValueError("vllm_is_ratio with loss_type='vespo' needs old_per_token_logps, which it is a ratio to")
@@ -265,6 +270,7 @@ def _with_vespo_weights(
     level = "token"
     if ratio.dim() == 1 or ratio.shape[1] == 1:
         level = "sequence_sum"
+        # The correction sums over the tokens, so each gets an equal share of the sequence's log-ratio.
         difference = difference / (mask != 0).sum(1, keepdim=True).clamp(min=1)
     correction = RolloutCorrection(level=level, op="truncate", high=_VESPO_WEIGHT_MAX)
     return dataclasses.replace(loss, correction=correction), old_logprobs.detach() - difference

@@ -26,7 +26,7 @@ Pairs = tuple[Tensor, tuple[Tensor, ...]]
 
 
 class _PairLoss(BuiltOnce):
-    """A loss of pairs: chosen rows first, then the rejected ones."""
+    """A loss of pairs. The chosen rows come first, then the rejected ones."""
 
     BUILT_FROM = (
         "beta", "alpha", "compute_nll_loss", "average_log_prob", "loss_type", "label_smoothing", "discopop_tau",
@@ -37,7 +37,7 @@ class _PairLoss(BuiltOnce):
         self, loss: PreferenceLoss, ignore_index: int, compiled: bool, chunk_size: int, compute_nll_loss: bool
     ) -> None:
         super().__init__()
-        self.compute_nll_loss = compute_nll_loss  # the NLL is returned where its weight is 0, too
+        self.compute_nll_loss = compute_nll_loss  # whether to return the NLL, even with a weight of 0
         self.loss = loss
         self.ignore_index = ignore_index
         self.compiled = compiled
@@ -57,22 +57,24 @@ class _PairLoss(BuiltOnce):
         reference: tuple[Tensor, Tensor, Tensor | None] | None = None,
         nll_target: Tensor | None = None,  # (B, T)
     ) -> Pairs:
-        """Return (loss, (chosen logps, rejected logps, mean logits of either, NLL, chosen and rejected rewards))."""
+        """Return (loss, (chosen logps, rejected logps, two mean logits, NLL, chosen rewards, rejected rewards))."""
         _check_rows(hidden, target)
         mask = target != self.ignore_index
         ref_logprobs = None if reference is None else _logprobs(*reference, target, self.ignore_index)
+        # With separate labels for the NLL the fused loss leaves it out, and it is added below.
         loss = self.loss if nll_target is None else dataclasses.replace(self.loss, sft_coef=0.0, sft_normalise=None)
         output = loss.from_hidden(hidden, weight, target, mask, bias=bias, ref_logprobs=ref_logprobs)
         assert output.logprobs is not None
         total = output.loss
-        nll = _masked_sum(-output.logprobs, mask).chunk(2)[0].sum() / mask.chunk(2)[0].sum().clamp(min=1)
+        chosen = mask.chunk(2)[0]
+        nll = _row_logprobs(-output.logprobs, mask, mean=False).chunk(2)[0].sum() / chosen.sum().clamp(min=1)
         if nll_target is not None:
             attached = self._nll(weight, hidden, nll_target, bias)
             total = total + self.loss.sft_coef * attached
             nll = attached.detach()
         with torch.no_grad():
-            policy = self._reduced(output.logprobs, mask)
-            scores = policy if ref_logprobs is None else policy - self._reduced(ref_logprobs, mask)
+            policy = self._of_rows(output.logprobs, mask)
+            scores = policy if ref_logprobs is None else policy - self._of_rows(ref_logprobs, mask)
             rewards = self.loss.beta * scores
             means = _logit_sums(hidden, weight, bias).chunk(2)
             size = max(means[0].numel() * target.shape[1] * weight.shape[0], 1)
@@ -82,7 +84,7 @@ class _PairLoss(BuiltOnce):
         return total, found
 
     def _nll(self, weight: Tensor, hidden: Tensor, nll_target: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the mean NLL of the chosen rows under labels of their own."""
+        """Return the mean NLL of the chosen rows with separate labels."""
         checks.same_shape("nll_target", nll_target, hidden.shape[:2])
         n = hidden.shape[0] // 2
         labels = nll_target[:n]
@@ -90,10 +92,8 @@ class _PairLoss(BuiltOnce):
         output = _TOKEN_SUM.from_hidden(hidden[:n], weight, labels, mask=live, bias=bias)
         return output.loss / live.sum().clamp(min=1)
 
-    def _reduced(self, logprobs: Tensor, mask: Tensor) -> Tensor:
-        """Return log-probs summed, or averaged, over the tokens of a row, (B,)."""
-        summed = _masked_sum(logprobs, mask)
-        return summed / mask.sum(1).clamp(min=1) if self.loss.reduce == "mean" else summed
+    def _of_rows(self, logprobs: Tensor, mask: Tensor) -> Tensor:
+        return _row_logprobs(logprobs, mask, mean=self.loss.reduce == "mean")
 
 
 class LigerFusedLinearDPOLoss(_PairLoss):
@@ -102,16 +102,16 @@ class LigerFusedLinearDPOLoss(_PairLoss):
     Args:
         ignore_index: label of the tokens outside the completions.
         beta: scale of the log-ratios.
-        alpha: weight of the NLL of the chosen rows, where `compute_nll_loss` asks for it.
-        use_ref_model: whether the calls bring a reference.
-        average_log_prob: whether log-probs are averaged over the tokens of a row.
+        alpha: weight of the NLL of the chosen rows, with `compute_nll_loss`.
+        use_ref_model: whether the calls pass a reference.
+        average_log_prob: whether to average log-probs over the tokens of a row.
         loss_type: one of `DPO_TYPES`.
-        label_smoothing: of "sigmoid" (conservative DPO), "robust", "exo_pair" and no other.
-        discopop_tau: of "discopop".
+        label_smoothing: for "sigmoid" (conservative DPO), "robust" and "exo_pair" only.
+        discopop_tau: temperature of "discopop".
         compiled, chunk_size: accepted, without effect.
 
     Raises:
-        ValueError: unknown loss types; options that the loss type does not read; numbers out of range.
+        ValueError: an unknown loss type, an option that the loss type does not read, or a number out of range.
     """
 
     def __init__(
@@ -155,7 +155,10 @@ class LigerFusedLinearDPOLoss(_PairLoss):
         ref_weight: Tensor | None = None,  # (V, D')
         ref_bias: Tensor | None = None,  # (V,)
     ) -> Pairs:
-        """Return (loss, (chosen logps (P,), rejected logps (P,), their mean logits, NLL, chosen, rejected rewards))."""
+        """Return (loss, (chosen logps, rejected logps, two mean logits, NLL, chosen rewards, rejected rewards)).
+
+        Log-probs and rewards are (P,). The mean logits, of the chosen and the rejected rows, and the NLL are scalars.
+        """
         reference = _reference(self.use_ref_model, ref_input, ref_weight, ref_bias)
         return self._pairs(lin_weight, _input, target, bias, reference)
 
@@ -163,7 +166,7 @@ class LigerFusedLinearDPOLoss(_PairLoss):
 class LigerFusedLinearCPOLoss(_PairLoss):
     """CPO: no reference, and the NLL of the chosen rows with weight `alpha`.
 
-    The arguments are those of `LigerFusedLinearDPOLoss`; `label_smoothing` is the conservative one.
+    The arguments are as in `LigerFusedLinearDPOLoss`, with conservative `label_smoothing`.
     """
 
     def __init__(
@@ -188,12 +191,12 @@ class LigerFusedLinearCPOLoss(_PairLoss):
         target: Tensor,  # (2P, T)
         bias: Tensor | None = None,  # (V,)
     ) -> Pairs:
-        """Return what `LigerFusedLinearDPOLoss` returns."""
+        """Return (loss, metrics), as `LigerFusedLinearDPOLoss` does."""
         return self._pairs(lin_weight, _input, target, bias)
 
 
 class LigerFusedLinearSimPOLoss(_PairLoss):
-    """SimPO: mean log-probs, target margin `gamma`, no reference, and the NLL with weight `alpha` if asked for."""
+    """SimPO: mean log-probs, target margin `gamma`, no reference, and with `compute_nll_loss` the NLL times `alpha`."""
 
     def __init__(
         self,
@@ -218,12 +221,12 @@ class LigerFusedLinearSimPOLoss(_PairLoss):
         target: Tensor,  # (2P, T)
         bias: Tensor | None = None,  # (V,)
     ) -> Pairs:
-        """Return what `LigerFusedLinearDPOLoss` returns."""
+        """Return (loss, metrics), as `LigerFusedLinearDPOLoss` does."""
         return self._pairs(lin_weight, _input, target, bias)
 
 
 class LigerFusedLinearORPOLoss(_PairLoss):
-    """ORPO: the log-odds of mean log-probs, and the NLL of the chosen rows, under labels of its own if given."""
+    """ORPO: the log-odds of mean log-probs, and the NLL of the chosen rows, which can have separate labels."""
 
     def __init__(
         self,
@@ -244,7 +247,7 @@ class LigerFusedLinearORPOLoss(_PairLoss):
         bias: Tensor | None = None,  # (V,)
         nll_target: Tensor | None = None,  # (2P, T), its chosen rows are read
     ) -> Pairs:
-        """Return what `LigerFusedLinearDPOLoss` returns, then the mean of log sigmoid(log-odds) and of the log-odds."""
+        """Return (loss, metrics): as for DPO, then the mean of log sigmoid(log-odds) and the mean of the log-odds."""
         if nll_target is not None and not self.compute_nll_loss:
             raise ValueError("nll_target was passed to a loss built with compute_nll_loss=False")
         loss, found = self._pairs(lin_weight, _input, target, bias, nll_target=nll_target)
@@ -255,9 +258,9 @@ class LigerFusedLinearORPOLoss(_PairLoss):
 
 
 class LigerFusedLinearKTOLoss(BuiltOnce):
-    """KTO: single rows that are desirable or not, against a reference point that the caller measures.
+    """KTO: single rows, desirable or undesirable, with a reference point that the caller passes as `kl`.
 
-    The arguments are those of `LigerFusedLinearDPOLoss`.
+    The arguments are as in `LigerFusedLinearDPOLoss`.
     """
 
     BUILT_FROM = ("beta",)
@@ -292,7 +295,7 @@ class LigerFusedLinearKTOLoss(BuiltOnce):
         ref_bias: Tensor | None = None,  # (V,)
         kl: Tensor | float | None = None,  # one number, or (B,)
     ) -> Pairs:
-        """Return (loss, sums over the desirable and the other rows of the logps, of all logits, of the rewards)."""
+        """Return (loss, six sums): of logps, all logits and rewards, each over the desirable, then the other rows."""
         _check_rows(_input, target, pairs=False)
         if preference_labels is None:
             raise ValueError("preference_labels (B,) are needed: True for desirable rows, got None")
@@ -300,14 +303,15 @@ class LigerFusedLinearKTOLoss(BuiltOnce):
         reference = _reference(self.use_ref_model, ref_input, ref_weight, ref_bias)
         mask = target != self.ignore_index
         found = linear_token_logprobs(_input, lin_weight, target, bias=bias, ignore_index=self.ignore_index)
-        logps = self._reduced(found.logprobs, mask)
+        logps = _row_logprobs(found.logprobs, mask, mean=self.average_log_prob)
         ref = torch.zeros_like(logps)
         if reference is not None:
-            ref = self._reduced(_logprobs(*reference, target, self.ignore_index), mask).detach()
+            found_ref = _logprobs(*reference, target, self.ignore_index)
+            ref = _row_logprobs(found_ref, mask, mean=self.average_log_prob).detach()
         point = torch.zeros_like(ref) if kl is None else torch.as_tensor(kl).detach().to(ref)
         if point.numel() != 1 and point.shape != ref.shape:
             raise ValueError(f"kl must be one number or (B={ref.numel()},), got shape {tuple(point.shape)}")
-        # A reference point per row is that much more reference log-prob.
+        # The loss takes one reference point. One per row has the same effect as adding it to the reference's log-prob.
         shifted = ref + point.reshape(-1)
         rows = (logps[desirable], logps[~desirable], shifted[desirable], shifted[~desirable])
         output = self.loss(*rows, reference_point=0.0)
@@ -317,16 +321,9 @@ class LigerFusedLinearKTOLoss(BuiltOnce):
             sums = [torch.where(side, x, 0.0).sum() for x in columns for side in (desirable, ~desirable)]
         return output.loss, tuple(sums)
 
-    def _reduced(self, logprobs: Tensor, mask: Tensor) -> Tensor:
-        summed = _masked_sum(logprobs, mask)
-        return summed / mask.sum(1).clamp(min=1) if self.average_log_prob else summed
-
-
-# --- small helpers ----------------------------------------------------------------------------------------------------
-
 
 def _nll_fields(compute_nll_loss: bool, alpha: float) -> dict[str, Any]:
-    """Return the fields of the NLL of the chosen rows, one mean over all of their tokens."""
+    """Return the fields for the NLL of the chosen rows, one mean over all of their tokens."""
     coefficient = checks.plain_float("alpha", alpha) if compute_nll_loss else 0.0
     return {"sft_coef": coefficient, "sft_normalise": "tokens" if coefficient else None}
 
@@ -334,7 +331,7 @@ def _nll_fields(compute_nll_loss: bool, alpha: float) -> dict[str, Any]:
 def _reference(
     used: bool, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """Return the reference's hidden states, head and bias, or None; raise where the loss was built for the other."""
+    """Return the reference's hidden states, head and bias, or None; raise ValueError if `used` says otherwise."""
     if not used:
         if hidden is not None or weight is not None or bias is not None:
             raise ValueError("a reference was passed to a loss built with use_ref_model=False")
@@ -358,13 +355,15 @@ def _logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tenso
     return linear_token_logprobs(hidden, weight, target, bias=bias, ignore_index=ignore_index).logprobs
 
 
-def _masked_sum(logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Return the sum over the live tokens of a row, (B,)."""
-    return torch.where(mask, logprobs, 0.0).sum(1)
+def _row_logprobs(logprobs: Tensor, mask: Tensor, *, mean: bool) -> Tensor:
+    """Return the sum or the mean over the live tokens of a row, (B,)."""
+    summed = torch.where(mask, logprobs, 0.0).sum(1)
+    return summed / mask.sum(1).clamp(min=1) if mean else summed
 
 
 def _logit_sums(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the sum of all T x V logits of a row, (B,), from sums of hidden states and of the head's rows."""
+    """Return the sum of all T x V logits of a row, (B,)."""
+    # A logit is linear in both, so the sum of hidden states times the sum of the head's rows gives it without logits.
     wide = torch.promote_types(hidden.dtype, torch.float32)
     sums = hidden.detach().sum(1, dtype=wide) @ weight.detach().sum(0, dtype=wide)
     return sums if bias is None else sums + hidden.shape[1] * bias.detach().sum(dtype=wide)

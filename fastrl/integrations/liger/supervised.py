@@ -24,19 +24,19 @@ _TOKEN_SUM = PolicyLoss.preset("sft", aggregate="token_sum")
 
 @dataclass
 class CrossEntropyOutput:
-    """What a cross-entropy returns when more than the loss is asked for."""
+    """The outputs of a cross-entropy with `return_z_loss`, `return_token_accuracy` or `return_predicted_tokens`."""
 
     loss: Tensor
     z_loss: Tensor | None = None
     """The part of the loss that `lse_square_scale` adds, detached."""
     token_accuracy: Tensor | None = None
-    """Share of the tokens whose label is the largest logit; per token with reduction="none"."""
+    """Share of the tokens with the largest logit at their label, or per token 0 or 1 with reduction="none"."""
     predicted_tokens: Tensor | None = None
-    """(N,) the largest logit's id, -1 where ignored."""
+    """(N,) the id of the largest logit, -1 for ignored tokens."""
 
 
 class _CrossEntropy(nn.Module):
-    """Options and arithmetic of both cross-entropies."""
+    """The common options and arithmetic of both cross-entropies."""
 
     def __init__(
         self,
@@ -75,7 +75,9 @@ class _CrossEntropy(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return (loss, z-loss), reduced, of the log-probs of N tokens.
 
-        With label smoothing e the target is (1 - e) onehot + e / V: -(1 - e) logp + e (logsumexp - mean logit).
+        With label smoothing e the target is (1 - e) onehot + e / V, and the loss of a token
+
+            -(1 - e) logp + e (logsumexp - mean logit)
         """
         per_token = -found.logprobs
         if self.label_smoothing != 0.0:
@@ -96,7 +98,7 @@ class _CrossEntropy(nn.Module):
         return total / live.sum().clamp(min=1) if self.reduction == "mean" else total
 
     def _output(self, loss: Tensor, z_loss: Tensor | None, target: Tensor, statistics: Callable[[], Any]) -> Any:
-        """Return the loss, or all that was asked for; of equal logits the one of the lowest id is predicted."""
+        """Return the loss, or a `CrossEntropyOutput`. Of equal logits the lowest id is the predicted one."""
         if not (self.return_z_loss or self.return_token_accuracy or self.return_predicted_tokens):
             return loss
         accuracy = predicted = None
@@ -115,19 +117,19 @@ class LigerFusedLinearCrossEntropyLoss(_CrossEntropy):
     """Cross-entropy of hidden states and the head, without the logits.
 
     Args:
-        ce_weight: refused.
+        ce_weight: class weights, not supported: None.
         ignore_index: label of tokens to leave out.
         lse_square_scale: coefficient of the z-loss, logsumexp^2.
         label_smoothing: share of the target spread over the vocabulary; not with `softcap`.
         reduction: "mean" over the tokens that are not ignored, "sum" or "none".
         softcap: bound c of c tanh(x / c), or None.
-        accum_dtype: None or torch.float32: the head's gradient is always accumulated in float32.
+        accum_dtype: None or torch.float32. The head's gradient is always accumulated in float32.
         use_token_scaling: multiply a token's loss by its probability, detached.
         return_z_loss, return_token_accuracy, return_predicted_tokens: return a `CrossEntropyOutput`. The last two form
             the logits of every chunk once more.
 
     Raises:
-        ValueError: class weights, another accum_dtype, label smoothing with a softcap, numbers out of range.
+        ValueError: class weights, another accum_dtype, label smoothing with a softcap, or a number out of range.
     """
 
     def __init__(
@@ -168,14 +170,15 @@ class LigerFusedLinearCrossEntropyLoss(_CrossEntropy):
         target: Tensor,  # (N,)
         bias: Tensor | None = None,  # (V,)
     ) -> Any:
-        """Return the loss, or a `CrossEntropyOutput`; differentiable in `_input`, `lin_weight` and `bias`.
+        """Return the loss, or a `CrossEntropyOutput`. It is differentiable in `_input`, `lin_weight` and `bias`.
 
-        Where the loss is a mean or a sum of log-probs its gradient is formed in the forward (3 GEMM units, 2 with a
-        frozen head); smoothing, the z-loss, token scaling and reduction="none" take one more.
+        For a mean or a sum of log-probs the forward forms the gradient: 3 GEMM units, 2 with a frozen head. Smoothing,
+        the z-loss, token scaling and reduction="none" take one more.
         """
         live = target != self.ignore_index
         head: dict[str, Any] = {"bias": bias, "softcap": self.softcap}
         z_loss = None
+        # `PolicyLoss` can form the gradient of a plain sum of log-probs in the forward.
         plain = self.label_smoothing == 0.0 and self.lse_square_scale == 0.0 and not self.use_token_scaling
         if plain and self.reduction != "none":
             output = _TOKEN_SUM.from_hidden(_input[None], lin_weight, target[None], mask=live[None], **head)
@@ -195,7 +198,7 @@ class LigerFusedLinearCrossEntropyLoss(_CrossEntropy):
 
 
 class LigerCrossEntropyLoss(_CrossEntropy):
-    """Cross-entropy of logits; the arguments are those of `LigerFusedLinearCrossEntropyLoss`, `weight` is refused."""
+    """Cross-entropy of logits. The arguments are as in `LigerFusedLinearCrossEntropyLoss`. `weight` must be None."""
 
     def __init__(
         self,
@@ -227,7 +230,7 @@ class LigerCrossEntropyLoss(_CrossEntropy):
         _input: Tensor,  # (N, V)
         target: Tensor,  # (N,)
     ) -> Any:
-        """Return the loss, or a `CrossEntropyOutput`; `_input` keeps its values."""
+        """Return the loss, or a `CrossEntropyOutput`. `_input` keeps its values."""
         live = target != self.ignore_index
         head: dict[str, Any] = {"softcap": self.softcap, "ignore_index": self.ignore_index}
         found = token_logprobs(_input, target, **head)
@@ -242,10 +245,10 @@ class LigerFusedLinearJSDLoss(nn.Module):
         loss = weight_hard_loss CE + weight_soft_loss JSD_beta, both means over the tokens that are not ignored
 
     Args:
-        weight_hard_loss, weight_soft_loss: weights of the two.
-        beta: 0 is KL(teacher || student), 1 KL(student || teacher), between them the mixture.
+        weight_hard_loss, weight_soft_loss: weights of the two terms.
+        beta: 0 is KL(teacher || student), 1 is KL(student || teacher), between them is the mixture.
         ignore_index: label of tokens to leave out.
-        temperature: of both models in the divergence, > 0; the cross-entropy is at temperature 1.
+        temperature: temperature of both models in the divergence, > 0. The cross-entropy has temperature 1.
         return_soft_hard_loss: return (loss, soft, hard).
         compiled, chunk_size: accepted, without effect.
     """
@@ -281,7 +284,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
         student_bias: Tensor | None = None,  # (V,)
         teacher_bias: Tensor | None = None,  # (V,)
     ) -> Any:
-        """Return the loss, or (loss, soft, hard); differentiable in the student's tensors."""
+        """Return the loss, or (loss, soft, hard). It is differentiable in the student's tensors."""
         live = true_labels != self.ignore_index
         soft = distillation_loss(
             student_input,
@@ -307,7 +310,8 @@ class LigerFusedLinearJSDLoss(nn.Module):
 
 
 def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the mean logit of every row, (N,), from the mean of the head's rows."""
+    """Return the mean logit of every row, (N,)."""
+    # A logit is linear in the head, so the mean of the head's rows gives it without logits.
     wide = torch.promote_types(hidden.dtype, torch.float32)
     mean = hidden.to(wide) @ weight.mean(0, dtype=wide)
     return mean if bias is None else mean + bias.mean(dtype=wide)

@@ -1,7 +1,7 @@
-"""The output head of a loaded model as the fused operation needs it: its weight, bias, and the adapters on it.
+"""The output head of a loaded model: its place in the model, its weight and bias, and the adapters on it.
 
-The head is run through its own module call, with its `forward` replaced for that one call. What gathers a sharded
-weight (FSDP2, ZeRO-3) or brings an offloaded one to the device hangs on the call and so happens around the operation.
+The head is called as a module, with its `forward` replaced for that one call. So its hooks run around the fused
+operation: they gather a sharded weight (FSDP2, ZeRO-3) or bring an offloaded one to the device.
 
 Legend: D hidden, V vocabulary, R rank of an adapter.
 """
@@ -22,14 +22,14 @@ _ABSENT = object()
 
 @dataclass(frozen=True)
 class HeadPlace:
-    """Where a model keeps its output head: attribute `name` of `owner`."""
+    """The place of a model's output head: attribute `name` of `owner`."""
 
     owner: nn.Module
     name: str
 
     @classmethod
     def of(cls, model: Any) -> HeadPlace:
-        """Return the place of the output embeddings of a transformers model, or raise ValueError."""
+        """Return the place of a transformers model's output embeddings, or raise ValueError."""
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if head is None:
             raise ValueError(f"{type(model).__name__} has no output head (get_output_embeddings() is None) to fuse")
@@ -41,12 +41,13 @@ class HeadPlace:
 
     @property
     def module(self) -> nn.Module:
-        """The head as it is now: wrappers and adapters may have come after the patch."""
+        """The head as it is now: wrappers and adapters may be newer than the patch."""
         return self.owner._modules[self.name]  # pyright: ignore[reportReturnType]  # a head is there
 
     @contextmanager
     def shadowed(self, stand_in: Any) -> Iterator[None]:
-        """Let `owner.name` give the stand-in: an entry of the instance comes before the registered module."""
+        """Make `owner.name` return the stand-in inside this context."""
+        # Python looks into the instance's __dict__ before nn.Module.__getattr__ looks into _modules.
         if self.name in self.owner.__dict__:
             raise RuntimeError("a patched model was called with labels while such a call was running: take turns")
         self.owner.__dict__[self.name] = stand_in
@@ -58,8 +59,8 @@ class HeadPlace:
 
 @contextmanager
 def replaced_forward(module: nn.Module, replacement: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """Run the module with another forward, all of its hooks in place; yield the original one."""
-    # accelerate's hooks are a `forward` that calls `_old_forward`.
+    """Give the module another forward inside this context, under all of its hooks; yield the original one."""
+    # accelerate's hook is itself the `forward`, and calls `_old_forward`.
     name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
     before = module.__dict__.get(name, _ABSENT)
     original = getattr(module, name)
@@ -74,7 +75,7 @@ def replaced_forward(module: nn.Module, replacement: Callable[..., Any]) -> Iter
 
 
 def innermost(module: Any) -> Any:
-    """Return the module that computes, inside wrappers that only pass a call on."""
+    """Return the module inside wrappers that only pass a call on (FSDP, torch.compile, PEFT's modules_to_save)."""
     while True:
         if hasattr(module, "_fsdp_wrapped_module"):
             module = module._fsdp_wrapped_module
@@ -87,7 +88,7 @@ def innermost(module: Any) -> Any:
             return module
 
 
-def check_head_module(module: Any) -> None:
+def check_output_layer(module: Any) -> None:
     """Raise ValueError, naming the kind, unless the head is a Linear or a Linear with plain LoRA adapters."""
     inner = innermost(module)
     if _is_linear(inner):
@@ -106,7 +107,8 @@ def check_head_module(module: Any) -> None:
 
 
 def vocabulary_of(module: Any) -> int:
-    """Return V; the weight itself may be sharded away."""
+    """Return V."""
+    # Not from the weight, which may be sharded.
     return int(innermost(module).out_features)
 
 
@@ -114,10 +116,10 @@ def effective_linear(
     module: Any,  # the innermost module
     hidden: Tensor,  # (..., D)
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (hidden, weight, bias) of the Linear that the head is, adapters included, attached to its parameters.
+    """Return (hidden, weight, bias) of one Linear equal to the head with its adapters, attached to their parameters.
 
-    LoRA adds s B A x to W x, which is one wider Linear: [x, s A dropout(x)] (..., D + R) with [W, B] (V, D + R). So the
-    gradients of A and B, and the dropout, are those of the host; the extra memory is one copy of the head.
+    LoRA adds s B A x to W x, which is one wider Linear: [x, s A dropout(x)] (..., D + R) with [W, B] (V, D + R). The
+    gradients of A and B and the dropout are the host's own. The extra memory is one copy of the head.
     """
     if _is_linear(module):
         return hidden, module.weight, module.bias
@@ -142,7 +144,7 @@ def effective_linear(
 
 
 def _is_linear(module: Any) -> bool:
-    # FSDP2 and parametrisations make subclasses that keep the forward; quantised layers have their own.
+    # FSDP2 and parametrisations make subclasses with the same forward. Quantised layers have another.
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 

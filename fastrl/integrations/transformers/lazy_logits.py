@@ -1,12 +1,11 @@
-"""Logits that are not there: what a model's own forward sees in place of the output of its head.
+"""Lazy logits: they record the operations of a model's forward and are never formed.
 
-The forward of a causal language model multiplies by the head, scales or caps the result, and hands it to a
-cross-entropy. `UnformedLogits` goes through that code in place of the (..., V) tensor: it remembers the scale, the cap
-and which rows are meant, and at the cross-entropy it has everything that the fused operation needs. What a family does
-to its logits is thus read from what its code does, in its own order; an operation that the fused one does not have
-raises, by name.
+The forward of a causal language model multiplies by the head, scales or caps the logits, and calls a cross-entropy.
+`LazyLogits` passes through that code in place of the (..., V) tensor. It records scale, softcap and the chosen rows, so
+that at the cross-entropy it has all inputs of the fused operation. The model's code itself thus tells which operations
+it applies, and in which order. An operation that the fused one does not have raises an error with its name.
 
-Legend: N rows of hidden states, D hidden, V vocabulary.
+Legend: N rows of hidden states, N' rows of the logits, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Step:
-    """One elementwise operation on the logits: `factor` is its multiplier, or None for tanh."""
+    """One elementwise operation on the logits: multiply by `factor`, or tanh if it is None."""
 
     factor: float | None
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Return the operation on real logits."""
+        """Apply the operation to real logits."""
         return torch.tanh(logits) if self.factor is None else logits * self.factor
 
 
@@ -59,23 +58,23 @@ def head_scalars_of(steps: tuple[Step, ...]) -> tuple[float, float | None]:
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """What the model's loss asks of the logits."""
+    """The arguments of the model's call of cross_entropy, and the operations before it."""
 
     hidden: Tensor  # (..., D) as given to the head
-    labels: Tensor  # (N,) label of every row of `hidden`, `ignore_index` where the loss asks for none
+    labels: Tensor  # (N,) label of every row of `hidden`, `ignore_index` for rows that the loss leaves out
     ignore_index: int
     reduction: str
     steps: tuple[Step, ...]
-    rows: Tensor | None  # which of the N rows the loss asks for; None: all, in order
-    vocabulary: int  # the first entries of the head that count; the others are padding
+    rows: Tensor | None  # (N',) indices of the rows in the loss; None: all N, in order
+    vocabulary: int  # entries of the head that count, from the first on; the others are padding
 
 
 Compute = Callable[[CrossEntropy], Tensor]
 
 
 @dataclass(frozen=True)
-class UnformedLogits:
-    """The (..., V) logits of hidden states (..., D), as far as a forward may look at them."""
+class LazyLogits:
+    """Stands for the (..., V) logits of hidden states (..., D), with their shape and dtype but without values."""
 
     hidden: Tensor  # (..., D)
     vocabulary: int
@@ -83,9 +82,9 @@ class UnformedLogits:
     dtype: torch.dtype
     steps: tuple[Step, ...] = ()
     rows: Tensor | None = None
-    """Index among the N rows of `hidden` of every row of these logits; None: all, in the shape of `hidden`."""
+    """For every row of these logits its index among the N rows of `hidden`. None: all, in the shape of `hidden`."""
 
-    # --- what can be asked without the values ---
+    # --- shape, dtype, device ---
 
     @property
     def shape(self) -> torch.Size:
@@ -111,14 +110,15 @@ class UnformedLogits:
         """Return the shape, or one of its entries."""
         return self.shape if dim is None else self.shape[dim]
 
-    # --- what leaves the values as they are ---
+    # --- casts, views and slices ---
 
-    def float(self) -> UnformedLogits:
-        """Return the same: the logits are float32 where they are formed."""
+    def float(self) -> LazyLogits:
+        """Return the same logits as float32."""
+        # Only the recorded dtype changes: the fused operation computes its logits in float32 anyway.
         return self.to(torch.float32)
 
-    def to(self, *args: Any, dtype: torch.dtype | None = None, device: Any = None, **unused: Any) -> UnformedLogits:
-        """Return the same logits under another dtype; another device raises."""
+    def to(self, *args: Any, dtype: torch.dtype | None = None, device: Any = None, **unused: Any) -> LazyLogits:
+        """Return the same logits with another dtype. Raise ValueError for another device."""
         del unused  # non_blocking, copy: nothing is moved
         for value in args:
             if isinstance(value, torch.dtype):
@@ -131,19 +131,19 @@ class UnformedLogits:
             raise ValueError(f"the model moves its logits from {self.device} to {device}; leave it unpatched")
         return self if dtype is None else replace(self, dtype=dtype)
 
-    def contiguous(self) -> UnformedLogits:
-        """Return the same logits, whose leading dimensions `view` may merge after a slice."""
+    def contiguous(self) -> LazyLogits:
+        """Return the same logits, with leading dimensions that `view` can merge even after a slice."""
         return self if self.rows is None else replace(self, rows=self.rows.contiguous())
 
-    def view(self, *shape: Any) -> UnformedLogits:
-        """Return the logits with other leading dimensions; the vocabulary stays the last one."""
+    def view(self, *shape: Any) -> LazyLogits:
+        """Return the logits with other leading dimensions. The last one stays the vocabulary."""
         return replace(self, rows=self._rows().view(*self._leading(shape)))
 
-    def reshape(self, *shape: Any) -> UnformedLogits:
-        """Return what `view` returns, of logits that need not be contiguous."""
+    def reshape(self, *shape: Any) -> LazyLogits:
+        """Return the logits with other leading dimensions, as `view` does, even if they are not contiguous."""
         return replace(self, rows=self._rows().reshape(*self._leading(shape)))
 
-    def flatten(self, start_dim: int = 0, end_dim: int = -1) -> UnformedLogits:
+    def flatten(self, start_dim: int = 0, end_dim: int = -1) -> LazyLogits:
         """Return the logits with leading dimensions merged into one."""
         first, last = start_dim % self.ndim, end_dim % self.ndim
         if last == self.ndim - 1:
@@ -151,7 +151,7 @@ class UnformedLogits:
         return replace(self, rows=self._rows().flatten(first, last))
 
     def _leading(self, shape: tuple[Any, ...]) -> tuple[int, ...]:
-        """Return the leading sizes that a view asks for, its last one being the vocabulary."""
+        """Return the leading sizes of a view, or raise ValueError unless its last size is the vocabulary."""
         sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list | torch.Size) else shape
         last = sizes[-1] if len(sizes) else None
         if last == -1 and len(sizes) > 1 and -1 not in sizes[:-1]:
@@ -163,8 +163,9 @@ class UnformedLogits:
             )
         return tuple(sizes[:-1])
 
-    def __getitem__(self, index: Any) -> UnformedLogits:
-        """Return some of the rows, chosen by slices, integers or a bool mask; every row at most once."""
+    def __getitem__(self, index: Any) -> LazyLogits:
+        """Return some of the rows, chosen by slices, integers or a bool mask."""
+        # None of these takes a row twice, so every row of `hidden` has at most one label in `cross_entropy`.
         parts = index if isinstance(index, tuple) else (index,)
         for part in parts:
             if not (part is Ellipsis or isinstance(part, int | slice) or _is_mask(part)):
@@ -181,39 +182,39 @@ class UnformedLogits:
         return replace(self, rows=self._rows()[tuple(parts)], vocabulary=kept)
 
     def _prefix(self, part: Any) -> int:
-        """Return how many entries of the vocabulary a slice keeps, from the first on."""
+        """Return the number of entries in a slice of the vocabulary, which must start at the first."""
         if not isinstance(part, slice) or part.start not in (None, 0) or part.step not in (None, 1):
             raise _refused(f"choosing among the vocabulary with {part!r}")
         return len(range(self.vocabulary)[part])
 
     def _rows(self) -> Tensor:
-        """Return the row index of every row, made on first need."""
+        """Return the index of every row, in the shape of the leading dimensions."""
         if self.rows is not None:
             return self.rows
         leading = self.hidden.shape[:-1]
         return torch.arange(leading.numel(), device=self.device).view(leading)
 
-    # --- what a head does to them ---
+    # --- scale and softcap ---
 
-    def __mul__(self, factor: Any) -> UnformedLogits:
-        """Return the logits times a number."""
+    def __mul__(self, factor: Any) -> LazyLogits:
+        """Return the logits multiplied by a number."""
         return replace(self, steps=(*self.steps, Step(_number(factor, "a factor on its logits"))))
 
     __rmul__ = __imul__ = mul = mul_ = __mul__
 
-    def __truediv__(self, divisor: Any) -> UnformedLogits:
+    def __truediv__(self, divisor: Any) -> LazyLogits:
         """Return the logits divided by a number."""
         return replace(self, steps=(*self.steps, Step(1.0 / _number(divisor, "a divisor of its logits"))))
 
     __itruediv__ = div = div_ = __truediv__
 
-    def tanh(self) -> UnformedLogits:
+    def tanh(self) -> LazyLogits:
         """Return tanh of the logits, the middle of a softcap."""
         return replace(self, steps=(*self.steps, Step(None)))
 
     tanh_ = tanh
 
-    # --- where they are needed ---
+    # --- the loss ---
 
     def cross_entropy(
         self,
@@ -225,7 +226,7 @@ class UnformedLogits:
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        """Return `torch.nn.functional.cross_entropy` of the logits, (N', V), for targets (N',)."""
+        """Return `torch.nn.functional.cross_entropy` of the logits (N', V) and targets (N',)."""
         for name, value in (("weight", weight), ("size_average", size_average), ("reduce", reduce)):
             if value is not None:
                 raise _refused(f"cross_entropy with {name}=")
@@ -249,7 +250,7 @@ class UnformedLogits:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        """Answer the functions of torch that a forward calls on its logits; any other raises."""
+        """Run a function of `_FUNCTIONS` on the logits. Raise AttributeError for any other."""
         method = _FUNCTIONS.get(func)
         if method is None:
             raise _refused(getattr(func, "__name__", str(func)))
@@ -260,14 +261,14 @@ class UnformedLogits:
                 raise _refused("cross_entropy with the logits as targets")
             return logits.cross_entropy(**bound)
         first, *rest = args
-        if not isinstance(first, cls):  # a number (or a tensor of one) times the logits
+        if not isinstance(first, cls):  # number * logits
             if func not in _COMMUTES:
                 raise _refused(getattr(func, "__name__", str(func)))
             first, rest = rest[0], [first]
         return getattr(first, method)(*rest, **(kwargs or {}))
 
     def __getattr__(self, name: str) -> Any:
-        """Refuse everything else, saying what was asked for."""
+        """Raise an error with the name of any other attribute."""
         if name.startswith("__"):
             raise AttributeError(name)
         raise _refused(name)
@@ -283,7 +284,7 @@ _FUNCTIONS: dict[Any, str] = {
 
 
 def _refused(what: str) -> AttributeError:
-    # An AttributeError, so that `hasattr` and `getattr(..., default)` keep their meaning.
+    # AttributeError, because a model may ask with `hasattr` or `getattr(..., default)`.
     return AttributeError(
         f"the model's forward uses {what} on its logits, which are not formed under fastrl's patch; known are a "
         "factor, a softcap, views, slices, casts and cross_entropy. Call the model without labels, or undo the patch"

@@ -1,4 +1,10 @@
-"""The patch: entering it replaces transformers' loss function and heads, leaving it restores them."""
+"""The patch of a model's forward, and the fused cross-entropy that it runs.
+
+The patched forward is an attribute of the instance. It replaces the head by `_LazyHead` for the duration of a call with
+labels and runs the model's own forward. `unpatch` deletes the attribute, or restores the one that was there before.
+
+Legend: B batch, T time, N tokens, D hidden, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from fastrl.backends import choice
+from fastrl.integrations.common.autocast import as_autocast
 from fastrl.integrations.common.proof import prove, sampled_tokens
 from fastrl.integrations.transformers.head import (
     HeadPlace,
-    check_head_module,
+    check_output_layer,
     effective_linear,
     innermost,
     replaced_forward,
     vocabulary_of,
 )
-from fastrl.integrations.transformers.lazy_logits import CrossEntropy, UnformedLogits, head_scalars_of
+from fastrl.integrations.transformers.lazy_logits import CrossEntropy, LazyLogits, head_scalars_of
 from fastrl.losses.policy.loss import PolicyLoss
 from fastrl.ops.linear_token_logprobs import linear_token_logprobs
 from fastrl.train.pretrained import causal_lm
@@ -34,13 +41,13 @@ _TOKEN_SUM = PolicyLoss.preset("sft", aggregate="token_sum")
 
 
 class Patch:
-    """A patch that is in place; a context manager that takes it back on leaving, as `undo` does."""
+    """A patched model, as a context manager: leaving it undoes the patch."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def undo(self) -> None:
-        """Give the model back its own forward; a second call does nothing."""
+        """Give the model its own forward back. A second call does nothing."""
         state: _State | None = self.model.__dict__.get(_STATE)
         if state is not None and state.active:
             unpatch(self.model)
@@ -50,7 +57,7 @@ class Patch:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Take it back."""
+        """Undo the patch."""
         self.undo()
 
 
@@ -63,29 +70,34 @@ def patch(
 ) -> Patch:
     """Let the model's forward with labels return loss, per-token log-probs and entropy without forming the logits.
 
-    With `labels` the output has `loss`, as the model's own code computes it from the cross-entropy; `logprobs` and
-    `entropy`, both (B, T) float32, of the label that position t predicts (labels[t + 1] unless `shift_labels` was
-    passed), 0 where it is ignored; every other field of the model's output; and `logits=None`. Calls without labels,
-    `generate` among them, are untouched.
+    The output of a call with `labels`:
+
+        loss               as the model's own code computes it from the cross-entropy
+        logprobs, entropy  (B, T) float32, for the label that position t predicts: labels[t + 1], or shift_labels[t];
+                           0 for an ignored label
+        logits             None
+        any other field    as in the model's own output
+
+    Calls without labels, for example by `generate`, run the model's own forward.
 
     Args:
         model: a transformers model with an output head, or a PEFT model around one. Patch it before it is wrapped for
             several processes (FSDP, DeepSpeed, DDP).
-        differentiable_logprobs: whether `logprobs` and `entropy` carry gradients, for losses of one's own; the training
-            step then takes 4 GEMM units in place of 3, or 2 with a frozen head. Otherwise they are detached and only
-            the loss has a gradient, formed in the forward.
+        differentiable_logprobs: whether `logprobs` and `entropy` carry gradients, for a loss of your own. The training
+            step then takes 4 GEMM units, or 2 with a frozen head. If False, they are detached, only the loss has a
+            gradient, it is formed in the forward, and the step takes 3.
         chunk_tokens: rows of logits held at once; None: 256 on a CPU, 2048 elsewhere.
-        backend: of the row kernels: "auto", "torch", "cpu", "triton" or "cuda".
+        backend: backend of the row kernels: "auto", "torch", "cpu", "triton" or "cuda".
 
     Returns:
-        A `Patch`: `undo()` or leaving it as a context manager gives the forward back; `unpatch(model)` does too.
+        A `Patch`. Its `undo()`, leaving it as a context manager, and `unpatch(model)` all restore the forward.
 
     Raises:
-        ValueError: a model that is patched already, without a head or without `labels`; a head that is neither a Linear
-            nor a Linear with plain LoRA adapters.
-        In a call: AttributeError or ValueError for an operation on the logits, or an option of the cross-entropy (label
-            smoothing, class weights), that the fused operation does not have; AdapterMismatchError where the first
-            log-probs are not those of the model's own head.
+        ValueError: the model is patched already, has no head, or takes no `labels`. Or its head is neither a Linear nor
+            a Linear with plain LoRA adapters.
+        AttributeError or ValueError in a call: an operation on the logits, or an option of the cross-entropy (label
+            smoothing, class weights), that the fused operation does not have.
+        AdapterMismatchError in the first call: its log-probs differ from the model's own.
     """
     inner = causal_lm(model)
     compiled = isinstance(inner, torch._dynamo.OptimizedModule)
@@ -98,11 +110,12 @@ def patch(
     if old is not None and old.active:
         raise ValueError(f"this {type(inner).__name__} is patched already; {_UNDO} first")
     place = HeadPlace.of(inner)
-    check_head_module(place.module)
+    check_output_layer(place.module)
     signature = inspect.signature(inner.forward)
     if "labels" not in signature.parameters:
         raise ValueError(f"the forward of {type(inner).__name__} takes no labels, so there is no loss to fuse")
     options = _Options.checked(differentiable_logprobs, chunk_tokens, backend, next(inner.parameters()).device)
+    # An undone patch is still there if another library wrapped its forward since. It is switched on again.
     if old is not None:
         old.options, old.active, old.proved = options, True, False
         return Patch(inner)
@@ -113,10 +126,10 @@ def patch(
 
 
 def unpatch(model: Any) -> None:
-    """Give a patched model back the forward that it had, exactly.
+    """Give a patched model exactly the forward back that it had.
 
-    Where something else was put around the patched forward since (accelerate's mixed precision, for one), that stays
-    and the patched forward inside it passes every call on to the model's own.
+    Another library may have wrapped the patched forward since, for example accelerate for mixed precision. Then the
+    wrapper stays, and the patched forward inside it passes every call on to the model's own.
 
     Raises ValueError for a model that is not patched.
     """
@@ -139,7 +152,7 @@ def unpatch(model: Any) -> None:
 
 @dataclass(frozen=True)
 class _Options:
-    """What `patch` was asked for."""
+    """The options of `patch`."""
 
     differentiable: bool
     chunk_tokens: int | None
@@ -147,7 +160,7 @@ class _Options:
 
     @classmethod
     def checked(cls, differentiable: Any, chunk_tokens: Any, backend: str, device: torch.device) -> _Options:
-        """Return the options, or raise for those that cannot be."""
+        """Return the options, or raise TypeError or ValueError."""
         if not isinstance(differentiable, bool):
             raise TypeError(f"differentiable_logprobs must be True or False, got {differentiable!r}")
         if chunk_tokens is not None and (
@@ -161,17 +174,16 @@ class _Options:
 
 @dataclass
 class _State:
-    """What a patched model carries. It refers to no function that is bound to the model, so that a deep copy of a
-    patched model is a patched model of its own.
-    """
+    """The state of a patch, an attribute of the model."""
 
+    # No member is bound to the model, so that a deep copy of a patched model is a patched model of its own.
     place: HeadPlace
     signature: inspect.Signature
     options: _Options
     forward: Callable[..., Any]
     """The patched forward, a function of (self, ...)."""
     previous: Any
-    """The forward that the instance had as an attribute, or None: that of its class."""
+    """The forward that the instance had as an attribute; None if it had only the forward of its class."""
     proved: bool = False
     active: bool = True
 
@@ -181,7 +193,7 @@ class _State:
 
 
 def _forward_like(model: Any, signature: inspect.Signature) -> Callable[..., Any]:
-    """Return the patched forward, a function of (self, ...) with the name and the signature of the model's own."""
+    """Return the patched forward, a function of (self, ...) with the name and the signature of the model's own one."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _patched_forward(self, args, kwargs)
@@ -198,30 +210,29 @@ def _patched_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     original = state.original(model)
     if not state.active or state.signature.bind_partial(*args, **kwargs).arguments.get("labels") is None:
         return original(*args, **kwargs)
+    # `finish` reads the output's fields by name, so the model must not return a tuple.
     asked = kwargs.pop("return_dict", None)
     as_tuple = not (model.config.return_dict if asked is None else asked)
     call = _Call(state)
-    with state.place.shadowed(_HeadStandIn(state.place.module, call)):
+    with state.place.shadowed(_LazyHead(state.place.module, call)):
         output = original(*args, return_dict=True, **kwargs)
     result = call.finish(output)
     return result.to_tuple() if as_tuple else result
 
 
-class _HeadStandIn:
-    """Stands where the head was: takes the hidden states and gives logits that are not formed.
-
-    Calls from other threads (a generation beside the training) go to the head.
-    """
+class _LazyHead:
+    """Replaces the head during a call: takes hidden states and returns `LazyLogits`."""
 
     def __init__(self, module: nn.Module, call: Any) -> None:
         self._module = module
         self._call = call
 
-    def __call__(self, hidden: Tensor) -> UnformedLogits | Tensor:
+    def __call__(self, hidden: Tensor) -> LazyLogits | Tensor:
+        # Another thread may generate with the model at the same time. It gets real logits.
         if self._call.elsewhere():
             return self._module(hidden)
-        check_head_module(self._module)
-        return UnformedLogits(hidden, vocabulary_of(self._module), self._call.compute, hidden.dtype)
+        check_output_layer(self._module)
+        return LazyLogits(hidden, vocabulary_of(self._module), self._call.compute, hidden.dtype)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
@@ -237,12 +248,12 @@ class _Call:
     entropy: Tensor | None = field(default=None)
 
     def elsewhere(self) -> bool:
-        """Return whether this is another thread than that of the call."""
+        """Return whether the current thread is not the one that made the call."""
         return threading.get_ident() != self.thread
 
-    @torch.compiler.disable  # what it calls is compiled code already; a graph of the body ends and starts around it
+    @torch.compiler.disable  # its kernels are compiled already, so the graph of the model's body breaks around it
     def compute(self, asked: CrossEntropy) -> Tensor:
-        """Return the cross-entropy that the model's loss asks for, and keep log-probs and entropy for the output."""
+        """Return the cross-entropy for the model's loss, and keep log-probs and entropy for the output."""
         if self.logprobs is not None:
             raise ValueError("the model takes the cross-entropy of its logits twice; leave it unpatched")
         outer = self.state.place.module
@@ -269,7 +280,7 @@ class _Call:
         return loss
 
     def finish(self, output: Any) -> Any:
-        """Return the model's output with log-probs and entropy, and without the stand-in for the logits."""
+        """Return the model's output with log-probs and entropy, and None for the lazy logits."""
         from transformers.utils import ModelOutput
 
         if not isinstance(output, ModelOutput):
@@ -277,13 +288,13 @@ class _Call:
         if self.logprobs is None:
             raise RuntimeError(f"the model computed its loss without a cross-entropy of its head's logits; {_UNDO}")
         values = {item.name: getattr(output, item.name) for item in fields(output)}  # pyright: ignore[reportArgumentType]
-        values = {name: None if isinstance(v, UnformedLogits) else v for name, v in values.items()}
+        values = {name: None if isinstance(v, LazyLogits) else v for name, v in values.items()}
         return _with_logprobs(type(output))(**values, logprobs=self.logprobs, entropy=self.entropy)
 
 
 @functools.cache
 def _with_logprobs(kind: Any) -> Any:
-    """Return the model's class of outputs with two more fields."""
+    """Return a subclass of the model's output class with two more fields."""
     added = [(name, Tensor | None, field(default=None)) for name in ("logprobs", "entropy")]
     made = make_dataclass(f"{kind.__name__}WithLogprobs", added, bases=(kind,))
     made.__module__ = __name__
@@ -298,7 +309,8 @@ def _fused_cross_entropy(
     head: Any, hidden: Tensor, asked: CrossEntropy, options: _Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (loss, logprobs (N,), entropy (N,)) of hidden states (..., D), inside the head's own call."""
-    hidden, weight, bias = _as_autocast(*effective_linear(head, hidden))
+    hidden, weight, bias = as_autocast(*effective_linear(head, hidden))
+    # The model has cut the padding of its vocabulary off.
     if asked.vocabulary < weight.shape[0]:
         weight, bias = weight[: asked.vocabulary], None if bias is None else bias[: asked.vocabulary]
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -311,7 +323,7 @@ def _fused_cross_entropy(
         "backend": options.backend,
     }
     live = asked.labels != asked.ignore_index
-    # The operation keeps its logits and their gradient in float32, whatever is casted around it.
+    # The operands have their dtype. Autocast must not touch the float32 logits and their gradient inside.
     with torch.autocast(hidden.device.type, enabled=False):
         if options.differentiable or asked.reduction == "none":
             found = linear_token_logprobs(flat, weight, asked.labels, ignore_index=asked.ignore_index, **how)
@@ -331,23 +343,15 @@ def _fused_cross_entropy(
     return total, logprobs.detach(), entropy.detach()
 
 
-def _as_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the operands in the dtype in which autocast runs a Linear here, or as they are."""
-    kind = hidden.device.type
-    if not torch.is_autocast_enabled(kind) or hidden.dtype == torch.float64:
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(kind)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
 @torch.no_grad()
 def _proved(head: Any, own_forward: Callable[..., Any], hidden: Tensor, asked: CrossEntropy, options: _Options) -> bool:
-    """Compare the log-probs of a few tokens with those of the model's own head and steps; whether there were any."""
+    """Compare the log-probs of a few tokens with the model's own; return whether there were any."""
     live = (asked.labels != asked.ignore_index).nonzero().squeeze(-1)
     rows = live[sampled_tokens(live.numel(), live.device)]
     if rows.numel() == 0:
         return False
     states, labels = hidden.detach().reshape(-1, hidden.shape[-1])[rows], asked.labels[rows]
+    # LoRA's dropout would draw other masks on the two sides.
     dropouts = [module for module in head.modules() if isinstance(module, nn.Dropout) and module.training]
     for module in dropouts:
         module.eval()

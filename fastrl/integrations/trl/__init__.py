@@ -1,8 +1,15 @@
 """fastrl inside TRL: `with fastrl.integrations.trl.patched(): trainer.train()`, or `enable()` once.
 
-`patched` and `enable` replace the function that gives TRL's trainers their log-probs. `FastGRPOTrainer`,
+`patched` and `enable` replace the function from which TRL's trainers get their log-probs. `FastGRPOTrainer`,
 `FastRLOOTrainer`, `FastDPOTrainer`, `FastKTOTrainer` and `FastSFTTrainer` also form the gradient of the loss while the
-head runs. TRL is imported when it is first needed.
+head runs. This package imports TRL when it first needs it.
+
+_switch.py       patched, enable, disable        _seams.py        TRL's functions, and the check of their signatures
+_logprobs.py     TRL's log-prob function on fastrl's rows
+_translate.py    TRL's configurations as losses
+_prediction.py   the gradient of a loss, predicted while the head runs: policy losses and SFT
+_preferences.py  the same for DPO and KTO
+_trainers.py     the five trainers
 """
 
 from __future__ import annotations

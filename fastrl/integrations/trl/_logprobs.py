@@ -1,4 +1,4 @@
-"""TRL's chunked log-prob function on fastrl's rows: the same contract, with the head's other statistics on the way.
+"""TRL's chunked log-prob function, computed by fastrl: log-probs, entropy, and the statistics of logits that TRL logs.
 
 Legend: N tokens, D hidden, V vocabulary.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from fastrl.checks import MASKED_LABEL, wide
 from fastrl.integrations.common.proof import FirstUse, prove, sampled_tokens
 from fastrl.integrations.trl import _seams
-from fastrl.integrations.trl._prediction import Prediction, attach, pending
+from fastrl.integrations.trl._prediction import HeadCall, Prediction, attach, pending
 from fastrl.ops.chunks import Chunks, chunk_logits
 from fastrl.ops.gradients import Gradients
 from fastrl.ops.head import LinearRows
@@ -32,7 +32,7 @@ proofs = FirstUse()
 
 @dataclass(frozen=True)
 class Request:
-    """A call of TRL's function: everything that is not a tensor."""
+    """The arguments of a call of TRL's function that are no tensors."""
 
     temperature: float
     softcap: float | None
@@ -40,7 +40,7 @@ class Request:
     outputs: tuple[str, ...]
     compute_dtype: torch.dtype
     rounded: bool = False
-    """Whether logits are rounded to `compute_dtype`, as TRL's own tiles are."""
+    """Whether to round logits to `compute_dtype`, as TRL does."""
     ignored: int = MASKED_LABEL
 
     def rows(
@@ -53,24 +53,25 @@ class Request:
         )  # fmt: skip
 
     def cast(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the tensors in the dtype in which TRL multiplies them."""
+        """Return the tensors in the dtype of TRL's matrix product."""
         dtype = self.compute_dtype
         return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def formed(self, logits: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the logits of a chunk as they are to be read, in their own buffer; TRL rounds twice with a bias."""
+        """Return the logits of a chunk, rounded in place if asked for."""
         if self.rounded:
+            # TRL adds the bias to rounded logits and rounds again.
             logits.copy_(logits.to(self.compute_dtype))
             if bias is not None:
                 logits.add_(bias.to(self.compute_dtype)).copy_(logits.to(self.compute_dtype))
         return logits
 
     def columns(self, n: int, wanted: Sequence[str], like: Tensor) -> dict[str, Tensor]:
-        """Return room for the statistics of n rows."""
+        """Return empty tensors for the statistics of n rows."""
         return {name: like.new_empty(n, dtype=torch.bool if name == "is_top1" else None) for name in wanted}
 
     def observe(self, columns: dict[str, Tensor], rows: Tensor | slice, logits: Tensor, labels: Tensor) -> None:
-        """Write the statistics of rows of logits to their places; a tie with an earlier id is no top-1 prediction."""
+        """Write the statistics of some rows into the columns."""
         found = row_statistics(
             logits, labels, temperature=self.temperature, logit_scale=self.logit_scale, softcap=self.softcap,
             ignore_index=MASKED_LABEL,
@@ -78,14 +79,15 @@ class Request:
         values = {
             "log_sum_sq_probs": found.log_sum_squared_probs,
             "mean_logits": found.mean_logits,
-            "is_top1": found.argmax == labels,
+            "is_top1": found.argmax == labels,  # of equal logits the lowest id counts
         }
         for name, out in columns.items():
             out[rows] = values[name]
 
     def chunks(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Chunks:
-        """Return the rows, cut into chunks; where logits are rounded, `formed` adds the bias."""
+        """Return the rows, cut into chunks."""
         rows = self.rows(*self.cast(hidden, weight, bias)[:2], bias, targets)
+        # `formed` adds the bias between the two roundings.
         return Chunks.of(replace(rows, bias=None) if self.rounded else rows)
 
 
@@ -97,7 +99,7 @@ def request_of(
     outputs: tuple[str, ...],
     round_logits: bool,
 ) -> Request:
-    """Return the request of a call; the projection runs in autocast's dtype, or in that of the hidden states."""
+    """Return the request of a call. The projection runs in autocast's dtype, or in the dtype of the hidden states."""
     unknown = sorted(set(outputs) - {"log_probs", *ALL_OUTPUTS})
     if unknown:
         raise ValueError(f"outputs must be among log_probs, {', '.join(ALL_OUTPUTS)}; got {', '.join(unknown)}")
@@ -114,14 +116,14 @@ def forward_pass(
     targets: Tensor,  # (N,)
     request: Request,
     *,
-    unit: bool = False,
+    keep_token_grads: bool = False,
 ) -> tuple[Outputs, tuple[Tensor, ...], Tensor | None]:
-    """Return (what TRL asked for, what the backward needs of the rows, the unit gradients (N, D) where asked for)."""
+    """Return (TRL's outputs, the row results for the backward, d logprob_i / d hidden_i (N, D) or None)."""
     chunks = request.chunks(hidden, weight, bias, targets)
     found = chunks.outputs()
     wanted = [name for name in STATISTICS if name in request.outputs]
     columns = request.columns(targets.numel(), wanted, found[0])
-    units = Gradients(chunks, (unit, False, False))
+    token_grads = Gradients(chunks, (keep_token_grads, False, False))
     for rows, states, logits in chunks:
         results = chunks.forward_rows(rows, request.formed(logits, bias))
         for out, value in zip(found, results, strict=True):
@@ -129,9 +131,9 @@ def forward_pass(
                 out[rows] = value
         if wanted:
             request.observe(columns, rows, logits, targets[rows])
-        if unit:
+        if keep_token_grads:
             ones = torch.ones_like(results[0])
-            units.add(rows, states, chunks.backward_rows(rows, logits, results, (ones, None, None)))
+            token_grads.add(rows, states, chunks.backward_rows(rows, logits, results, (ones, None, None)))
     outputs = (
         found[0],
         found[1] if "entropy" in request.outputs else None,
@@ -139,11 +141,15 @@ def forward_pass(
         columns.get("mean_logits"),
         columns.get("is_top1"),
     )
-    return outputs, found, units.hidden
+    return outputs, found, token_grads.hidden
 
 
 class _Function(torch.autograd.Function):
-    """The log-probs of TRL's contract; one GEMM forward and three backward, or one of each with a frozen head."""
+    """TRL's outputs with a gradient: one GEMM in the forward and three in the backward, or two in all (frozen head).
+
+    With a frozen head and `keep_token_grads` the forward also forms the gradient of every log-prob, and the backward
+    multiplies it by the incoming one.
+    """
 
     @staticmethod
     def forward(
@@ -153,13 +159,15 @@ class _Function(torch.autograd.Function):
         bias: Tensor | None,  # (V,)
         targets: Tensor,  # (N,)
         request: Request,
-        unit: bool,
+        keep_token_grads: bool,
     ) -> Outputs:
         ctx.set_materialize_grads(False)
         with torch.autocast(hidden.device.type, enabled=False):
-            outputs, found, units = forward_pass(hidden, weight, bias, targets, request, unit=unit)
+            outputs, found, token_grads = forward_pass(
+                hidden, weight, bias, targets, request, keep_token_grads=keep_token_grads
+            )
         ctx.request = request
-        ctx.save_for_backward(hidden, weight, bias, targets, units, *found)
+        ctx.save_for_backward(hidden, weight, bias, targets, token_grads, *found)
         ctx.mark_non_differentiable(*(x for x in outputs[2:] if x is not None))
         return outputs
 
@@ -167,13 +175,13 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("the fused log-probs are differentiable once: create_graph=True is not supported")
-        hidden, weight, bias, targets, units, *found = ctx.saved_tensors
+        hidden, weight, bias, targets, token_grads, *found = ctx.saved_tensors
         g, h = grads[:2]
         none = (None, None, None)
         if g is None and h is None:
             return (None, None, None, *none)
-        if units is not None and h is None and g is not None:
-            return ((units * g.unsqueeze(-1).to(units.dtype)).to(hidden.dtype), None, None, *none)
+        if token_grads is not None and h is None and g is not None:
+            return ((token_grads * g.unsqueeze(-1).to(token_grads.dtype)).to(hidden.dtype), None, None, *none)
         needs = ctx.needs_input_grad[:3]
         # ZeRO-3 frees the head between forward and backward.
         with _seams.gathered(weight, bias):
@@ -189,12 +197,12 @@ class _Function(torch.autograd.Function):
 
 
 class FusedLogProbFunction:
-    """Stands where TRL binds its chunked log-prob function; only `apply` is called there."""
+    """Replaces TRL's chunked log-prob function. TRL calls only its `apply`."""
 
     original: Any = None
-    """TRL's own class, which the proof asks."""
+    """TRL's own class, for the proof."""
     round_logits: bool = False
-    """Whether half-precision logits are rounded as TRL rounds them."""
+    """Whether to round half-precision logits as TRL does."""
 
     @classmethod
     def apply(
@@ -209,10 +217,10 @@ class FusedLogProbFunction:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = ALL_OUTPUTS,
     ) -> Outputs:
-        """Return (log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1), (N,) each, None where not asked for.
+        """Return (log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1), (N,) each; None if not in `outputs`.
 
-        The first two are differentiable, once, with respect to hidden, weight and bias. float32, or float64 for float64
-        inputs. `chunk_size`, TRL's tile of the vocabulary, is not used: fastrl cuts the tokens.
+        The first two are differentiable once, with respect to hidden, weight and bias. They are float32, or float64 for
+        float64 inputs. `chunk_size`, TRL's tile of the vocabulary, has no effect: fastrl cuts the tokens into chunks.
         """
         del chunk_size
         request = request_of(hidden, temperature, final_logit_softcapping, logit_scale, outputs, cls.round_logits)
@@ -252,7 +260,7 @@ class FusedLogProbFunction:
             dict(zip(names, ours, strict=False)),
             dict(zip(names, theirs, strict=False)),
             largest_logit=largest,
-            # TRL's function computes in float32 whatever the inputs are, on a projection in their dtype.
+            # TRL's function computes in float32 even for float64 inputs, on a projection in their dtype.
             dtype=torch.float32 if request.compute_dtype == torch.float64 else request.compute_dtype,
             terms=hidden.shape[-1],
             vocabulary=weight.shape[0],
@@ -263,11 +271,11 @@ class FusedLogProbFunction:
 def _predicted(
     prediction: Prediction, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, request: Request
 ) -> Outputs:
-    """Return what TRL asked for, the gradient of the trainer's loss formed on the way."""
+    """Return TRL's outputs, and form the gradient of the trainer's loss on the way."""
     wanted = [name for name in STATISTICS if name in request.outputs]
-    cast = request.cast(hidden, weight, bias)
+    call = HeadCall(*request.cast(hidden, weight, bias), targets, request, wanted)
     with torch.autocast(hidden.device.type, enabled=False):
-        fused = prediction.fused(*cast, targets, request, wanted)
+        fused = prediction.fused(call)
         logprobs, entropy = attach(prediction, fused)
     columns = [fused.columns.get(name) for name in STATISTICS]
     return logprobs, entropy if "entropy" in request.outputs else None, columns[0], columns[1], columns[2]

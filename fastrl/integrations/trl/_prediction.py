@@ -1,10 +1,11 @@
-"""The gradient of the host's loss, predicted while the head runs and checked when the host's own arrives.
+"""The gradient of the trainer's loss, predicted while the head runs and checked in the backward.
 
-A trainer of TRL takes log-probs from the model's forward and computes its loss from them. Where the loss is known
-beforehand, its gradient with respect to each log-prob is known as soon as the log-probs of a chunk are, and the
-gradients of hidden states and head can be formed from the logits that are still there: the logits are not formed a
-second time in the backward. The trainer's own code stays what computes the loss, the metrics and the logs; when its
-gradient comes back it must be the predicted one times a number (loss scale, accumulation), or the step raises.
+A trainer of TRL gets log-probs from the model's forward and computes its loss from them. If fastrl knows the loss, then
+it can compute the gradient of each log-prob as soon as a chunk of logits is there, and form the gradients of hidden
+states and head from that chunk. The backward then does not form the logits a second time.
+
+The trainer's own code still computes the loss, the metrics and the logs. In the backward its gradient must equal the
+predicted one times a number (loss scale, accumulation), or the step raises.
 
 Legend: N live tokens in the order of the batch, S sequences, D hidden, V vocabulary.
 """
@@ -25,42 +26,54 @@ from fastrl.integrations.common.proof import AdapterMismatchError
 from fastrl.losses.policy.loss import PolicyLoss
 from fastrl.ops.fused import Coefficients, fused_gradient
 
-# Roundings, of the largest coefficient of the batch, that two ways to compute the coefficients may differ by. The terms
-# that one sums can be far larger than it is: those of discopop, divided by its temperature, took 190.
+# Two ways to compute a coefficient may differ by this many roundings of the largest one in the batch. A coefficient can
+# be a sum of far larger terms: discopop's, divided by its temperature, took 190 roundings.
 COEFFICIENT_ROUNDINGS = 1024
-# Where a sigmoid is saturated everywhere, one form of its derivative is 1e-32 and another 0: that is the same loss.
+# With all sigmoids saturated, one form of the derivative is 1e-32 and another 0. They are the same loss.
 VANISHED = 1e-20
-# Roundings of a log-prob: a coefficient may be any of those between the log-probs that much lower and higher, which is
-# what decides a token whose ratio lies on the edge of the clip.
+# A coefficient may lie anywhere between its values at log-probs this many roundings lower and higher. It decides tokens
+# with a ratio on the edge of the clip.
 LOGPROB_ROUNDINGS = 8
 
 
 @dataclass(frozen=True)
-class Fused:
-    """What a fused pass gives: a scalar whose backward releases the gradients, and numbers without a graph."""
+class HeadCall:
+    """A call of the model's fused head: TRL's tensors and options."""
 
-    handle: Tensor  # ()
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    targets: Tensor  # (N,)
+    request: Any
+    """The options, a `Request` of `_logprobs`."""
+    wanted: Sequence[str] = ()
+    """The statistics of the logits that TRL asks for beside log-probs and entropy."""
+
+
+@dataclass(frozen=True)
+class Fused:
+    """The results of a pass through the head that also formed the gradients; all but `handle` are detached."""
+
+    handle: Tensor  # (), its backward scales the gradients and hands them to hidden, weight and bias
     logprobs: Tensor  # (N,)
     entropy: Tensor  # (N,)
     columns: dict[str, Tensor] = field(default_factory=dict)
-    """Statistics of the head that were asked for, (N,) each."""
+    """The wanted statistics, (N,) each."""
 
 
 class Prediction(Protocol):
-    """The loss of the batch that goes through the head next."""
+    """The loss of the next batch that passes through the head."""
 
     path: str
-    """What ran, for the trainer to show; empty before the head has run."""
+    """How the gradient was formed, for the trainer to show; empty before the head has run."""
 
     @property
     def needs_head_pass(self) -> bool:
-        """Whether a frozen head gains too (its log-probs' gradients are kept, its entropies' are not)."""
+        """Whether to form the gradient in the forward even with a frozen head, because entropies carry a gradient."""
         ...
 
-    def fused(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, request: Any, wanted: Sequence[str]
-    ) -> Fused:
-        """Run the head, the gradient formed on the way."""
+    def fused(self, call: HeadCall) -> Fused:
+        """Run the head and form the gradients on the way."""
         ...
 
     def coefficients(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -73,7 +86,7 @@ _active: ContextVar[Prediction | None] = ContextVar("fastrl_trl_prediction", def
 
 @contextmanager
 def predicting(prediction: Prediction | None) -> Iterator[None]:
-    """Let the next pass with a gradient through a fused head use `prediction`."""
+    """Let the next pass through a fused head with gradients on use `prediction`."""
     token = _active.set(prediction)
     try:
         yield
@@ -82,20 +95,20 @@ def predicting(prediction: Prediction | None) -> Iterator[None]:
 
 
 def pending() -> Prediction | None:
-    """Return the prediction for the pass that is being made, if there is one and it has not been used."""
+    """Return the prediction for the current pass, or None if there is none or it has been used."""
     prediction = _active.get()
     return None if prediction is None or prediction.path or not torch.is_grad_enabled() else prediction
 
 
 def attach(prediction: Prediction, fused: Fused) -> tuple[Tensor, Tensor]:
-    """Return (logprobs, entropy), (N,) each, whose backward checks the host's gradient and releases the fused one."""
+    """Return (logprobs, entropy), (N,) each. Their backward checks TRL's gradient and releases the predicted one."""
     g, h = prediction.coefficients(fused.logprobs, fused.entropy)
     logprobs, entropy = _Attach.apply(fused.handle, fused.logprobs, fused.entropy, g, h, prediction)
     return logprobs, entropy
 
 
 class _Attach(torch.autograd.Function):
-    """(handle) -> (logprobs, entropy); the backward's gradient of the handle is the factor the host put before."""
+    """(handle) -> (logprobs, entropy). The gradient of the handle is the factor between TRL's gradient and ours."""
 
     @staticmethod
     def forward(
@@ -120,6 +133,7 @@ class _Attach(torch.autograd.Function):
         g, h, logprobs, entropy = ctx.saved_tensors
         host_g, host_h = (torch.zeros_like(g) if x is None else x.to(g.dtype) for x in grads)
         factor = common_factor(host_g, host_h, g, h)
+        # A factor that is not finite, after an overflow, proves no mismatch.
         if bool(factor.isfinite()):
             _check(ctx.prediction, factor, (host_g, host_h), (g, h), (logprobs, entropy))
         return (factor.to(ctx.handle_dtype), *(None,) * 5)
@@ -131,7 +145,7 @@ def common_factor(
     g: Tensor,  # (N,)
     h: Tensor | None,  # (N,)
 ) -> Tensor:
-    """Return the factor () that the host put before the predicted gradient: the median over the tokens that tell it."""
+    """Return the factor () between TRL's gradient and the predicted one: the median over the larger coefficients."""
     for found, expected in ((host_g, g), (host_h, h)):
         if expected is None or expected.numel() == 0:
             continue
@@ -148,11 +162,11 @@ def _check(
     expected: tuple[Tensor, Tensor | None],
     outputs: tuple[Tensor, Tensor],
 ) -> None:
-    """Raise unless the host's gradient is the expected one, to rounding, times the factor."""
+    """Raise unless TRL's gradient is the expected one times the factor, up to rounding."""
     (g, h), (logprobs, entropy) = expected, outputs
     if _outside(host[0], g * factor, g * factor, _slack(g, factor)).any():
         step = LOGPROB_ROUNDINGS * torch.finfo(logprobs.dtype).eps * logprobs.abs().clamp(min=1.0)
-        # All log-probs too high or too low move a ratio; those of a pair move its margin against each other.
+        # The first two moves shift a ratio, the last two the margin of a pair.
         moves = (step, -step, step * g.sign(), -step * g.sign())
         around = [prediction.coefficients(logprobs + move, entropy)[0] for move in moves]
         edges = torch.stack([g, *around]) * factor
@@ -200,44 +214,39 @@ class PolicyPrediction:
         """Whether entropies carry a gradient."""
         return self.loss.uses_entropy
 
-    def fused(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, request: Any, wanted: Sequence[str]
-    ) -> Fused:
+    def fused(self, call: HeadCall) -> Fused:
         """Run `PolicyLoss.from_hidden`."""
-        if wanted:
-            raise RuntimeError(f"a policy loss does not go with the statistics {', '.join(wanted)} of the head")
+        if call.wanted:
+            raise RuntimeError(f"a policy loss does not go with the statistics {', '.join(call.wanted)} of the head")
         n = self.inputs["mask"].numel()
-        if targets.numel() != n:
-            raise RuntimeError(f"the model scored {targets.numel()} tokens where the batch has {n} live ones")
+        if call.targets.numel() != n:
+            raise RuntimeError(f"the model scored {call.targets.numel()} tokens where the batch has {n} live ones")
         output = self.loss.from_hidden(
-            hidden, weight, targets, bias=bias, temperature=request.temperature, logit_scale=request.logit_scale,
-            softcap=request.softcap, **self.inputs,
-        )  # fmt: skip
+            call.hidden, call.weight, call.targets, bias=call.bias, **_logit_options(call.request), **self.inputs
+        )
         assert output.logprobs is not None
         assert output.entropy is not None
         total, count = output.metrics["path/gemm_units"]
-        self.path = f"gradient formed in the forward: {float(total / count):.3g} GEMM units"
-        return Fused(output.loss, *self._scored(hidden, weight, bias, targets, request, output))
+        self.path = gradient_path(float(total / count))
+        return Fused(output.loss, *self._of_all_tokens(call, output.logprobs, output.entropy))
 
-    def _scored(self, *call: Any) -> tuple[Tensor, Tensor]:
-        """Return (logprobs, entropy), those of tokens outside the mask of the loss too, which the host may log."""
-        hidden, weight, bias, targets, request, output = call
+    def _of_all_tokens(self, call: HeadCall, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (logprobs, entropy) with the tokens outside the loss's mask filled in, which TRL may log."""
         keep = self.inputs["mask"] != 0
         if bool(keep.all()):
-            return output.logprobs, output.entropy
+            return logprobs, entropy
         from fastrl.ops import linear_token_logprobs
 
         with torch.no_grad():
             rest = linear_token_logprobs(
-                hidden[~keep], weight, targets[~keep], bias=bias, temperature=request.temperature,
-                logit_scale=request.logit_scale, softcap=request.softcap,
-            )  # fmt: skip
-        logprobs, entropy = output.logprobs.clone(), output.entropy.clone()
+                call.hidden[~keep], call.weight, call.targets[~keep], bias=call.bias, **_logit_options(call.request)
+            )
+        logprobs, entropy = logprobs.clone(), entropy.clone()
         logprobs[~keep], entropy[~keep] = rest.logprobs, rest.entropy
         return logprobs, entropy
 
     def coefficients(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the gradient of the loss on log-probs."""
+        """Return the gradient of the loss with respect to log-probs and, if it uses them, entropies."""
         with torch.enable_grad():
             leaf = logprobs.detach().requires_grad_()
             leaf_entropy = entropy.detach().requires_grad_() if self.loss.uses_entropy else None
@@ -248,11 +257,16 @@ class PolicyPrediction:
         return g, h
 
 
-# --- losses whose gradient is formed here --------------------------------------------------------------------------
+def _logit_options(request: Any) -> dict[str, Any]:
+    """Return temperature, logit_scale and softcap of a request."""
+    return {name: getattr(request, name) for name in ("temperature", "logit_scale", "softcap")}
+
+
+# --- losses given by their coefficients -------------------------------------------------------------------------------
 
 
 class _Release(torch.autograd.Function):
-    """(hidden, weight, bias) -> 0, with gradients that are known; backward scales them."""
+    """(hidden, weight, bias) -> 0, with gradients that are known already. The backward scales them."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *gradients: Tensor | None) -> Tensor:
@@ -266,34 +280,37 @@ class _Release(torch.autograd.Function):
 
 
 def fused_pass(
-    call: tuple[Tensor, Tensor, Tensor | None, Tensor, Any],
-    wanted: Sequence[str],
-    coefficients: Coefficients,
-    group_sizes: Sequence[int] | None = None,
+    call: HeadCall, coefficients: Coefficients, group_sizes: Sequence[int] | None = None
 ) -> tuple[Fused, float]:
-    """Return the fused pass of a loss given by its coefficients, and the GEMM units that it took."""
-    hidden, weight, bias, targets, request = call
+    """Run the head for a loss given by its coefficients; return the results and the number of GEMM units.
+
+    Args:
+        call: the call of the head.
+        coefficients: the gradient of the loss with respect to the log-probs of a chunk.
+        group_sizes: tokens of each row or pair, which a chunk must not split; None: chunks may end anywhere.
+    """
+    hidden, weight, bias, targets, request = call.hidden, call.weight, call.bias, call.targets, call.request
     needs = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
     fixed_bias = None if bias is None else bias.detach()
     rows = request.rows(hidden.detach(), weight.detach(), fixed_bias, targets, request.ignored)
-    columns = request.columns(targets.numel(), wanted, rows.inv_temperature)
+    columns = request.columns(targets.numel(), call.wanted, rows.inv_temperature)
 
     def observe(index: Tensor, logits: Tensor) -> None:
         request.observe(columns, index, logits, targets[index])
 
-    options = replace(rows.options, ignore_index=MASKED_LABEL, observe=observe if wanted else None)
+    options = replace(rows.options, ignore_index=MASKED_LABEL, observe=observe if call.wanted else None)
     with torch.no_grad():
         logprobs, entropy, gradients, recomputed = fused_gradient(
             replace(rows, options=options), needs, coefficients, group_sizes
         )
     handle = _Release.apply(hidden, weight, bias, *gradients)
-    units_taken = 1.0 + needs[0] + needs[1] + recomputed / max(targets.numel(), 1)
-    return Fused(handle, logprobs, entropy, columns), units_taken
+    gemm_units = 1.0 + needs[0] + needs[1] + recomputed / max(targets.numel(), 1)
+    return Fused(handle, logprobs, entropy, columns), gemm_units
 
 
-def gradient_path(units: float) -> str:
-    """Return what a trainer shows of a fused pass."""
-    return f"gradient formed in the forward: {units:.3g} GEMM units"
+def gradient_path(gemm_units: float) -> str:
+    """Return the trainer's message about a fused pass."""
+    return f"gradient formed in the forward: {gemm_units:.3g} GEMM units"
 
 
 @dataclass
@@ -302,23 +319,17 @@ class SupervisedPrediction:
 
     kind: str
     path: str = ""
+    needs_head_pass: bool = field(default=False, init=False)
 
-    @property
-    def needs_head_pass(self) -> bool:
-        """Entropies carry no gradient."""
-        return False
-
-    def fused(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, request: Any, wanted: Sequence[str]
-    ) -> Fused:
-        """Run the head, chunk by chunk."""
+    def fused(self, call: HeadCall) -> Fused:
+        """Run the head chunk by chunk."""
 
         def of_chunk(logprobs: Tensor, entropy: Tensor, block: slice, index: Tensor) -> tuple[Tensor, None]:
             del block, index
             return self.coefficients(logprobs, entropy)
 
-        result, units = fused_pass((hidden, weight, bias, targets, request), wanted, of_chunk)
-        self.path = gradient_path(units)
+        result, gemm_units = fused_pass(call, of_chunk)
+        self.path = gradient_path(gemm_units)
         return result
 
     def coefficients(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, None]:

@@ -1,4 +1,4 @@
-"""Predictions of the preference losses, of pairs and of single rows with a label; see `_prediction`.
+"""Predictions of the preference losses, for pairs (DPO) and for single rows with a label (KTO); see `_prediction`.
 
 Legend: N live tokens in the order of the batch, B rows, P pairs, M tokens of a block, D hidden, V vocabulary.
 """
@@ -6,14 +6,13 @@ Legend: N live tokens in the order of the batch, B rows, P pairs, M tokens of a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastrl.integrations.trl._prediction import Fused, fused_pass, gradient_path
+from fastrl.integrations.trl._prediction import Fused, HeadCall, fused_pass, gradient_path
 from fastrl.losses.preference.loss import PreferenceLoss
 
 
@@ -24,62 +23,58 @@ def _check_count(targets: Tensor, lengths: Tensor) -> None:
         )
 
 
-def _inside(block: slice, units: Sequence[int], ends: Sequence[int]) -> slice:
-    """Return which units, given by their tokens and ends, the tokens of a block belong to."""
-    inside = [i for i, end in enumerate(ends) if end > block.start and end - units[i] < block.stop]
+def _groups_of(block: slice, sizes: Sequence[int], ends: Sequence[int]) -> slice:
+    """Return the groups of a block of tokens, given the size of each group and its end."""
+    inside = [i for i, end in enumerate(ends) if end > block.start and end - sizes[i] < block.stop]
     return slice(inside[0], inside[-1] + 1)
 
 
 def _row_of_tokens(lengths: Tensor) -> Tensor:
-    """Return the row of each token (M,)."""
+    """Return the index of each token's row, (M,)."""
     return torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths)
 
 
 def _sums(logprobs: Tensor, row: Tensor, count: int) -> Tensor:
-    """Return the sums of rows (count,) in float64, as a leaf that takes a gradient."""
+    """Return the sum of each row's log-probs, (count,) in float64, as a leaf of autograd."""
     sums = logprobs.new_zeros(count, dtype=torch.float64).index_add_(0, row, logprobs.detach().double())
     return sums.requires_grad_()
 
 
 @dataclass
 class PairPrediction:
-    """A `PreferenceLoss` of sums over the tokens of completions, chosen rows first."""
+    """A `PreferenceLoss` of pairs, from the sum of log-probs of each row. The chosen rows come first."""
 
     loss: PreferenceLoss
     lengths: Tensor  # (2P,) live tokens of each row
-    counts: Tensor  # (2P,) tokens that TRL divides by: one more where a row has no prompt
+    counts: Tensor  # (2P,) tokens by which TRL divides: one more than `lengths` for a row without a prompt
     ref_chosen: Tensor  # (P,) sums over tokens
     ref_rejected: Tensor  # (P,)
     path: str = ""
+    needs_head_pass: bool = field(default=False, init=False)
 
-    @property
-    def needs_head_pass(self) -> bool:
-        """Entropies carry no gradient."""
-        return False
-
-    def fused(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, request: Any, wanted: Sequence[str]
-    ) -> Fused:
-        """Run the head in blocks of whole pairs, the two rows of a pair one behind the other."""
-        _check_count(targets, self.lengths)
+    def fused(self, call: HeadCall) -> Fused:
+        """Run the head in blocks of whole pairs, with the rejected row of a pair directly after the chosen one."""
+        _check_count(call.targets, self.lengths)
         order = self._order()
         pairs = self._pairs()
-        units = pairs.sum(1).tolist()
-        ends = list(accumulate(units))
+        sizes = pairs.sum(1).tolist()
+        ends = list(accumulate(sizes))
 
         def of_block(logprobs: Tensor, entropy: Tensor, block: slice, index: Tensor) -> tuple[Tensor, None]:
             del entropy, index
-            which = _inside(block, units, ends)
+            which = _groups_of(block, sizes, ends)
             return self._of_pairs(logprobs, pairs[which], which), None
 
-        result, taken = fused_pass((hidden[order], weight, bias, targets[order], request), wanted, of_block, units)
-        self.path = gradient_path(taken)
+        # The loss of a pair needs both sums, so both rows must be in one block.
+        ordered = replace(call, hidden=call.hidden[order], targets=call.targets[order])
+        result, gemm_units = fused_pass(ordered, of_block, sizes)
+        self.path = gradient_path(gemm_units)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         columns = {name: column[back] for name, column in result.columns.items()}
         return Fused(result.handle, result.logprobs[back], result.entropy[back], columns)
 
     def coefficients(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, None]:
-        """Return the gradient of the loss on log-probs, in the order of the batch."""
+        """Return the gradient of the loss with respect to the log-probs, in the order of the batch."""
         del entropy
         order = self._order()
         pairs = self._pairs()
@@ -87,11 +82,11 @@ class PairPrediction:
         return torch.empty_like(g).scatter_(0, order, g), None
 
     def _pairs(self) -> Tensor:
-        """Return the live tokens of (chosen, rejected), (P, 2)."""
+        """Return the number of live tokens of (chosen, rejected), (P, 2)."""
         return self.lengths.view(2, -1).t()
 
     def _order(self) -> Tensor:
-        """Return the tokens (N,) in the order chosen 0, rejected 0, chosen 1, ..."""
+        """Return the indices of the tokens (N,) in the order chosen 0, rejected 0, chosen 1, ..."""
         starts = (self.lengths.cumsum(0) - self.lengths).view(2, -1).t().reshape(-1)
         lengths = self._pairs().reshape(-1)
         first = lengths.cumsum(0) - lengths
@@ -99,7 +94,7 @@ class PairPrediction:
         return torch.arange(shift.numel(), device=shift.device) + shift
 
     def _of_pairs(self, logprobs: Tensor, pairs: Tensor, which: slice) -> Tensor:
-        """Return the gradient (M,) of the pairs `which`, whose tokens are `logprobs` (M,), pair by pair."""
+        """Return the gradient (M,) for the pairs `which`, given the log-probs (M,) of their tokens, pair by pair."""
         lengths = pairs.reshape(-1)
         row = _row_of_tokens(lengths)
         counts = self.counts.view(2, -1)[:, which]
@@ -125,35 +120,29 @@ class RowPrediction:
     ref: Tensor  # (B,) sums over tokens
     reference_point: Tensor | None  # ()
     path: str = ""
+    needs_head_pass: bool = field(default=False, init=False)
 
-    @property
-    def needs_head_pass(self) -> bool:
-        """Entropies carry no gradient."""
-        return False
-
-    def fused(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, request: Any, wanted: Sequence[str]
-    ) -> Fused:
+    def fused(self, call: HeadCall) -> Fused:
         """Run the head in blocks of whole rows."""
-        _check_count(targets, self.lengths)
-        units = self.lengths.tolist()
-        ends = list(accumulate(units))
+        _check_count(call.targets, self.lengths)
+        sizes = self.lengths.tolist()
+        ends = list(accumulate(sizes))
 
         def of_block(logprobs: Tensor, entropy: Tensor, block: slice, index: Tensor) -> tuple[Tensor, None]:
             del entropy, index
-            return self._of_rows(logprobs, _inside(block, units, ends)), None
+            return self._of_rows(logprobs, _groups_of(block, sizes, ends)), None
 
-        result, taken = fused_pass((hidden, weight, bias, targets, request), wanted, of_block, units)
-        self.path = gradient_path(taken)
+        result, gemm_units = fused_pass(call, of_block, sizes)
+        self.path = gradient_path(gemm_units)
         return result
 
     def coefficients(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, None]:
-        """Return the gradient of the loss on log-probs."""
+        """Return the gradient of the loss with respect to the log-probs."""
         del entropy
         return self._of_rows(logprobs, slice(0, self.lengths.numel())), None
 
     def _of_rows(self, logprobs: Tensor, which: slice) -> Tensor:
-        """Return the gradient (M,) of the rows `which`, whose tokens are `logprobs` (M,)."""
+        """Return the gradient (M,) for the rows `which`, given the log-probs (M,) of their tokens."""
         lengths, labels, ref = self.lengths[which], self.labels[which], self.ref[which]
         row = _row_of_tokens(lengths)
         with torch.enable_grad():

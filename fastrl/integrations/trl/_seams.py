@@ -1,4 +1,4 @@
-"""Where TRL is entered, and whether the installed TRL still looks there as it did when the adapter was tested."""
+"""The functions of TRL that the adapter replaces or calls, and the check that the installed TRL still has them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from fastrl.integrations.common.host import Host
 
 TESTED = "1.16.0"
-"""The TRL that the adapter was tested with; another one is judged by its signatures and by the proof on first use."""
+"""The tested version of TRL. For another one the signatures and the proof on first use decide."""
 
 HOST = Host("TRL", "trl", TESTED, "fastrl.integrations.trl", "pip install 'fastrl[trl]'")
 
@@ -26,7 +26,7 @@ check_arguments = HOST.check_arguments
 
 
 def utils() -> ModuleType:
-    """Return `trl.trainer.utils`, whose signatures have been compared with those that the adapter was tested with."""
+    """Return `trl.trainer.utils`, or raise RuntimeError if its signatures are not the tested ones."""
     module = HOST.module("trl.trainer.utils")
     HOST.function(HOST.attribute(module, FUNCTION), "forward", FUNCTION_ARGUMENTS)
     HOST.function(module, "add_fused_lm_head", HEAD_ARGUMENTS)
@@ -36,7 +36,8 @@ def utils() -> ModuleType:
 
 
 def gathered(*parameters: Any) -> AbstractContextManager[Any]:
-    """Return TRL's context in which ZeRO-3's sharded parameters hold their values."""
+    """Return TRL's context that gathers parameters sharded by ZeRO-3."""
+    # Imported here, because this module loads without TRL.
     from trl.trainer.utils import maybe_gather_lm_head_ctx
 
     return maybe_gather_lm_head_ctx(*parameters)

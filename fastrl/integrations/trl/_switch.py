@@ -1,4 +1,4 @@
-"""The switch: TRL's bindings replaced while it is on, and put back, the same objects, when it goes off."""
+"""The switch: it replaces TRL's log-prob function in all modules of TRL, and restores the same objects."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _lock = threading.RLock()
 def patched(*, round_logits: bool | None = None) -> Iterator[None]:
     """Run TRL on fastrl's log-probs inside this context: `with patched(): trainer.train()`.
 
-    SFT, DPO, KTO, GRPO, RLOO and AsyncGRPO take the log-probs (and entropies, and the statistics that they log) of
-    every model whose head TRL has fused from fastrl: the values are those of TRL, to rounding, and so is everything
-    else. Contexts nest; the outermost one puts TRL's own objects back. The patch is process-wide.
+    SFT, DPO, KTO, GRPO, RLOO and AsyncGRPO then get log-probs, entropies and logged statistics from fastrl, for every
+    model with a head that TRL has fused. The values equal TRL's up to rounding. Contexts nest, and the outermost one
+    restores TRL's own objects. The patch is process-wide.
 
     Args:
-        round_logits: with half-precision hidden states or autocast TRL rounds its logits to that precision, which moves
-            a log-prob by some 3e-2; fastrl keeps them in float32 (False, the default). True rounds as TRL does. None
-            takes what an outer context or `enable` has chosen.
+        round_logits: whether to round logits as TRL does. With half-precision hidden states or autocast TRL rounds its
+            logits to that precision, which moves a log-prob by some 3e-2. False, the default, keeps them in float32.
+            None takes the choice of an outer context or of `enable`.
 
     Raises:
-        ValueError: another `round_logits` than the one that is on.
+        ValueError: fastrl is on already with another `round_logits`.
         ImportError: TRL is not installed.
-        RuntimeError: this TRL's signatures are not those that the adapter fits.
+        RuntimeError: this TRL's signatures are not the tested ones.
     """
     with ExitStack() as stack:
         with _lock:
@@ -41,14 +41,14 @@ def patched(*, round_logits: bool | None = None) -> Iterator[None]:
 
 
 def enable(*, round_logits: bool | None = None) -> None:
-    """Run TRL on fastrl's log-probs from here on, as inside `patched()`; a second call changes nothing."""
+    """Run TRL on fastrl's log-probs from here on, as inside `patched()`. A second call changes nothing."""
     with _lock:
         _choose(round_logits)
         _switch.enable()
 
 
 def disable() -> None:
-    """Undo `enable()`; inside a `patched()` context TRL's own objects come back when that ends."""
+    """Undo `enable()`. Inside a `patched()` context TRL's own objects come back when the context ends."""
     _switch.disable()
 
 
@@ -58,13 +58,14 @@ def enabled() -> bool:
 
 
 def _always(device: Any) -> bool:
-    """Stand for TRL's `_use_triton` where it decides whether masked positions reach the head: they never do."""
+    """Replace TRL's `_use_triton`."""
+    # TRL asks it whether to drop masked positions before the head. With fastrl it always should.
     del device
     return True
 
 
 def _choose(round_logits: bool | None) -> None:
-    """Set how the logits are rounded; raise where the switch is on with another choice."""
+    """Set how the logits are rounded; raise ValueError if the switch is on with another choice."""
     if not isinstance(round_logits, (bool, type(None))):
         raise TypeError(f"round_logits must be True, False or None, got {round_logits!r}")
     if not _switch.on:
@@ -74,7 +75,7 @@ def _choose(round_logits: bool | None) -> None:
 
 
 def _find() -> list[tuple[Any, str, Any]]:
-    """Return every binding of TRL's function in the modules of TRL that are loaded."""
+    """Return every binding of TRL's function in the loaded modules of TRL."""
     utils = _seams.utils()
     original = getattr(utils, _seams.FUNCTION)
     FusedLogProbFunction.original = original

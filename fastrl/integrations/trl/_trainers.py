@@ -1,7 +1,7 @@
 """TRL's trainers with the gradient of their loss formed while the head runs.
 
-Everything is TRL's: the data, the rollouts, the loss, the metrics and their names. What changes is where the gradient
-of the head and of the hidden states comes from; see `_prediction`.
+Data, rollouts, loss and metrics are TRL's. Only the gradient of the head and of the hidden states comes from fastrl
+(see `_prediction`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class FastLossMixin:
     forward. Options that fastrl does not compute raise `ValueError` when the trainer is built.
     """
 
-    # TRL's trainers narrow these; a mixin sees those of transformers.
+    # For type checkers: TRL's trainers have narrower types than transformers' Trainer.
     args: Any
     model: Any
     ref_model: Any
@@ -78,12 +78,13 @@ class FastLossMixin:
         )
 
     def _fastrl_reference_model(self) -> Any:
-        """Return the model of the reference; a compiled one has no truth value."""
+        """Return the reference model."""
+        # Not `self.ref_model or self.model`: a compiled model has no truth value.
         return self.model if self.ref_model is None else self.ref_model
 
     @contextmanager
     def _fastrl_predicting(self, prediction: Prediction | str) -> Iterator[None]:
-        """Predict the gradient of the loss that is computed inside, or say why not."""
+        """Predict the gradient of the loss computed inside this context, or show the given reason why not."""
         if not torch.is_grad_enabled():
             with patched():
                 yield
@@ -104,7 +105,7 @@ class FastLossMixin:
 
 
 def _packed(keep: Tensor, mask: Tensor) -> tuple[dict[str, Any], Any]:
-    """Return (`mask`, `cu_seqlens` and `n_sequences` of packed tokens, the function that packs), `keep` (B, T) bool."""
+    """Return (`mask`, `cu_seqlens` and `n_sequences` of the packed tokens, the function that packs a (B, T) tensor)."""
     lengths = keep.sum(1)
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     inputs = {"mask": mask[keep], "cu_seqlens": offsets, "n_sequences": float(keep.shape[0])}
@@ -114,8 +115,8 @@ def _packed(keep: Tensor, mask: Tensor) -> tuple[dict[str, Any], Any]:
 class FastGRPOTrainer(FastLossMixin, GRPOTrainer):
     """`trl.GRPOTrainer`, any `loss_type`, with the gradient of the loss formed in the forward: 3 GEMM units, TRL's 4.
 
-    Two options choose tokens by what the whole batch is, `top_entropy_quantile` and `off_policy_mask_threshold`: with
-    them the log-probs come first, as in `patched()`.
+    `top_entropy_quantile` and `off_policy_mask_threshold` choose tokens by the whole batch. With them the log-probs
+    come first, as in `patched()`.
     """
 
     def _fastrl_translate(self) -> Any:
@@ -145,12 +146,12 @@ class FastGRPOTrainer(FastLossMixin, GRPOTrainer):
         if self.loss_type in ("cispo", "dapo", "vespo"):
             total = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
             packed["n_tokens"] = total * steps / self.args.steps_per_generation if self.model.training else total
-            # The entropy is a mean over the micro-batch, whatever divides the policy term.
+            # TRL's entropy is a mean over the micro-batch, even if the policy term has another denominator.
             scale = float(packed["n_tokens"] / (mask.sum().clamp(min=1.0) * steps)) if self._fastrl_entropy() else 1.0
         return PolicyPrediction(replace(self.fastrl_loss, entropy_coef=self._fastrl_entropy() * scale), packed)
 
     def _fastrl_entropy(self) -> float:
-        """Return the entropy coefficient of this step; an adaptive one is off while the entropy is above its target."""
+        """Return the entropy coefficient of this step; the adaptive one is 0 while the entropy exceeds its target."""
         if self.use_adaptive_entropy and not self._last_world_entropy <= self.args.entropy_target:
             return 0.0
         return self.entropy_coef
@@ -170,7 +171,7 @@ class FastRLOOTrainer(FastLossMixin, RLOOTrainer):
         keep = inputs["completion_mask"].bool()
         packed, pack = _packed(keep, inputs["completion_mask"])
         packed["advantages"] = inputs["advantages"]
-        # The ratio is of sums over the sequence: any share of the old sum per token gives it.
+        # RLOO's ratio compares sums over a sequence, so the old sum may be spread over its tokens in any way.
         share = inputs["old_logps"] / keep.sum(1).clamp(min=1)
         packed["old_logprobs"] = pack(share[:, None].expand(keep.shape))
         return PolicyPrediction(self.fastrl_loss, packed)
@@ -179,8 +180,8 @@ class FastRLOOTrainer(FastLossMixin, RLOOTrainer):
 class FastDPOTrainer(FastLossMixin, DPOTrainer):
     """`trl.DPOTrainer`, any `loss_type`, with the gradient of the loss formed in the forward: 3 GEMM units, TRL's 4.
 
-    The reference's log-probs are computed before the policy's, by TRL's own function. With "aot" and "aot_unpaired",
-    which sort the batch, with `ld_alpha` and with `use_weighting` the log-probs come first, as in `patched()`.
+    TRL's own function computes the reference's log-probs, before the policy's. With `ld_alpha`, with `use_weighting`,
+    and with "aot" and "aot_unpaired", which sort the batch, the log-probs come first, as in `patched()`.
     """
 
     def _fastrl_translate(self) -> Any:
@@ -222,9 +223,9 @@ class FastDPOTrainer(FastLossMixin, DPOTrainer):
 class FastKTOTrainer(FastLossMixin, KTOTrainer):
     """`trl.KTOTrainer`, any `loss_type`, with the gradient of the loss formed in the forward: 3 GEMM units, TRL's 4.
 
-    The reference's log-probs and those of the mismatched completions, which give the KL that every row is compared
-    with, are computed before the policy's, by TRL's own functions. With images the log-probs come first, as in
-    `patched()`: TRL's function for the reference takes text.
+    TRL's own functions compute two more sets of log-probs before the policy's: the reference's, and the mismatched
+    completions', from which TRL estimates the KL in the loss of every row. With images the log-probs come first, as in
+    `patched()`, because TRL's function for the reference takes text only.
     """
 
     _fastrl_kl_logps: Tensor | None = None
@@ -263,13 +264,13 @@ class FastKTOTrainer(FastLossMixin, KTOTrainer):
 
     def _fastrl_reference(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Return the reference's log-probs (B,) under the names of precomputed ones."""
-        # The function leaves the model's cache of keys and values on, which no one reads.
+        # TRL's function leaves the cache of keys and values on, which nothing reads.
         model: Any = self._fastrl_reference_model()
         logps, kl_logps = self.compute_ref_log_probs(partial(model, use_cache=False), inputs)
         return {"ref_logps": logps} if kl_logps is None else {"ref_logps": logps, "ref_KL_logps": kl_logps}
 
     def _fastrl_reference_point(self, kl_logps: Tensor | None, inputs: dict[str, Any]) -> Tensor | None:
-        """Return the KL () that TRL estimates from the mismatched completions of all ranks."""
+        """Return TRL's estimate of the KL, (), from the mismatched completions of all ranks."""
         if kl_logps is None:
             return None
         kl: Any = self.accelerator.gather_for_metrics((kl_logps - inputs["ref_KL_logps"]).mean().detach())
@@ -285,7 +286,7 @@ class FastSFTTrainer(FastLossMixin, SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return TRL's loss; a user's `compute_loss_func` and label smoothing take the logits of the whole batch."""
+        """Return TRL's loss. A `compute_loss_func` and label smoothing use the logits of the whole batch."""
         prediction: Prediction | str = SupervisedPrediction(self.args.loss_type)
         if self.compute_loss_func is not None:
             prediction = "compute_loss_func takes the logits"

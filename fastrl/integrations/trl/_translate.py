@@ -1,4 +1,4 @@
-"""TRL's configurations as losses of fastrl: what each option means, or a refusal that names it."""
+"""TRL's configurations as losses of fastrl. An option that fastrl does not compute raises an error with its name."""
 
 from __future__ import annotations
 
@@ -13,27 +13,30 @@ if TYPE_CHECKING:
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 GRPO_LOSSES = (*CLIPPED, "cispo", "sapo", "vespo")
-# The losses of TRL that read the label smoothing, and those of the score margin, which a divergence transforms.
+# TRL's losses that read label_smoothing.
 SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")
+# TRL's losses of the score margin, which f_divergence_type transforms.
 OF_MARGIN = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
 KTO_LOSSES = ("kto", "apo_zero_unpaired")
-# TRL's lower bound of VESPO's rates.
+# TRL's lower bound of VESPO's rates lambda.
 VESPO_RATE_MIN = 1e-4
 
 
 def policy_loss_from_config(config: GRPOConfig | RLOOConfig | SFTConfig) -> PolicyLoss:
     """Return the loss that TRL's trainer computes under `config`.
 
-    The denominators that TRL takes from the whole batch (`num_items_in_batch`, gradient accumulation, sequences without
-    a live token) are arguments of the call: `n_tokens` and `n_sequences`. Options that TRL itself does not use with the
-    chosen `loss_type` (`delta` with "cispo") have no effect here either. Not part of the loss: `top_entropy_quantile`
-    and `off_policy_mask_threshold`, which are masks (`selection=`), and the mixture-of-experts auxiliary loss.
+    Pass the denominators that TRL takes from the whole batch (`num_items_in_batch`, gradient accumulation, sequences
+    without a live token) to the call of the loss, as `n_tokens` and `n_sequences`. An option that TRL does not use with
+    the chosen `loss_type` has no effect here either, for example `delta` with "cispo".
+
+    Not part of the loss are the mixture-of-experts auxiliary loss, and the masks `top_entropy_quantile` and
+    `off_policy_mask_threshold` (pass them as `selection=`).
 
     Args:
         config: a `GRPOConfig`, `RLOOConfig` or `SFTConfig`.
 
     Raises:
-        ValueError: an option, or a combination of options, that fastrl does not compute; it is named.
+        ValueError: an option, or a combination of options, that fastrl does not compute. The message names it.
         TypeError: another configuration.
     """
     kind = type(config).__name__
@@ -101,7 +104,8 @@ def _grpo(config: Any) -> PolicyLoss:
 
 
 def _vespo(config: Any) -> dict[str, Any]:
-    """Return VESPO's fields; its own weight is of the sequence, so that a token level is the ratio of the KL alone."""
+    """Return VESPO's fields."""
+    # VESPO's own weight is one per sequence. importance_sampling_level only sets the level of the KL's ratio.
     if config.importance_sampling_level == "sequence" and config.beta != 0.0 and config.use_bias_correction_kl:
         raise ValueError(
             "loss_type='vespo' with importance_sampling_level='sequence' weighs the KL (beta, use_bias_correction_kl) "
@@ -124,22 +128,22 @@ def _correction(config: Any) -> RolloutCorrection:
     level, op = mode.split("_")
     low, high = config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max
     if low is None and high is None:
-        low = 0.0  # no bound at all: weights are positive
+        low = 0.0  # positive weights never reach it: no bound
     return RolloutCorrection(level="sequence_sum" if level == "sequence" else "token", op=op, low=low, high=high)
 
 
 def preference_loss_from_config(config: DPOConfig | KTOConfig) -> PreferenceLoss:
     """Return the loss that TRL's `DPOTrainer` or `KTOTrainer` computes under `config`.
 
-    `label_smoothing` enters the losses of TRL that read it (exo_pair, robust, aot, aot_unpaired), `f_divergence_type`
-    those of the score margin; the others have no use for them in TRL either. The KL that "kto" compares its rows with
-    is an argument of the call: `reference_point`, or the mismatched completions as `kl_logprobs`.
+    As in TRL, `label_smoothing` has an effect on exo_pair, robust, aot and aot_unpaired only, and `f_divergence_type`
+    on the losses of the score margin only. For "kto" pass the KL to the call of the loss: as `reference_point`, or as
+    the log-probs of the mismatched completions, `kl_logprobs`.
 
     Args:
         config: a `DPOConfig` or `KTOConfig`.
 
     Raises:
-        ValueError: an option, or a combination, that fastrl does not compute; it is named.
+        ValueError: an option, or a combination of options, that fastrl does not compute. The message names it.
         TypeError: another configuration.
     """
     kind = type(config).__name__

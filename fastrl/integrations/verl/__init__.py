@@ -6,8 +6,14 @@
 
     fastrl.integrations.verl.enable()  # use_fused_kernels=True with impl_backend torch then runs on fastrl
 
-`fastrl_NAME` is the loss or estimator that verl calls NAME: same options of verl's configuration, same value and
-gradient, same metrics. Further names are losses that verl does not have (`LOSSES`).
+`fastrl_NAME` is verl's loss or estimator NAME: same options of verl's configuration, same value and gradient, same
+metrics. The losses `fastrl_dapo`, `fastrl_luspo`, `fastrl_vespo` and `fastrl_topr` and the estimator `fastrl_maxrl` are
+not in verl.
+
+plugin.py       the entry point, which verl's loader imports in every process
+_registry.py    verl's registries: put the names in, take them out
+_losses.py      policy losses        _advantages.py  advantage estimators
+_fused.py       log-probs of verl's fused kernels
 """
 
 from fastrl.integrations.verl._advantages import ESTIMATORS as ESTIMATORS

@@ -1,6 +1,6 @@
-"""verl's advantage estimators behind verl's signature: (token_level_rewards, response_mask, index, config, ...).
+"""verl's advantage estimators with verl's signature: (token_level_rewards, response_mask, index, config, ...).
 
-Each returns (advantages, returns), both (B, T). verl's batches name the prompt of a completion by any hashable id.
+Each returns (advantages, returns), both (B, T). In verl's batches any hashable id names the prompt of a completion.
 
 Legend: B completions, T padded response length.
 """
@@ -117,6 +117,7 @@ def _remax(
     return remax_advantages(token_level_rewards, reward_baselines, response_mask)
 
 
+# singleton="reward": in verl the only completion of a prompt has its reward as advantage.
 def _grpo(r: Tensor, groups: Tensor, config: Any, mask: Tensor) -> Tensor:
     del mask
     return group_advantages(r, group_ids=groups, scale=_by_std(config), eps=1e-6, singleton="reward")
@@ -161,4 +162,4 @@ ESTIMATORS: Mapping[str, Estimator] = {
         _named("remax", _remax),
     )
 }
-"""Name for verl's `algorithm.adv_estimator` -> estimator; maxrl is one that verl does not have."""
+"""Name for verl's `algorithm.adv_estimator` -> estimator. verl does not have maxrl."""

@@ -1,7 +1,7 @@
-"""The log-probs of verl's fused kernels from fastrl: `FusedLinearForPPO.forward` replaced while the switch is on.
+"""fastrl's log-probs in place of verl's fused kernels: the switch replaces `FusedLinearForPPO.forward`.
 
-verl's models call it with the hidden states, the head's weight, ids that are shifted already and one temperature
-(use_fused_kernels=True, impl_backend torch or liger).
+With use_fused_kernels=True and impl_backend torch or liger, verl's models call it with the hidden states, the head's
+weight, ids that are shifted already, and one temperature.
 
 Legend: N tokens, D hidden, V vocabulary.
 """
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrl.integrations.common.autocast import as_autocast
 from fastrl.integrations.common.host import Switch
 from fastrl.integrations.common.proof import TOKENS, FirstUse, prove, sampled_tokens
 from fastrl.integrations.verl._registry import HOST
@@ -31,9 +32,9 @@ def fused_logprobs(
     input_ids: Tensor,  # (...)
     temperature: float | Tensor = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Return (log_probs, entropy), float32, of `input_ids`, both differentiable, without forming the logits.
+    """Return (log_probs, entropy) of `input_ids`, both float32 and differentiable, without forming the logits.
 
-    Under autocast states and head take its dtype, as they do in verl's own product.
+    Under autocast, hidden states and head are cast to its dtype, as in verl's own matrix product.
 
     Args:
         hidden_states: (..., D).
@@ -41,7 +42,7 @@ def fused_logprobs(
         input_ids: (...) ids aligned with the hidden states.
         temperature: one number, or a tensor that broadcasts to `input_ids`.
     """
-    hidden, weight = _autocast(hidden_states, vocab_weights)
+    hidden, weight, _ = as_autocast(hidden_states, vocab_weights)
     result = linear_token_logprobs(hidden, weight, input_ids.to(torch.int64), temperature=temperature)
     return result.logprobs, result.entropy
 
@@ -52,22 +53,14 @@ def sum_pi_squared(
     input_ids: Tensor,  # (...)
     temperature: float | Tensor = 1.0,
 ) -> Tensor:
-    """Return sum_v p_v^2, detached, of the shape of `input_ids`: what verl's optimal token baseline needs.
+    """Return sum_v p_v^2, detached, in the shape of `input_ids`, for verl's optimal token baseline.
 
-    verl takes it from the logits and so refuses calculate_sum_pi_squared=True with use_fused_kernels=True.
+    verl itself needs the logits for it, and so refuses calculate_sum_pi_squared=True with use_fused_kernels=True.
     """
     with torch.no_grad():
-        hidden, weight = _autocast(hidden_states, vocab_weights)
+        hidden, weight, _ = as_autocast(hidden_states, vocab_weights)
         ids = input_ids.to(torch.int64)
         return linear_row_statistics(hidden, weight, ids, temperature=temperature).log_sum_squared_probs.exp()
-
-
-def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    kind = hidden.device.type
-    if not torch.is_autocast_enabled(kind) or hidden.dtype == torch.float64:
-        return hidden, weight
-    dtype = torch.get_autocast_dtype(kind)
-    return hidden.to(dtype), weight.to(dtype)
 
 
 def _forward(
@@ -77,7 +70,7 @@ def _forward(
     input_ids: Tensor,
     temperature: float | Tensor = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Stand for verl's `FusedLinearForPPO.forward`; the first call with a setting is compared with verl's own."""
+    """Replace verl's `FusedLinearForPPO.forward`. The first call with a setting is compared with verl's own."""
     key = (hidden_states.dtype, vocab_weights.dtype, tuple(vocab_weights.shape), hidden_states.device.type)
     _proofs.once(key, lambda: _prove(self, hidden_states, vocab_weights, input_ids, temperature))
     return fused_logprobs(hidden_states, vocab_weights, input_ids, temperature)
@@ -91,11 +84,11 @@ def _prove(module: Any, hidden: Tensor, weight: Tensor, ids: Tensor, temperature
     scale = temperature
     if isinstance(temperature, Tensor):
         temperature = temperature.detach().expand(ids.shape).reshape(-1)[chosen]
-        scale = temperature.unsqueeze(-1)
+        scale = temperature.unsqueeze(-1)  # verl divides logits (N, V) by it
     with torch.no_grad():
         logprobs, entropy = _original()(module, rows, head, picked, scale)
         ours = fused_logprobs(rows, head, picked, temperature)
-        left, right = _autocast(rows, head)
+        left, right, _ = as_autocast(rows, head)
         logits = (left @ right.to(left.dtype).t()).float() / scale
     return prove(
         f"{HOST.adapter} (log-probs of FusedLinearForPPO)",
@@ -120,7 +113,7 @@ def _find() -> list[tuple[Any, str, Any]]:
     module = HOST.module("verl.utils.experimental.torch_functional")
     owner = HOST.attribute(module, "FusedLinearForPPO")
     _originals[:] = [HOST.function(owner, "forward", _ARGUMENTS)]
-    _proofs.forget()
+    _proofs.forget()  # they compared with another original
     return [(owner, "forward", _forward)]
 
 
@@ -133,18 +126,18 @@ def patched() -> AbstractContextManager[None]:
     Raises:
         ImportError: verl cannot be imported.
         RuntimeError: this verl's `FusedLinearForPPO.forward` takes other arguments.
-        In a call: AdapterMismatchError where the first log-probs are not verl's own.
+        AdapterMismatchError in the first call: its log-probs differ from verl's own.
     """
     return _switch.patched()
 
 
 def enable() -> None:
-    """Run verl's fused log-probs on fastrl from here on, as inside `patched()`; call it in every worker process."""
+    """Run verl's fused log-probs on fastrl from here on, as inside `patched()`. Call it in every worker process."""
     _switch.enable()
 
 
 def disable() -> None:
-    """Undo `enable()`: verl's own function comes back."""
+    """Undo `enable()` and restore verl's own function."""
     _switch.disable()
 
 

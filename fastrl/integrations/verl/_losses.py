@@ -1,7 +1,9 @@
-"""verl's policy losses as values of `PolicyLoss`, behind verl's signature.
+"""verl's policy losses as values of `PolicyLoss`, with verl's signature.
 
-verl folds its denominator and the averaging of gradients over ranks into the loss: with the global counts of
-`config.global_batch_info` the loss is the sum over local tokens, divided by the global count, times `dp_size`.
+In verl the loss itself contains the denominator and undoes the averaging of gradients over ranks. With the global
+counts of `config.global_batch_info`:
+
+    loss = sum over local tokens / global count * dp_size
 
 Legend: B sequences of the micro-batch, T padded response length.
 """
@@ -34,26 +36,26 @@ AGGREGATES: Mapping[str, str] = {
 LossFunction = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
 proofs = FirstUse()
-"""What has been compared with verl's own losses in this process."""
+"""The settings that have been compared with verl's own losses in this process."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How verl's configuration becomes a `PolicyLoss`."""
+    """The rule that makes a `PolicyLoss` of verl's configuration."""
 
     preset: str
     style: str | None = "verl"
     bounds: str | None = None
-    """What clip_ratio_low and clip_ratio_high are: "clip" (widths of the clip), "weight" (widths around 1 of the
+    """The use of clip_ratio_low and clip_ratio_high: "clip" (widths of the clip), "weight" (widths around 1 of the
     bounded weight) or None (not read)."""
     cap: str | None = None
-    """The field that clip_ratio_c is."""
+    """The field of `PolicyLoss` that clip_ratio_c sets."""
     mode: str | None = None
-    """The one loss_agg_mode that this loss is computed with."""
+    """The only loss_agg_mode of this loss; None: any."""
     other_modes: str = "replaced"
-    """What becomes of another loss_agg_mode than `mode`: "replaced", as verl does, or "refused"."""
+    """The treatment of another loss_agg_mode than `mode`: "replaced", as verl does, or "refused"."""
     options: tuple[tuple[str, str, float | None], ...] = ()
-    """(field, path in the configuration, default where that is None; without a default it is required)."""
+    """(field, path in the configuration, default). An option with the default None is required."""
     metrics: tuple[str, ...] = ("pg_clipfrac", "ppo_kl", "pg_clipfrac_lower")
 
 
@@ -82,16 +84,18 @@ FORMS: Mapping[str, Form] = {
     "vespo": Form("vespo", None, mode="token-mean", other_modes="refused"),
     "topr": Form("topr", None, mode="token-mean", other_modes="refused"),
 }
-"""verl's own eleven losses, then dapo (PPO's clip without the dual one), luspo, vespo and topr."""
+"""verl's own eleven losses, then dapo (PPO's clip without the dual clip), luspo, vespo and topr."""
 
 
 def policy_loss(loss: PolicyLoss) -> LossFunction:
-    """Return a loss with verl's signature that computes `loss`; verl's configuration gives counts and dp_size alone.
+    """Return a function with verl's signature that computes `loss`.
+
+    Of verl's configuration it reads the counts and dp_size only.
 
     Raises:
-        ValueError: a loss that needs what verl does not hand to policy losses: reference or rollout log-probs, entropy,
-            groups. verl has its own terms for the first three (use_kl_loss, rollout_correction, entropy_coeff). When
-            called: a `loss_agg_mode` that is not the loss's own `aggregate`.
+        ValueError: the loss needs reference or rollout log-probs, the entropy or groups, which verl does not pass to
+            policy losses. For the first three verl has its own terms: use_kl_loss, rollout_correction, entropy_coeff.
+            In a call: `loss_agg_mode` differs from the loss's own `aggregate`.
     """
     if not isinstance(loss, PolicyLoss):
         raise TypeError(f"loss must be a PolicyLoss, got {type(loss).__name__}")
@@ -121,7 +125,7 @@ def policy_loss(loss: PolicyLoss) -> LossFunction:
 
 
 def _function(name: str, build: Callable[[str, Any], PolicyLoss], form: Form) -> LossFunction:
-    """Return a function of verl's signature around the `PolicyLoss` that `build` makes of the configuration."""
+    """Return a function with verl's signature that computes the loss which `build` makes of the configuration."""
 
     def compute(
         old_log_prob: Tensor,  # (B, T)
@@ -166,7 +170,7 @@ def _computed(
     if form.preset == "clip_cov":
         selection = _covariance(config, log_prob, old_log_prob, advantages, response_mask)
     if loss.surrogate == "geometric":
-        # verl takes the weights' geometric mean, and the mean over every sequence of the micro-batch.
+        # verl takes the geometric mean of the weights, and then the mean over all sequences of the micro-batch.
         if weights is not None:
             advantages = advantages * _sequence_weights(response_mask, weights)
         inputs, dp_size = {"n_sequences": float(log_prob.shape[0])}, 1
@@ -181,11 +185,11 @@ def _computed(
         **inputs,
     )
     metrics = _metrics(form, loss, output, log_prob, old_log_prob, advantages, response_mask, selection)
-    return output.loss * dp_size, metrics
+    return output.loss * dp_size, metrics  # the trainer averages gradients over the ranks
 
 
 def _original(name: str) -> LossFunction | None:
-    """Return verl's own loss of this name; None where verl has none, or is not there (as in a test of ours)."""
+    """Return verl's own loss of this name, or None if verl has none or is not loaded (as in our tests)."""
     core = sys.modules.get("verl.trainer.ppo.core_algos")
     return None if core is None else getattr(core, "POLICY_LOSS_REGISTRY", {}).get(name)
 
@@ -246,6 +250,7 @@ def _built(name: str, form: Form) -> Callable[[str, Any], PolicyLoss]:
     return build
 
 
+# Cached, because verl calls the loss for every micro-batch and a new `PolicyLoss` checks all of its fields.
 @functools.lru_cache(maxsize=64)
 def _preset(preset: str, style: str | None, fields: tuple[tuple[str, Any], ...]) -> PolicyLoss:
     return PolicyLoss.preset(preset, style=style, **{name: _plain(value) for name, value in fields})
@@ -256,7 +261,7 @@ def _plain(value: Any) -> Any:
 
 
 def _option(config: Any, path: str, default: Any = None) -> Any:
-    """Return an option of verl's config (attributes, or a mapping) by its path; None counts as not set."""
+    """Return an option of verl's config (an object or a mapping) by its path, or the default if it is None."""
     for name in path.split("."):
         if config is None:
             break
@@ -276,7 +281,7 @@ def _info(config: Any) -> Mapping[str, Any]:
 
 
 def _counts(loss: PolicyLoss, config: Any, log_prob: Tensor) -> tuple[dict[str, Any], int]:
-    """Return the global counts that the loss divides by, and dp_size; raise where several ranks have no count."""
+    """Return the global counts that the loss divides by, and dp_size. Raise ValueError for ranks without a count."""
     info = _info(config)
     dp_size = info.get("dp_size") or 1
     if loss.aggregate == "token_sum":
@@ -291,7 +296,8 @@ def _counts(loss: PolicyLoss, config: Any, log_prob: Tensor) -> tuple[dict[str, 
 
 
 def _weighted(name: str, loss: PolicyLoss, advantages: Tensor, weights: Tensor) -> Tensor:
-    """Return advantages times weights >= 0: every surrogate is linear in the advantage once its sign is fixed."""
+    """Return the advantages times weights >= 0."""
+    # This weighs the loss: with a fixed sign of the advantage every surrogate is linear in it.
     if loss.kl is not None and loss.kl_coef != 0.0:
         raise ValueError(
             f"rollout_is_weights with fastrl_{name}: verl weighs this loss's own penalty too, which is not supported; "
@@ -334,7 +340,7 @@ def _metrics(
     mask: Tensor,
     selection: Tensor | None,
 ) -> dict[str, Tensor]:
-    """Return verl's metrics by verl's definitions, as detached scalars: nothing here waits for the device."""
+    """Return verl's metrics by verl's definitions, as detached scalars, without a wait for the device."""
     keep = mask != 0
     count = keep.sum() + 1e-8
     log_ratio = torch.where(keep, log_prob.detach() - old_log_prob, 0.0)

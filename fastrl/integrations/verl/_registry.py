@@ -1,4 +1,4 @@
-"""fastrl's names in verl's registries: put there by the entry point in every process, and taken out again."""
+"""fastrl's names in verl's registries. The entry point puts them in, in every process. `unregister` takes them out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ours: dict[tuple[str, str], Any] = {}  # (registry, name) -> function
 
 
 def _registries() -> dict[str, dict[str, Any]]:
-    """Return verl's registries, once its loss signature has been compared with the one that the adapter fits."""
+    """Return verl's registries, or raise RuntimeError if its loss signature is not the expected one."""
     core = HOST.module("verl.trainer.ppo.core_algos")
     HOST.function(core, "compute_policy_loss_vanilla", _LOSS_ARGUMENTS)
     names = ("POLICY_LOSS_REGISTRY", "ADV_ESTIMATOR_REGISTRY")
@@ -27,17 +27,17 @@ def _registries() -> dict[str, dict[str, Any]]:
 
 
 def register(names: Iterable[str] | None = None, *, prove: bool = True) -> tuple[str, ...]:
-    """Put fastrl's losses and estimators into verl's registries; return the names that are there now.
+    """Put fastrl's losses and estimators into verl's registries, and return the names of all that are in them.
 
     Args:
-        names: of `LOSSES` and `ESTIMATORS`; None: all of them.
-        prove: whether the first call of a loss that verl has too is compared with verl's own, on 4 sequences; for every
-            loss of this process. A difference raises AdapterMismatchError in the call.
+        names: names of `LOSSES` and `ESTIMATORS`; None: all of them.
+        prove: whether to compare the first call of a loss that verl has too with verl's own, on 4 sequences. It holds
+            for every loss of this process. A difference raises AdapterMismatchError in the call.
 
     Raises:
-        ValueError: an unknown name; a name that verl knows as something else.
+        ValueError: an unknown name, or a name under which verl has another function.
         ImportError: verl cannot be imported.
-        RuntimeError: this verl's loss signature is not the one that the adapter fits.
+        RuntimeError: this verl's loss signature is not the expected one.
     """
     proofs.wanted = prove
     known = {**LOSSES, **ESTIMATORS}
@@ -51,16 +51,18 @@ def register(names: Iterable[str] | None = None, *, prove: bool = True) -> tuple
 
 
 def register_loss(name: str, loss: PolicyLoss) -> None:
-    """Make any `PolicyLoss` available to verl as `policy_loss.loss_mode=name`; see `policy_loss` for what it may need.
+    """Make any `PolicyLoss` available to verl as `policy_loss.loss_mode=name`.
 
     Raises:
-        ValueError: a name that verl knows as something else; a loss that needs what verl does not pass.
+        ValueError: a name under which verl has another function, or a loss that needs inputs that verl does not pass
+            (see `policy_loss`).
     """
     _put("POLICY_LOSS_REGISTRY", {name: policy_loss(loss)})
 
 
 def _put(registry: str, functions: Mapping[str, Any]) -> None:
     entries = _registries()[registry]
+    # Check all names before the first one goes in.
     for name, function in functions.items():
         if name in entries and entries[name] is not function:
             raise ValueError(f"verl's {registry} has {name!r} already: {entries[name]!r}")
@@ -70,7 +72,7 @@ def _put(registry: str, functions: Mapping[str, Any]) -> None:
 
 
 def unregister() -> None:
-    """Take out every name that `register` and `register_loss` have put in; verl's own entries are untouched."""
+    """Remove every name that `register` and `register_loss` have put in. verl's own entries stay."""
     if not _ours:
         return
     registries = _registries()

@@ -1,10 +1,10 @@
-"""The loss modules of other trainers from a clone of their project, with what is heavy beside them left out.
+"""The loss modules of other trainers from a clone of their project, without the heavy packages that they import.
 
-A trainer's loss is a file of arithmetic, but importing it asks for Ray, Megatron, vLLM, hydra. Inside `opened(...)` the
-modules that a `Checkout` names are run from the clone as they stand; every other module of that project, and of the
-packages that it names, is a stand-in. Names of a stand-in serve in annotations and as base classes; calling one is an
-error, so nothing that a stand-in returns can take part in a comparison. The few functions that a loss does call
-(whether Ray runs, the size of a process group) are listed here by name.
+A trainer's loss is a file of arithmetic, but its imports need Ray, Megatron, vLLM, hydra. Inside `opened(...)` Python
+runs the modules that a `Checkout` names from the clone, unchanged. Every other module of the project, and of the
+packages that the `Checkout` names, is a stand-in. Names of a stand-in serve in annotations and as base classes. To call
+one is an error, so no result of a stand-in can take part in a comparison. A loss does call a few functions (whether Ray
+runs, the size of a process group). They are listed here by name.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ import torch
 
 @dataclass(frozen=True)
 class Checkout:
-    """Where a project keeps its loss, and what stands for the rest."""
+    """The modules of a project's loss, and the stand-ins for the rest."""
 
     name: str
     """The project's name in messages."""
     folders: tuple[str, ...]
     """The folders of a clone that hold its packages, relative to the clone."""
     modules: tuple[str, ...]
-    """The modules that are run as they stand; the packages around them are not, unless they are named too."""
+    """The modules to run unchanged. The packages around them do not run, unless they are named too."""
     stand_ins: Mapping[str, Mapping[str, Any] | Callable[[], Mapping[str, Any]]] = field(default_factory=dict)
-    """Modules of other packages -> what their names are, or a function that returns it when the module is imported.
+    """Module of another package -> its names and values, or a function that returns them when the module is imported.
 
-    What is not listed is an error when it is called.
+    To call any other name is an error.
     """
 
     def files(self, clone: Path) -> dict[str, Path]:
-        """Return the file of every module; raise FileNotFoundError, in one line, where one is missing."""
+        """Return the file of every module, or raise FileNotFoundError in one line."""
         found = {name: self._file(clone, name) for name in self.modules}
         missing = [self._expected(name) for name, path in found.items() if path is None]
         if missing:
@@ -62,7 +62,7 @@ class Checkout:
 
 
 class _Unavailable(type):
-    """What a stand-in module has under any name."""
+    """The value of any name in a stand-in module."""
 
     def __getattr__(cls, name: str) -> _Unavailable:
         if name.startswith("__"):
@@ -120,15 +120,15 @@ class _Finder(MetaPathFinder, Loader):
 
 @contextlib.contextmanager
 def opened(checkout: Checkout, clone: Path, *, compiled: bool = False) -> Iterator[dict[str, ModuleType]]:
-    """Let the modules of a clone be imported inside this context; yield them by name.
+    """Make the modules of a clone importable inside this context, and yield them by name.
 
     Args:
-        checkout: what to run of the project.
-        clone: the folder of its clone.
-        compiled: whether `torch.compile` decorates the host's functions; without it they run as they are written.
+        checkout: the modules to run.
+        clone: the folder of the clone.
+        compiled: whether `torch.compile` compiles the host's functions, or leaves them as they are written.
 
     Raises:
-        FileNotFoundError: `clone` has not the files that `checkout` names.
+        FileNotFoundError: `clone` lacks files that `checkout` names.
     """
     finder = _Finder(checkout, clone)
     before = _taken(finder.packages)
@@ -162,7 +162,7 @@ def commit_of(clone: Path) -> str:
 
 
 class _Annotation:
-    """jaxtyping's annotations: the tensor, whatever its shape is said to be."""
+    """jaxtyping's annotations: the type without the shape."""
 
     def __class_getitem__(cls, item: Any) -> Any:
         return item[0] if isinstance(item, tuple) else item

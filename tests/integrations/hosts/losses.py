@@ -1,7 +1,7 @@
 """The judge of an adapter's loss beside the host's own: value, gradient and every metric, in float32 and in float64.
 
-In float32 the host's own code in float64 decides, with the budget that its own float32 error earns
-(tests/support/oracle.py). In float64 both may differ by roundings of the precision that the host computes in.
+In float32 the reference is the host's own code in float64, and its own float32 error sets the allowed one
+(tests/support/oracle.py). In float64 the two may differ by roundings of the precision in which the host computes.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from fastrl.integrations.common.proof import AdapterMismatchError
 from fastrl.verify import Disagreement
 
 NAMES = ("slime", "nemo_rl", "skyrl", "prime_rl")
-"""The adapters whose hosts can be compared; each has its cases in a module of this folder."""
+"""The adapters to compare. The cases of each stand in a module of this folder."""
 
 
 class Outcome(NamedTuple):
-    """What one loss gave."""
+    """The results of a loss."""
 
     loss: Tensor
     gradient: Tensor
-    """With respect to the log-probs, or to the logits where a host takes those."""
+    """With respect to the log-probs, or to the logits if the host's loss takes logits."""
     metrics: Mapping[str, Any]
 
 
@@ -41,31 +41,31 @@ class Comparison:
     batch: str
     """Which batch, for messages."""
     inputs: Mapping[str, Any]
-    """Tensors and lists of tensors; floats in float64."""
+    """Tensors and lists of tensors, floats in float64."""
     host: Callable[[Mapping[str, Any]], Outcome]
     ours: Callable[[Mapping[str, Any]], Outcome]
     leaf: str = "logprobs"
-    """The input that the gradient is with respect to."""
+    """The input for the gradient."""
     inner: torch.dtype = torch.float64
-    """The precision in which the host computes when it is given float64."""
+    """The precision in which the host computes with float64 inputs."""
     precisions: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
     unlike: frozenset[str] = frozenset()
-    """Metrics in which the adapter differs from the host on purpose; its page says so."""
+    """Metrics in which the adapter differs from the host on purpose, as its page says."""
     sizes: Mapping[str, float] = field(default_factory=dict)
-    """Metrics whose terms cancel -> the sum of what is rounded in them, without signs."""
+    """Metric with terms that cancel -> the sum of the absolute terms."""
 
 
 class Tally:
-    """What was compared, and what differed."""
+    """The counts of comparisons, and the differences."""
 
     def __init__(self) -> None:
         self.settings: set[str] = set()
         self.batches = 0
         self.losses = 0
-        """Losses; each has a gradient, and every batch one loss per precision."""
+        """Losses, each with its gradient: one per batch and precision."""
         self.metrics = 0
         self.largest = 0.0
-        """The largest error as a share of what is granted, over losses, gradients and metrics."""
+        """The largest error as a share of the allowed one, over losses, gradients and metrics."""
         self.complaints: list[str] = []
 
     def add(self, comparison: Comparison) -> None:
@@ -98,27 +98,27 @@ class Tally:
         for name in sorted(ours & theirs - of.unlike):
             self.metrics += 1
             values = [side.metrics[name] for side in sides]
-            # A host that takes the mean of a mask gives float32, whatever the log-probs are.
+            # A host's mean of a mask is float32, even with float64 log-probs.
             single = isinstance(values[1], Tensor) and values[1].dtype is torch.float32
             cancelled = size if name.endswith("loss") else of.sizes.get(name, 0.0)
             numbers = [torch.as_tensor(value, dtype=torch.float64) for value in values]
             self._judge(f"{where}: {name}", numbers, torch.float32 if single else precision, cancelled)
 
-    def _judge(self, what: str, of: list[Tensor], precision: torch.dtype, size: float = 0.0) -> None:
+    def _judge(self, name: str, of: list[Tensor], precision: torch.dtype, size: float = 0.0) -> None:
         result, exact, eager = of
         granted = budget(exact, eager, precision) + ROUNDINGS * torch.finfo(precision).eps * size
         try:
             error = max_error(result, exact)
         except Disagreement as problem:
-            self.complaints.append(f"{what}: {problem}")
+            self.complaints.append(f"{name}: {problem}")
             return
         self.largest = max(self.largest, error / granted)
         if error > granted:
-            self.complaints.append(f"{what}: error {error:.3g} exceeds {granted:.3g}")
+            self.complaints.append(f"{name}: error {error:.3g} exceeds {granted:.3g}")
 
 
 def rounded_size(exact: Outcome, leaf: Tensor) -> float:
-    """Return the size of what a loss rounds: it sums terms of both signs, which may cancel."""
+    """Return the scale of a loss's rounding errors. Its terms have both signs, so the loss can be far smaller."""
     return float(exact.loss.abs() + (exact.gradient.abs() * leaf.abs().clamp(min=1.0)).sum())
 
 

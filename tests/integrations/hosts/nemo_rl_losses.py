@@ -61,7 +61,7 @@ def counts(data: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def outcome_of(loss_fn: Any, columns: Mapping[str, Any]) -> Outcome:
-    """Return the outcome of NeMo-RL's loss or the adapter's; both have one protocol."""
+    """Return the outcome of NeMo-RL's loss or of the adapter's, which have the same protocol."""
     data = {name: value for name, value in columns.items() if name != "logprobs"}
     return outcome(lambda leaf: loss_fn(leaf, dict(data), *counts(data)), columns["logprobs"])
 

@@ -85,7 +85,7 @@ def settings() -> Iterator[tuple[str, dict[str, Any], str]]:
 
 @contextlib.contextmanager
 def registered() -> Iterator[None]:
-    """Have fastrl's names in SkyRL's registry inside this context; raise RuntimeError unless it is restored."""
+    """Put fastrl's names into SkyRL's registry inside this context. Raise RuntimeError unless it is restored."""
     registry = importlib.import_module(adapter._MODULE).PolicyLossRegistry
     before = {name: registry.get(name) for name in registry.list_available()}
     adapter.register()
@@ -94,11 +94,11 @@ def registered() -> Iterator[None]:
     finally:
         adapter.unregister()
     if {name: registry.get(name) for name in registry.list_available()} != before:
-        raise RuntimeError("SkyRL's registry is not what it was before fastrl's names were in it")
+        raise RuntimeError("SkyRL's registry differs from its state before fastrl's names were in it")
 
 
 def comparisons() -> Iterator[Comparison]:
-    """Yield every setting on two batches; SkyRL takes its exponentials in float32."""
+    """Yield every setting on two batches. SkyRL computes its exponentials in float32."""
     with registered():
         for name, correction, anchor in settings():
             theirs, ours = (config(label, correction, anchor) for label in (name, f"fastrl_{name}"))

@@ -1,7 +1,7 @@
 """slime's policy loss beside fastrl's, from logits, with and without slime's own log-probs replaced.
 
-slime takes float32 logits only, so in float64 the log-probs and entropies of both sides come from PyTorch; what follows
-them is slime's own. Legend: S samples, T tokens of all of them, V vocabulary.
+slime takes float32 logits only. So in float64 the log-probs and entropies of both sides come from PyTorch, and only the
+loss after them is slime's own. Legend: S samples, T tokens of all samples, V vocabulary.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def settings() -> Iterator[dict[str, Any]]:
 
 
 def batch(seed: int, responses: list[int], prompts: list[int]) -> dict[str, Any]:
-    """Return slime's batch with logits (1, T, V); the log-probs of other policies lie around those of the logits."""
+    """Return slime's batch with logits (1, T, V). The other policies' log-probs lie around the ones of the logits."""
     g = torch.Generator().manual_seed(seed)
     totals = [response + prompt for response, prompt in zip(responses, prompts, strict=True)]
     tokens = [torch.randint(0, VOCABULARY, (total,), generator=g) for total in totals]

@@ -1,6 +1,6 @@
 """A pytest plugin for TRL's own test suite: every test runs with fastrl switched on (`pytest -p trl_plugin`).
 
-With TRL's rounding of half-precision logits, which its tests compare with.
+It rounds half-precision logits as TRL does, because TRL's tests expect the rounded values.
 """
 
 from __future__ import annotations

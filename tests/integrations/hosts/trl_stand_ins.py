@@ -2,11 +2,15 @@
 
     python tests/integrations/hosts/trl_stand_ins.py FOLDER
 
-writes random models of the families that TRL's tests name, each with a tokenizer trained here and TRL's own copy of the
-family's chat template, as a cache of the hub, and datasets with the configurations and columns of TRL's. With
-`HF_HUB_CACHE=FOLDER/hub HF_HUB_OFFLINE=1` the models' names resolve there; as a pytest plugin (`-p trl_stand_ins`,
-`TRL_STAND_INS=FOLDER`) this module sends `load_dataset` to the datasets. Models of images and of remote code are not
-there.
+writes two things:
+
+    FOLDER/hub        a cache of the hub with random models of the families that TRL's tests name, each with a tokenizer
+                      trained here and TRL's own copy of the family's chat template
+    FOLDER/datasets   datasets with the configurations and columns of TRL's
+
+With `HF_HUB_CACHE=FOLDER/hub HF_HUB_OFFLINE=1` transformers finds the models under their names. As a pytest plugin
+(`-p trl_stand_ins`, `TRL_STAND_INS=FOLDER`) this module sends `load_dataset` to the datasets. There are no models of
+images or with remote code.
 """
 
 from __future__ import annotations
@@ -314,15 +318,13 @@ def build(folder: Path) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let `load_dataset` find the stand-ins before a test module binds it by name.
-
-    Without a GPU Liger's kernels cannot run, and TRL's tests with them leave their patches in transformers' classes:
-    TRL is told that Liger is not installed.
-    """
+    """Let `load_dataset` find the stand-ins before a test module binds it by name."""
     del config
     import datasets
     import torch
 
+    # Without a GPU Liger's kernels cannot run, and TRL's tests of them leave patches in transformers' classes. So we
+    # tell TRL that Liger is not installed.
     if not torch.cuda.is_available():
         importlib.import_module("trl.import_utils").is_liger_kernel_available = lambda *_, **__: False
 
