@@ -84,7 +84,7 @@ def test_where_the_loss_from_hidden_states_waits(record: Record, name: str, froz
     elif frozen:  # the token gradients of the log-probs are kept
         assert found == [LATE]
     else:
-        assert found == ["fastrl/losses/policy/fused.py fused_from_hidden", LATE, LATE]
+        assert found == ["fastrl/losses/policy/fused.py of", LATE, LATE]
 
 
 def test_where_nothing_waits(record: Record) -> None:
