@@ -36,7 +36,7 @@ def shown(spec: Any) -> str:
 
 
 def with_sparse_stats(output: LossOutput, stats: SparseStats) -> LossOutput:
-    """Return the output with what the stats counts among the metrics."""
+    """Return the output with the counts of `stats` among the metrics."""
     return output._replace(metrics={**output.metrics, **stats.metrics()})
 
 

@@ -122,10 +122,11 @@ class FusedFromHidden(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         again: _Again = ctx.again
         if gradients is None:
-            *tensors, allowed, g, h = ctx.saved_tensors
-            gradients = _formed_again(LinearRows(*tensors, again.options, allowed, again.rounding), again, g, h)
+            hidden, weight, bias, labels, inv_temperature, allowed, g, h = ctx.saved_tensors
+            given = (hidden, weight, bias, labels, inv_temperature)
+            gradients = _formed_again(LinearRows(*given, again.options, allowed, again.rounding), again, g, h)
         backend = again.options.backend
-        released = (release_gradient(*given, grads[0], backend) for given in zip(gradients, ctx.dtypes, strict=True))
+        released = (release_gradient(*pair, grads[0], backend) for pair in zip(gradients, ctx.dtypes, strict=True))
         return (*released, None)
 
 

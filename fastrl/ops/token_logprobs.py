@@ -105,7 +105,8 @@ def _restricted(rows: LogitRows, logits: Tensor, temperature: Any, allowed: Any,
         inv_temperature = torch.full(rows.labels.shape, rows.inv_temperature, dtype=dtype, device=logits.device)
     else:
         # Rounded before the reciprocal, as the chunks of `linear_token_logprobs` have it.
-        inv_temperature = checks.temperature(temperature, rows.labels.shape, logits.device).to(dtype).reciprocal()
+        value = checks.temperature(temperature, rows.labels.shape, logits.device)
+        inv_temperature = torch.as_tensor(value).to(dtype).reciprocal()
     return replace(rows, inv_temperature_rows=inv_temperature, allowed=sets, rounding=rounding)
 
 

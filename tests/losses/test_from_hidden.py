@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -13,15 +12,13 @@ from oracle import budget
 from torch import Tensor
 
 import fastrl
-from fastrl import PolicyLoss, PreferenceLoss, linear_token_logprobs, reference
+from fastrl import PolicyLoss, PreferenceLoss, checks, linear_token_logprobs, reference
 from fastrl.backends.choice import choose
 from fastrl.backends.torch_rows import TILE_ROWS
+from fastrl.ops import chunks as chunks_module
+from fastrl.ops import gradients as gradients_module
 from fastrl.ops.fused import ROUNDED_ROWS
 from fastrl.ops.gradients import CPU_WIDEN_ROWS
-
-# `fastrl.ops` holds the function of this name too.
-chunks = import_module("fastrl.ops.chunks")
-gradients_module = import_module("fastrl.ops.gradients")
 
 
 @pytest.mark.parametrize("name", ["dapo", "gspo"])
@@ -175,7 +172,7 @@ def test_reported_units_are_the_products_that_ran(
 
         return call
 
-    products = ((chunks, "chunk_logits", 0), (gradients_module, "_times_weight", 0))
+    products = ((chunks_module, "chunk_logits", 0), (gradients_module, "_times_weight", 0))
     for module, function, of in (*products, (gradients_module, "_add_weight_gradient", 1)):
         monkeypatch.setattr(module, function, counted(getattr(module, function), of))
     hidden, weight = torch.randn(2, 8, 4), torch.randn(7, 4)
@@ -191,6 +188,24 @@ def test_reported_units_are_the_products_that_ran(
     separate = name == "kl_cov" or (name == "gspo" and frozen and not entropy_coef)
     units = 1 + len(needs.split()) + (separate and bool(needs) and not (frozen and not entropy_coef))
     assert sum(rows) / 16 == units == output.metrics["path/gemm_units"][0].item()
+
+
+def test_a_mask_of_numbers_is_scanned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    keep_mask = checks.keep_mask
+
+    def noted(name: str, value: Any, *rest: Any) -> Any:
+        seen.append(value.dtype)
+        return keep_mask(name, value, *rest)
+
+    monkeypatch.setattr(checks, "keep_mask", noted)
+    hidden, weight = torch.randn(2, 8, 4, requires_grad=True), torch.randn(7, 4)
+    mask = torch.ones(2, 8)
+    mask[1, 5:] = 0.0
+    inputs = {"advantages": torch.tensor([1.0, -1.0]), "mask": mask}
+    PolicyLoss.preset("dapo").from_hidden(hidden, weight, torch.randint(0, 7, (2, 8)), **inputs)
+    assert seen.count(torch.float32) == 1
+    assert inputs["mask"] is mask
 
 
 def test_keep_token_grads_changes_the_path_and_not_the_gradient() -> None:

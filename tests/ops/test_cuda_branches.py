@@ -81,10 +81,10 @@ def test_where_the_loss_from_hidden_states_waits(record: Record, name: str, froz
     found = places(record.waits)
     if name == "dapo":
         assert found == [LATE] * (1 + chunks)
-    elif frozen:  # the log-probs' own unit gradients are kept
+    elif frozen:  # the token gradients of the log-probs are kept
         assert found == [LATE]
     else:
-        assert found == ["fastrl/losses/policy/fused.py fused_from_hidden", LATE, LATE]
+        assert found == ["fastrl/losses/policy/fused.py of", LATE, LATE]
 
 
 def test_where_nothing_waits(record: Record) -> None:

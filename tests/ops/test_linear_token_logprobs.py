@@ -91,7 +91,7 @@ def test_partial_requires_grad(needs: str) -> None:
 
 @pytest.mark.parametrize("which", range(3), ids=NAMES[:3])
 def test_frozen_head_takes_any_function_of_the_outputs(which: int) -> None:
-    """The unit-gradient path serves the log-prob alone; entropy and logsumexp form the logits again."""
+    """The kept token gradients serve the log-prob alone. Entropy and logsumexp form the logits again."""
     grads = tuple(g if i == which else None for i, g in enumerate(upstream(20)))
     judge(draw(20, 16, 300), "hidden", "torch", grads=grads, chunk_tokens=8)
 

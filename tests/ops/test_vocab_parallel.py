@@ -214,7 +214,7 @@ def check_partial_requires_grad(rank: int, world: int) -> None:
 
 
 def check_each_output_alone(rank: int, world: int) -> None:
-    """With a frozen head the log-prob alone takes the kept unit gradients; the others form the logits again."""
+    """With a frozen head the log-prob alone takes the kept token gradients, the others form the logits again."""
     for which in range(3):
         grads = tuple(g if i == which else None for i, g in enumerate(upstream(13)))
         for needs in ("hidden", "hidden weight bias"):

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from tiny_model import save_tiny_model
 
 from fastrl import cli, doctor
-from fastrl.backends import cpu, cuda
+from fastrl.backends import build, cpu, cuda
 from fastrl.train import config as settings
 from fastrl.train import constitutional, grpo, online_dpo, pairs, ppo, rft
 from fastrl.train.config import ConstitutionalConfig, GRPOConfig, OnlineDPOConfig, PairsConfig, PPOConfig, RFTConfig
@@ -194,5 +194,5 @@ def test_doctor_finds_the_ninja_that_the_build_uses(tmp_path: Path, monkeypatch:
     ninja.write_text("#!/bin/sh\necho 1.2.3\n")
     ninja.chmod(0o755)
     monkeypatch.setenv("PATH", "/usr/bin/none")
-    monkeypatch.setattr(cpu, "ninja_folder", lambda: str(tmp_path))
+    monkeypatch.setattr(build, "ninja_folder", lambda: str(tmp_path))
     assert doctor.diagnose()["compilers"]["ninja"] == f"1.2.3 ({ninja})"

@@ -112,6 +112,12 @@ class _Plan:
 
 
 @graph_break
+def policy_rows(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> LinearRows:
+    """Return `LinearRows.checked`, outside graphs of torch.compile: inside, label values would go unchecked."""
+    return LinearRows.checked(hidden, weight, labels, **options)
+
+
+@graph_break
 def fused_preference(
     spec: Any,  # PreferenceLoss
     rows: LinearRows,  # of the policy, MASKED_LABEL under the mask

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastrl import checks
 from fastrl.losses.output import LossOutput, shown, with_path, with_sparse_stats
 from fastrl.losses.preference.checks import validate
-from fastrl.losses.preference.fused import PreferenceInputs, fused_preference
+from fastrl.losses.preference.fused import PreferenceInputs, fused_preference, policy_rows
 from fastrl.losses.preference.presets import ALIASES, PRESETS, preset_fields
 from fastrl.losses.preference.rows import (
     Counts,
@@ -61,7 +61,6 @@ from fastrl.losses.scalars import (
     wide,
 )
 from fastrl.ops import linear_token_logprobs, token_logprobs
-from fastrl.ops.head import LinearRows
 from fastrl.ops.sparse_rows import SparseStats, collect_sparse_stats
 
 
@@ -445,7 +444,7 @@ class PreferenceLoss:
         training = torch.is_grad_enabled() and (trains_head or (isinstance(hidden, Tensor) and hidden.requires_grad))
         if training and trains_head and tp_group is None and not self._couples(inputs):
             inputs["labels"] = desirable
-            rows = LinearRows.checked(hidden, weight, ids, bias=bias, tail_mass=tail_mass, **exact)
+            rows = policy_rows(hidden, weight, ids, bias=bias, tail_mass=tail_mass, **exact)
             return fused_preference(self, rows, PreferenceInputs(mask, ref_logprobs, inputs), extra)
         stats = SparseStats(hidden.device) if tail_mass and training else None
         with collect_sparse_stats(stats):
