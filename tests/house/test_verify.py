@@ -14,6 +14,7 @@ from fastrl import cli, verify
 from fastrl.backends import choice, cpu, torch_rows
 from fastrl.verify import Check, Setting, Verdict
 from fastrl.verify import checks as verify_checks
+from fastrl.verify import judge
 
 CPU = torch.device("cpu")
 HERE = ["torch"] + (["cpu"] if cpu.cpu_available()[0] else [])
@@ -155,7 +156,7 @@ def test_large_results_are_judged_piece_by_piece(monkeypatch: pytest.MonkeyPatch
     exact[2, 1] = math.inf
     result, eager = exact + 1e-3 * torch.randn(7, 3), exact + 1e-2 * torch.randn(7, 3)
     whole = verify.max_error(result, exact), verify.budget(exact, eager, torch.float32)
-    monkeypatch.setattr(verify, "PIECE", 4)
+    monkeypatch.setattr(judge, "PIECE", 4)
     assert (verify.max_error(result, exact), verify.budget(exact, eager, torch.float32)) == whole
     result[5, 1] = math.nan
     with pytest.raises(verify.Disagreement, match=r"at \[\[5, 1\]\]"):
