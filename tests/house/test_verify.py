@@ -12,9 +12,8 @@ from torch import Tensor
 
 from fastrl import cli, verify
 from fastrl.backends import choice, cpu, torch_rows
-from fastrl.verify import Check, Setting, Verdict
+from fastrl.verify import Check, Setting, Verdict, judge
 from fastrl.verify import checks as verify_checks
-from fastrl.verify import judge
 
 CPU = torch.device("cpu")
 HERE = ["torch"] + (["cpu"] if cpu.cpu_available()[0] else [])
