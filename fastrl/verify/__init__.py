@@ -20,6 +20,9 @@ from fastrl.verify.judge import same_bits as same_bits
 from fastrl.verify.judge import worst as worst
 from fastrl.verify.run import BACKENDS as BACKENDS
 from fastrl.verify.run import COLUMNS as COLUMNS
+from fastrl.verify.run import FAIL as FAIL
+from fastrl.verify.run import NOT_RUN as NOT_RUN
+from fastrl.verify.run import PASS as PASS
 from fastrl.verify.run import Check as Check
 from fastrl.verify.run import counts as counts
 from fastrl.verify.run import devices_here as devices_here

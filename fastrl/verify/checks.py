@@ -167,9 +167,6 @@ def hard_rows(generator: torch.Generator, vocabulary: int) -> dict[str, Inputs]:
     }
 
 
-# --- the vocabulary operations ----------------------------------------------------------------------------------------
-
-
 def _sizes(setting: Setting) -> tuple[int, ...]:
     if setting.interpreted:
         return (INTERPRETED_VOCABULARY,)
@@ -334,9 +331,6 @@ def _run_masked(inputs: Inputs, setting: Setting) -> dict[str, Tensor]:
     return found | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
 
 
-# --- the policy loss --------------------------------------------------------------------------------------------------
-
-
 POLICIES: dict[str, PolicyLoss] = {
     "grpo": PolicyLoss.preset("grpo", kl="k3", kl_coef=0.05),
     "dapo": PolicyLoss.preset("dapo"),
@@ -468,9 +462,6 @@ def check_policy_loss(setting: Setting) -> Named:
                         POLICIES[name], title, source == "logits", dtype
                     ),
                 )
-
-
-# --- advantages -------------------------------------------------------------------------------------------------------
 
 
 def plain_advantages(rewards: Tensor, groups: Tensor, scale: str, baseline: str, eps: float) -> Tensor:

@@ -22,9 +22,6 @@ ROUNDINGS = 4.0
 PIECE = 1 << 26
 
 
-# --- the rule ---------------------------------------------------------------------------------------------------------
-
-
 class Disagreement(AssertionError):
     """A result that no error bound can allow: another shape, or a non-finite value where the exact one is finite."""
 
@@ -112,9 +109,6 @@ def same_bits(result: Parts, other: Parts) -> Verdict:
 def worst(verdicts: Iterable[Verdict]) -> Verdict:
     """Return the verdict that comes closest to its bound, or goes furthest beyond it."""
     return max(verdicts, key=lambda verdict: verdict.share)
-
-
-# --- the run ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

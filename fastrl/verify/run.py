@@ -120,9 +120,6 @@ def result(check: Check, look: Look) -> Check:
     return replace(check, status=status, seconds=seconds, **verdict._asdict())
 
 
-# --- the report -------------------------------------------------------------------------------------------------------
-
-
 COLUMNS = "{:<7} {:<7} {:<22} {:<46} {:<8} {:>9} {:>9}  {}"
 
 

@@ -1,4 +1,4 @@
-"""The command: exit codes, one-line errors, configuration files with overrides, and what works without the extras."""
+"""The command: exit codes, one-line errors, configuration files with overrides, and commands without the extras."""
 
 import dataclasses
 import importlib.metadata

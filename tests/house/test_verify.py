@@ -1,4 +1,4 @@
-"""`fastrl verify`: it passes where all is right, finds what is broken, and never calls passed what was not run."""
+"""`fastrl verify`: right kernels pass, broken ones are found, and a check that did not run never passes."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastrl import cli, verify
 from fastrl.backends import choice, cpu, torch_rows
-from fastrl.verify import Check, Setting, Verdict
+from fastrl.verify import Check, Setting, Verdict, judge
 from fastrl.verify import checks as verify_checks
 
 CPU = torch.device("cpu")
@@ -155,7 +155,7 @@ def test_large_results_are_judged_piece_by_piece(monkeypatch: pytest.MonkeyPatch
     exact[2, 1] = math.inf
     result, eager = exact + 1e-3 * torch.randn(7, 3), exact + 1e-2 * torch.randn(7, 3)
     whole = verify.max_error(result, exact), verify.budget(exact, eager, torch.float32)
-    monkeypatch.setattr(verify, "PIECE", 4)
+    monkeypatch.setattr(judge, "PIECE", 4)
     assert (verify.max_error(result, exact), verify.budget(exact, eager, torch.float32)) == whole
     result[5, 1] = math.nan
     with pytest.raises(verify.Disagreement, match=r"at \[\[5, 1\]\]"):

@@ -95,7 +95,7 @@ def test_a_kill_at_any_moment_of_the_write_leaves_a_whole_checkpoint(
         step = int(newest.name[-2:])
         check(root, step)
         outcomes.append((killed, step))
-        if step == 2:  # what a resumed run does
+        if step == 2:  # as a resumed run does
             save(root, 4, keep=1)
             check(root, 4)
         save(root, 6, keep=1)

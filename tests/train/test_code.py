@@ -73,7 +73,7 @@ def test_tests_that_pass(tests: CodeTests, program: str, reward: float, partial:
     assert CodeTests(partial=True)(DOUBLE, block(program)) == partial
 
 
-# What each of these prints after its attack would pass, so a 0 says that the attack ended the program.
+# Each of these prints the expected output after its attack, so a reward of 0 shows that the attack ended the program.
 ATTACKS = {
     "fork": "import os\nif os.fork() == 0:\n    os._exit(0)",
     "fork bomb": "import os\nwhile True:\n    os.fork()",

@@ -1,4 +1,4 @@
-"""Records to tokens: which tokens are trained, what the template does, what is too long, what is wrong."""
+"""Records to tokens: trained tokens, templates, long examples and wrong records."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_every_turn_of_the_assistant_is_trained_and_nothing_else() -> None:
     example = only(supervised_examples(read_records([{"messages": TALK}]), CHAT))
     assert trained_text(example) == "2<|im_end|>3<|im_end|>"
     whole = TOKENIZER.apply_chat_template(TALK[:4], tokenize=False)
-    assert TOKENIZER.decode(example.ids) == whole.removesuffix("\n")  # what follows the last target is left out
+    assert TOKENIZER.decode(example.ids) == whole.removesuffix("\n")  # the example ends at its last target
     assert example.trained[-1]
     last = CHAT.completion(TALK[:3], TALK[3:4])
     assert TOKENIZER.decode(last) == "3<|im_end|>"

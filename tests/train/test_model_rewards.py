@@ -1,4 +1,4 @@
-"""Reward models: what a batch gets is what each sequence gets alone, and what is not a reward model is refused."""
+"""Reward models: scores do not depend on the batch, and other models are refused."""
 
 from __future__ import annotations
 

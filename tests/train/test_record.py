@@ -1,4 +1,4 @@
-"""The record of a run: what is kept of it, and what is refused."""
+"""The record of a run: its content, and refusals."""
 
 import json
 from pathlib import Path

@@ -16,7 +16,7 @@ from fastrl.train.run.report import EvaluationPoint, Gain, gains, read_run, writ
 
 
 def write_run(folder: Path, *, steps: int = 12, **files: object) -> Path:
-    """Write a run directory; a keyword replaces the content of a file, None leaves the file out."""
+    """Write a run directory. A keyword replaces the content of a file, None leaves the file out."""
     content: dict[str, object] = {
         "metrics": [
             {
@@ -265,7 +265,7 @@ def test_the_names_that_the_loop_logs_are_drawn():
 
 
 def plan_panels(metrics: list[dict], evaluated: dict | None = None) -> dict[str, list[str]]:
-    """Draw onto real axes and read back what each panel shows."""
+    """Draw onto real axes, and return the labels of each panel."""
     from matplotlib.figure import Figure
 
     shown = {}

@@ -39,7 +39,7 @@ def length_in_tens(problem: Problem, completion: str) -> float:
 
 
 def misbehave(problem: Problem, completion: str):
-    """Do what the completion says."""
+    """Misbehave as the completion says."""
     match completion:
         case "raise":
             raise RuntimeError("grader down")
@@ -214,7 +214,7 @@ def test_a_batch_of_simple_scores_takes_milliseconds(task):
             times.append(time.perf_counter() - start)
     assert batch.failures == 0
     torch.testing.assert_close(batch.total, torch.full((128,), 1.1))
-    assert min(times) < 0.1  # 3 to 8 ms on a quiet machine; a process per call would take seconds
+    assert min(times) < 0.1  # 3 to 8 ms on a quiet machine, but a process per call would take seconds
 
 
 def test_weights_and_components(task):

@@ -32,7 +32,7 @@ def test_the_stream_does_not_repeat_itself():
 
 def test_seeds_give_different_problems():
     streams = [{p.prompt for p in small_sums(seed).train(100)} for seed in (0, 1)]
-    # Two independent draws of 100 from the 16,400 questions share some one-digit ones; shifted copies would share all.
+    # Two independent draws of 100 from the 16,400 questions share some one-digit ones. Shifted copies would share all.
     assert len(streams[0] & streams[1]) < 40
 
 
