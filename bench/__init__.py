@@ -8,6 +8,6 @@ suite.py      a case from inputs to results; the CPU run
 gpu.py        the GPU run: tests, cases, experiments
 targets.py    what the numbers should be, and whether they are
 record.py     machine, versions, JSON
-report.py     tables for the terminal and the README
+report.py     tables for the terminal and docs/benchmarks.md
 plots.py      charts
 """

@@ -1,4 +1,4 @@
-"""Tables for the terminal and the README, written from the same records."""
+"""Tables for the terminal and docs/benchmarks.md, written from the same records."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _markdown(rows: list[list[str]]) -> list[str]:
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """Return the README's tables of one record: contenders that ran, a line about those that did not, the targets."""
+    """Return the page's tables of one record: contenders that ran, one line naming the others, the targets."""
     lines = [f"Measured on {machine_text(record)}. Times are medians ± half the quartile range."]
     for result in record["results"]:
         rows = case_rows(result)
@@ -169,15 +169,15 @@ def fill_markers(text: str, kind: str, table: str) -> str:
     return f"{before}{opening}\n{table}\n{closing}{after}"
 
 
-def write_tables(readme: Path, records: dict[str, dict[str, Any]]) -> list[str]:
-    """Write the table of every kind whose markers the file has, and return those kinds."""
-    text = readme.read_text()
+def write_tables(page: Path, records: dict[str, dict[str, Any]]) -> list[str]:
+    """Write the table of every kind that the page has markers for, and return these kinds."""
+    text = page.read_text()
     written = []
     for kind, record in sorted(records.items()):
         if f"<!-- bench:{kind} -->" in text:
             text = fill_markers(text, kind, markdown(record))
             written.append(kind)
     if not written:
-        raise ValueError(f"{readme} has no marker of {', '.join(sorted(records)) or 'any record'}")
-    readme.write_text(text)
+        raise ValueError(f"{page} has no marker of {', '.join(sorted(records)) or 'any record'}")
+    page.write_text(text)
     return written
