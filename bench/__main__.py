@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command."""
-    # Peers warn on import and about their options; none of it concerns the numbers.
+    # Peers warn on import and about their options. No warning concerns the numbers.
     warnings.filterwarnings("ignore")
     parsed = _parser().parse_args(arguments)
     parsed.run(parsed)

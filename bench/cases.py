@@ -133,7 +133,7 @@ class Inputs:
     logits: Tensor | None  # (N, V)
     labels: Tensor  # (B, T)
     old_logprobs: Tensor  # (B, T) float32
-    advantages: Tensor  # (B,) float32; the same for each token of a sequence, so that Liger can take part
+    advantages: Tensor  # (B,) float32, one per sequence, so that Liger can take part
     mask: Tensor  # (B, T) float32, 0 or 1
     mean_entropy: float  # nats
 
