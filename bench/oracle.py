@@ -33,7 +33,7 @@ def shared(name: str) -> ModuleType:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the judge found, per quantity: error, error granted, and the error relative to the largest exact value."""
+    """The judge's finding, per quantity: error, granted error, and error relative to the largest exact value."""
 
     errors: dict[str, dict[str, float]]
     complaint: str | None

@@ -1,4 +1,4 @@
-"""What a result file says about the machine and the software it came from."""
+"""Machine and software of a result file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the numbers should be on each kind of machine, and whether the measured ones are."""
+"""The wanted numbers on each kind of machine, and the verdict on the measured ones."""
 
 from __future__ import annotations
 
