@@ -260,6 +260,20 @@ def test_the_page_of_benchmarks_holds_the_committed_records() -> None:
         assert report.fill_markers(text, kind, report.markdown(records[kind])) == text, "run python -m bench table"
 
 
+def test_the_page_of_sparse_rows_holds_the_committed_record() -> None:
+    """Each row of its table is a row of the newest record of `python -m bench sparse`."""
+    page = (record.ROOT / "docs" / "sparse-rows.md").read_text()
+    shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if "| T = " in line]
+    measured = sparse.table(record.newest(record.RESULTS)["sparse"]["sparse"])[1:]
+    found = {(entry.split(",")[0], *rest[:2]): (entry, *rest[2:4], *rest[5:]) for entry, *rest in measured}
+    assert len(shown) == 21
+    for name, tail_mass, places, *numbers in shown:
+        temperature, _, entropy = name.removeprefix("T = ").partition(", ")
+        entry, *expected = found[(f"{float(temperature):g}", tail_mass, places)]
+        assert entropy in entry
+        assert [number.replace(" %", "%") for number in numbers] == expected
+
+
 @pytest.mark.parametrize("text", ["nothing", "<!-- bench:cpu -->", "<!-- /bench:cpu --> <!-- bench:cpu -->"])
 def test_a_file_without_proper_markers_is_left_alone(text: str, tmp_path: Path) -> None:
     page = tmp_path / "benchmarks.md"

@@ -66,6 +66,8 @@ def test_links_and_files_that_are_named_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(path), f"{page.name}: {target}#{anchor}"
     for target in re.findall(rf"`((?:{FOLDERS})/[\w./-]+)[`:]", text):
         assert target.endswith("/X.py") or (ROOT / target).exists(), f"{page.name}: {target}"
+    for target in re.findall(r"(?<![\w/.-])(?:examples|scripts)/\w+\.\w+", text):
+        assert "NAME" in target or (ROOT / target).exists(), f"{page.name}: {target}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
