@@ -36,7 +36,7 @@ def _finish(result: dict[str, Any], out: Path | None) -> None:
 
 
 def _cpu(arguments: argparse.Namespace) -> None:
-    # What judged a contender has warmed it up. With these budgets the whole run takes five to six minutes on two cores.
+    # No warm-ups: the judge has run each contender once. These budgets make five to six minutes on two cores.
     plan = Plan(repeats=3, warmups=0, budget_s=10.0) if arguments.quick else Plan(repeats=5, warmups=0, budget_s=30.0)
     cases = tiny_cases() if arguments.tiny else cpu_cases(arguments.quick)
     device = torch.device("cpu")
@@ -91,8 +91,8 @@ def _sparse(arguments: argparse.Namespace) -> None:
 
 
 def _table(arguments: argparse.Namespace) -> None:
-    written = report.write_tables(arguments.readme, record.newest(arguments.results))
-    say(f"{arguments.readme}: wrote {', '.join(written)}")
+    written = report.write_tables(arguments.page, record.newest(arguments.results))
+    say(f"{arguments.page}: wrote {', '.join(written)}")
 
 
 def _plot(arguments: argparse.Namespace) -> None:
@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Time, memory and accuracy beside the peers.")
     commands = parser.add_subparsers(required=True)
     cpu = commands.add_parser("cpu", help="the CPU cases, five to ten minutes on two cores")
-    cpu.add_argument("--out", type=Path, help="folder for the result file and the charts; printed only unless given")
+    cpu.add_argument("--out", type=Path, help="folder for the result file and the charts (default: print only)")
     cpu.add_argument("--quick", action="store_true", help="a quarter of the tokens, fewer rounds")
     cpu.add_argument("--tiny", action="store_true", help="shapes that prove nothing but that the harness runs")
     cpu.set_defaults(run=_cpu)
@@ -124,24 +124,24 @@ def _parser() -> argparse.ArgumentParser:
     lists = commands.add_parser(
         "sparse", help="cost and error of tail_mass on SmolLM2's own samples, about ten minutes"
     )
-    lists.add_argument("--out", type=Path, help="folder for the result file and the chart; printed only unless given")
+    lists.add_argument("--out", type=Path, help="folder for the result file and the chart (default: print only)")
     lists.add_argument("--tokens", type=int, default=1024)
     lists.add_argument("--repeats", type=int, default=3)
     lists.set_defaults(run=_sparse)
-    table = commands.add_parser("table", help="write the README's tables from the committed results")
-    table.add_argument("--readme", type=Path, default=record.ROOT / "README.md")
+    table = commands.add_parser("table", help="write the tables of docs/benchmarks.md from the committed results")
+    table.add_argument("--page", type=Path, default=record.ROOT / "docs" / "benchmarks.md")
     table.add_argument("--results", type=Path, default=record.RESULTS)
     table.set_defaults(run=_table)
     plot = commands.add_parser("plot", help="draw the charts of the committed results")
     plot.add_argument("--results", type=Path, default=record.RESULTS)
-    plot.add_argument("--out", type=Path, help="folder of the charts; that of the results unless given")
+    plot.add_argument("--out", type=Path, help="folder of the charts (default: the folder of the results)")
     plot.set_defaults(run=_plot)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command."""
-    # Peers warn on import and about their options; none of it concerns the numbers.
+    # Peers warn on import and about their options. No warning concerns the numbers.
     warnings.filterwarnings("ignore")
     parsed = _parser().parse_args(arguments)
     parsed.run(parsed)

@@ -29,7 +29,7 @@ TRL_CHUNK_FALLBACK = 32768
 
 
 class Outputs(NamedTuple):
-    """What a contender computes; None for what the operation does not ask for or the contender does not expose."""
+    """Results of a contender. None for a result that the operation does not need or the contender does not expose."""
 
     loss: Tensor | None = None
     logprobs: Tensor | None = None  # (B, T)
@@ -102,7 +102,7 @@ def _leaves(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def runner(inputs: Inputs, compute: Callable[[Tensor, Tensor | None], tuple[Tensor | None, Tensor | None]]) -> Runner:
-    """Return a run: forward, and where the operation trains, backward.
+    """Return a run: forward, and backward if the operation trains.
 
     Args:
         inputs: of the case.
@@ -131,7 +131,7 @@ def runner(inputs: Inputs, compute: Callable[[Tensor, Tensor | None], tuple[Tens
 
 
 def from_logprobs(inputs: Inputs, logprobs_of: Callable[[Tensor, Tensor | None], Tensor]) -> Runner:
-    """Return a run of a contender that offers log-probs (N,): the loss behind it is PyTorch's."""
+    """Return a run of a contender that offers log-probs (N,). PyTorch computes the loss after it."""
 
     def compute(first: Tensor, second: Tensor | None) -> tuple[Tensor | None, Tensor]:
         logprobs = logprobs_of(first, second)
@@ -187,7 +187,7 @@ def _trl(inputs: Inputs) -> Runner:
         raise Missing("this trl has no _ChunkedLogProbFunction")
     chunk = getattr(utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", TRL_CHUNK_FALLBACK)
     labels, mask, softcap = inputs.labels.reshape(-1), inputs.mask.reshape(-1).bool(), inputs.case.model.softcap
-    # As TRL does: only the valid positions are scored where Triton runs, all of them elsewhere.
+    # As TRL does: with Triton it scores the valid positions only, otherwise all of them.
     compact = labels.device.type in ("cuda", "xpu")
 
     def logprobs_of(hidden: Tensor, weight: Tensor | None) -> Tensor:
@@ -264,7 +264,7 @@ def _liger_logits(inputs: Inputs) -> Runner:
     count = inputs.mask.sum()
 
     def run() -> Outputs:
-        # In place, the default, would leave the gradient where the next run expects the logits.
+        # The default works in place: it would overwrite the logits that the next run reads.
         result = module.triton_grpo_loss(
             leaf, inputs.old_logprobs, None, inputs.labels, inputs.advantages, inputs.mask,
             temperature=1.0, beta=0.0, eps_low=EPSILON, eps_high=EPSILON, inplace=False, reduce=True,
@@ -362,7 +362,7 @@ def fastrl_contender(name: str = "fastrl", tail_mass: float = 0.0, **options: An
 
         return runner(inputs, compute)
 
-    # By name only until a device has shown it to be right and the faster one: this row is what shows it.
+    # By name only, until a device shows it right and faster. This row measures that.
     operations = _LOGITS if options.get("backend") == "cuda" else tuple(OPERATIONS)
     return Contender(name, TAIL_OPERATIONS if tail_mass else operations, prepare, tail_mass)
 

@@ -1,4 +1,4 @@
-"""What is measured: heads of real models, operations, and the inputs of a case.
+"""The measured cases: heads of real models, operations, and the inputs of a case.
 
 Legend: B sequences, T tokens of one, N = B T tokens, D hidden, V vocabulary.
 """
@@ -125,7 +125,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every contender of a case gets."""
+    """The inputs of every contender of a case."""
 
     case: Case
     hidden: Tensor | None  # (N, D)
@@ -133,7 +133,7 @@ class Inputs:
     logits: Tensor | None  # (N, V)
     labels: Tensor  # (B, T)
     old_logprobs: Tensor  # (B, T) float32
-    advantages: Tensor  # (B,) float32; the same for each token of a sequence, so that Liger can take part
+    advantages: Tensor  # (B,) float32, one per sequence, so that Liger can take part
     mask: Tensor  # (B, T) float32, 0 or 1
     mean_entropy: float  # nats
 

@@ -1,7 +1,7 @@
 """The GPU run: correctness first, then the cases, then experiments that settle block and chunk sizes.
 
-The record is written after every step, so that a run that is cut short still says what it found. `dry_run` goes through
-the same steps on the CPU at tiny shapes.
+The run writes its record after every step, so an interrupted run keeps its results. `dry_run` goes through the same
+steps on the CPU at tiny shapes.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from bench.targets import gpu_targets
 
 # One command on a rented device may be cut after ten minutes, and starting it takes some of them.
 RUN_LIMIT_S = 460
-# What the tests may take of it, and what is held back for the experiments.
+# Seconds of it for the tests, and seconds held back for the experiments.
 TEST_LIMIT_S = 200
 EXPERIMENT_SHARE_S = 60
 TEST_MARGIN_S = 20
 PARTS = ("tests", "cases", "experiments")
-# Shapes of the tile experiment of this run; `python -m bench tiles` has more.
+# Shapes of the tile experiment of this run. `python -m bench tiles` has more.
 TILES = ((1024, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16))
 
 
@@ -51,14 +51,14 @@ class Clock:
 
 
 def gpu_test_files() -> list[str]:
-    """Return the test files of the gpu lane: collecting the others would need what they import."""
+    """Return the test files of the gpu lane: a rented device may lack packages that the other files import."""
     files = sorted((records.ROOT / "tests").rglob("test_*.py"))
     lane = re.compile(r"pytest\.mark\.gpu|^pytestmark = LANE|^@on_device", re.MULTILINE)
     return [str(file.relative_to(records.ROOT)) for file in files if lane.search(file.read_text())]
 
 
 def gpu_tests(limit_s: float = TEST_LIMIT_S) -> dict[str, Any]:
-    """Return how the gpu lane of the test suite went, test by test where it did not end in time."""
+    """Return the outcome of the gpu lane, test by test if it did not end in time."""
     if importlib.util.find_spec("pytest") is None:
         return {"status": "missing", "reason": "pytest is not installed"}
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", *gpu_test_files()]
@@ -160,7 +160,7 @@ def _run_experiments(record: dict[str, Any], device: torch.device, dry_run: bool
         say(f"experiment: {name}")
         try:
             record["experiments"][name] = experiment(device, dry_run)
-        except Exception as error:  # an experiment must not cost the rest of the run; the record says what happened
+        except Exception as error:  # an experiment must not cost the rest of the run: the record holds the error
             record["experiments"][name] = [{"failed": f"{type(error).__name__}: {error}"[:500]}]
         release(device)
         keep()
@@ -171,7 +171,7 @@ def _run_cases(
 ) -> None:
     slowest = 0.0
     for case in cases:
-        # The later cases are no larger than the first: what the slowest took is what the next may take.
+        # The later cases are no larger than the first, so the next takes at most as long as the slowest so far.
         if clock.left() < slowest:
             record["skipped"].append({**case.describe(), "reason": "out of time"})
             continue
@@ -179,7 +179,7 @@ def _run_cases(
         say(f"{case.operation} {case.model.name} N={case.tokens}, {clock.left():.0f} s left")
         try:
             record["results"].append(run_case(case, device, plan))
-        except Exception as error:  # for example out of memory; the record says what happened
+        except Exception as error:  # for example out of memory: the record holds the error
             record["skipped"].append({**case.describe(), "reason": f"{type(error).__name__}: {error}"[:500]})
         release(device)
         slowest = max(slowest, time.monotonic() - begin)
@@ -195,7 +195,7 @@ def run_gpu(
     Args:
         out: folder of the result file.
         dry_run: go through the steps on the CPU at tiny shapes.
-        parts: some of `PARTS`; the tests alone may take the whole time.
+        parts: some of `PARTS`. If it is the tests alone, they may take the whole time.
         limit_s: seconds after which no further case is begun.
     """
     if not dry_run and not torch.cuda.is_available():

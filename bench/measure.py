@@ -1,4 +1,4 @@
-"""Time, interleaved; peak memory; and the floors that every time is a multiple of."""
+"""Interleaved times, peak memory, and the floors. Every time is also given as a multiple of its floor."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Plan:
     """How long to measure."""
 
     repeats: int = 5
-    """Rounds after the warm-up; each round runs every contender once."""
+    """Rounds after the warm-up. Each round runs every contender once."""
     warmups: int = 1
     """Rounds that are thrown away."""
     budget_s: float = 120.0
@@ -110,7 +110,7 @@ def release(device: torch.device) -> None:
 
 
 def peak_bytes(action: Action, device: torch.device) -> int:
-    """Return the most bytes that one call holds at a time beyond what was held before it, its results included."""
+    """Return the peak of the bytes that one call adds, its results included."""
     release(device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

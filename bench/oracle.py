@@ -22,7 +22,7 @@ EXACT_ROWS = 128
 
 @cache
 def shared(name: str) -> ModuleType:
-    """Return a module of tests/support/ by its file: the judge and the memory watch are those of the test suite."""
+    """Return a module of tests/support/ by its file: the benchmarks use the judge and the memory watch of the tests."""
     spec = importlib.util.spec_from_file_location(f"fastrl_tests_{name}", TESTS / f"{name}.py")
     if spec is None or spec.loader is None:
         raise ImportError(f"bench runs from a checkout: expected {TESTS / f'{name}.py'}")
@@ -33,14 +33,14 @@ def shared(name: str) -> ModuleType:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the judge found, per quantity: error, error granted, and the error relative to the largest exact value."""
+    """The judge's finding, per quantity: error, granted error, and error relative to the largest exact value."""
 
     errors: dict[str, dict[str, float]]
     complaint: str | None
 
 
 def _token_loss(logprobs: Tensor, inputs: Inputs) -> Tensor:
-    """Return the loss in float64 from flat log-probs, written apart from what the contenders call."""
+    """Return the loss in float64 from flat log-probs, independent of the contenders' code."""
     mask = inputs.mask.double().reshape(-1)
     if inputs.case.operation == "sft_hidden":
         return -(mask * logprobs).sum() / mask.sum()
@@ -93,7 +93,7 @@ def exact_outputs(inputs: Inputs) -> Outputs:
 
 
 def _compared(outputs: Outputs, inputs: Inputs) -> Mapping[str, Tensor | None]:
-    """Return the quantities that are compared; log-probs under the mask may be anything."""
+    """Return the quantities to compare. Log-probs under the mask may be anything."""
     values = outputs._asdict()
     if values["logprobs"] is not None:
         values["logprobs"] = values["logprobs"].masked_select(inputs.mask.bool())
@@ -115,7 +115,7 @@ class Judge:
 
     @classmethod
     def of(cls, inputs: Inputs, eager: Outputs) -> Judge:
-        """Return the judge of a case, given what PyTorch's eager code makes of it."""
+        """Return the judge of a case, given the results of PyTorch's eager code."""
         exact, common = _compared(exact_outputs(inputs), inputs), _compared(eager, inputs)
         granted, largest = {}, {}
         for name, right in exact.items():
@@ -129,9 +129,9 @@ class Judge:
         return cls(inputs, exact, granted, largest)
 
     def __call__(self, outputs: Outputs, declared_error: float = 0.0) -> Judgement:
-        """Return the errors of a contender, and a complaint where it is less accurate than eager PyTorch may make it.
+        """Return the errors of a contender, and a complaint if it is less accurate than eager PyTorch may be.
 
-        A contender that declares a relative gradient error is held to that where it is larger.
+        A contender may declare a relative gradient error. The larger of the two bounds holds.
         """
         errors: dict[str, dict[str, float]] = {}
         complaints = []

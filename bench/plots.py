@@ -88,7 +88,7 @@ def _accuracy(record: dict[str, Any], path: Path) -> Path:
 
 
 def write_charts(record: dict[str, Any], folder: Path, stem: str) -> list[Path]:
-    """Write the charts of a record as PNG files and return their paths; none where nothing was timed."""
+    """Write the charts of a record as PNG files and return their paths (none without times)."""
     if not _shown(record):
         return []
     folder.mkdir(parents=True, exist_ok=True)

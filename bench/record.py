@@ -1,4 +1,4 @@
-"""What a result file says about the machine and the software it came from."""
+"""Machine and software of a result file."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "memory_bytes": None if memory is None else int(memory) * 1024,
         "load_average": os.getloadavg()[0],
         "system": platform.system(),
-        # First touches of fresh memory are a good part of a CPU time; huge pages make them cheap.
+        # First touches of fresh memory are a good part of a CPU time. Huge pages make them cheap.
         "huge_pages": _first_match("/sys/kernel/mm/transparent_hugepage/enabled", r"\[(\w+)\]"),
         "huge_pages_in_torch": os.environ.get("THP_MEM_ALLOC_ENABLE"),
         "device": str(device.type),
@@ -76,7 +76,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of everything that takes part; None where it is not installed."""
+    """Return the version of every package that takes part, None if it is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "fastrl": fastrl.__version__}
     for name in PACKAGES:
         try:

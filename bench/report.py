@@ -1,4 +1,4 @@
-"""Tables for the terminal and the README, written from the same records."""
+"""Tables for the terminal and docs/benchmarks.md, written from the same records."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def bytes_text(value: float) -> str:
 
 
 def verdict_text(ours: float, theirs: float) -> str:
-    """Say how fastrl compares with a contender, where it loses too."""
+    """Say how fastrl compares with a contender, also if it loses."""
     ratio = theirs / ours
     if 0.97 < ratio < 1.03:
         return "equal"
@@ -50,7 +50,7 @@ def case_title(result: dict[str, Any]) -> str:
 
 
 def floor_text(result: dict[str, Any]) -> str:
-    """Say what the floor of a case is and how fast the machine ran it."""
+    """Name the floor of a case and the speed of the machine on it."""
     floor = result["floor"]
     rate = floor["per_second"]
     speed = f"{rate / 1e9:.1f} GB/s" if "copy" in floor["name"] else f"{rate / 1e12:.3f} TFLOP/s"
@@ -86,7 +86,7 @@ def case_rows(result: dict[str, Any]) -> list[list[str]]:
 
 
 def plain_table(rows: list[list[str]]) -> str:
-    """Return rows as aligned text; a row with a remark in place of numbers does not widen the columns."""
+    """Return rows as aligned text. A row with a remark in place of numbers does not widen the columns."""
     numbers = [row for row in rows if any(row[2:])]
     widths = [max((len(row[i]) for row in (rows if i == 0 else numbers)), default=0) for i in range(len(rows[0]))]
     lines = []
@@ -121,7 +121,7 @@ def terminal(record: dict[str, Any]) -> str:
 
 
 def machine_text(record: dict[str, Any]) -> str:
-    """Return one line about where and when a record was made."""
+    """Return one line: machine, versions and date of a record."""
     machine, versions = record["machine"], record["versions"]
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
     software = ", ".join(
@@ -137,12 +137,12 @@ def _markdown(rows: list[list[str]]) -> list[str]:
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """Return the README's tables of one record: contenders that ran, a line about those that did not, the targets."""
+    """Return the page's tables of one record: contenders that ran, one line naming the others, the targets."""
     lines = [f"Measured on {machine_text(record)}. Times are medians ± half the quartile range."]
     for result in record["results"]:
         rows = case_rows(result)
         shown = [rows[0], *(row for row in rows[1:] if any(row[2:]))]
-        lines += ["", f"**{case_title(result)}**; {floor_text(result)}", "", *_markdown(shown)]
+        lines += ["", f"**{case_title(result)}**, {floor_text(result)}", "", *_markdown(shown)]
         wrong = [c["name"] for c in result["contenders"] if c["status"].startswith("refused")]
         failed = [c["name"] for c in result["contenders"] if c["status"] == "failed"]
         if wrong:
@@ -160,7 +160,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def fill_markers(text: str, kind: str, table: str) -> str:
-    """Return `text` with what stands between the markers of a kind replaced, or raise `ValueError`."""
+    """Return `text` with a new table between the markers of a kind, or raise `ValueError`."""
     opening, closing = f"<!-- bench:{kind} -->", f"<!-- /bench:{kind} -->"
     if text.count(opening) != 1 or text.count(closing) != 1 or text.index(opening) > text.index(closing):
         raise ValueError(f"expected one {opening} and, after it, one {closing}")
@@ -169,15 +169,15 @@ def fill_markers(text: str, kind: str, table: str) -> str:
     return f"{before}{opening}\n{table}\n{closing}{after}"
 
 
-def write_tables(readme: Path, records: dict[str, dict[str, Any]]) -> list[str]:
-    """Write the table of every kind whose markers the file has, and return those kinds."""
-    text = readme.read_text()
+def write_tables(page: Path, records: dict[str, dict[str, Any]]) -> list[str]:
+    """Write the table of every kind that the page has markers for, and return these kinds."""
+    text = page.read_text()
     written = []
     for kind, record in sorted(records.items()):
         if f"<!-- bench:{kind} -->" in text:
             text = fill_markers(text, kind, markdown(record))
             written.append(kind)
     if not written:
-        raise ValueError(f"{readme} has no marker of {', '.join(sorted(records)) or 'any record'}")
-    readme.write_text(text)
+        raise ValueError(f"{page} has no marker of {', '.join(sorted(records)) or 'any record'}")
+    page.write_text(text)
     return written

@@ -1,7 +1,7 @@
-"""Hidden states and labels of a real model's own samples: how peaked the rows of a policy are decides what lists save.
+"""Hidden states and labels of a real model's own samples. The more peaked a policy's rows, the more do lists save.
 
-SmolLM2-135M-Instruct answers a fixed list of prompts; the states that predict the sampled tokens are kept in fastrl's
-cache folder, so that sampling happens once per temperature.
+SmolLM2-135M-Instruct answers a fixed list of prompts. fastrl's cache folder keeps the states that predict the sampled
+tokens, so sampling happens once per temperature.
 
 Legend: N tokens, D hidden, V vocabulary.
 """
@@ -32,7 +32,7 @@ NEW_TOKENS = 64
 
 
 class Missing(Exception):
-    """Something that a measurement needs is not here; the message says what."""
+    """A need of a measurement is missing here. The message names it."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Samples:
 
 
 def samples(temperature: float, tokens: int) -> Samples:
-    """Return `tokens` sampled tokens, from the cache folder where they have been sampled before.
+    """Return `tokens` sampled tokens, from the cache folder if it has them.
 
     Raises:
         Missing: the model, or the packages that load it, cannot be had here.

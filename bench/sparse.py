@@ -41,7 +41,7 @@ def places(count: int) -> Iterator[None]:
 
 
 class Step:
-    """Forward and backward of the loss on some samples, advantages of both signs; what it found stays in it."""
+    """Forward and backward of the loss on some samples, with advantages of both signs. It keeps its results."""
 
     def __init__(self, samples: Samples, tail_mass: float, count: int) -> None:
         self.samples, self.tail_mass, self.count = samples, tail_mass, count
@@ -67,7 +67,7 @@ class Step:
         self.metrics = output.metrics
 
     def mean(self, name: str) -> float:
-        """Return a metric, 0 where there is none."""
+        """Return a metric, 0 if it is absent."""
         total, count = self.metrics.get(name, (torch.zeros(()), torch.ones(())))
         return float(total / count)
 
@@ -82,9 +82,9 @@ def measure_samples(
     """Return one record per (tail_mass, places), the exact path first.
 
     Args:
-        samples: what the model sampled.
-        settings: what to measure.
-        plan: how long; the budget is for all settings together.
+        samples: of the model.
+        settings: (tail_mass, places) of each record.
+        plan: rounds and budget, one budget for all settings together.
     """
     steps = [Step(samples, 0.0, max(PLACES)), *(Step(samples, *setting) for setting in settings)]
     found, exact = [], ()

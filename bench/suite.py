@@ -25,14 +25,14 @@ def _last_line(error: BaseException) -> str:
 
 
 def _judged(contender: Contender, judge: Judge) -> tuple[dict[str, Any], Runner | None]:
-    """Return the record of a contender and its run, None where it is missing, failed or refused."""
+    """Return the record of a contender and its run, None if it is missing, failed or refused."""
     record: dict[str, Any] = {"name": contender.name}
     try:
         run = contender.prepare(judge.inputs)
         verdict = judge(run(), contender.declared_error)
     except Missing as reason:
         return {**record, "status": "missing", "reason": str(reason)}, None
-    except Exception as error:  # a peer may raise anything; the record says what
+    except Exception as error:  # a peer may raise anything, and the record names it
         return {**record, "status": "failed", "reason": _last_line(error)}, None
     record["errors"] = verdict.errors
     if verdict.complaint is not None:
@@ -46,10 +46,10 @@ def run_case(
     """Return the record of one case: floor, and per contender errors, times and peak memory.
 
     Args:
-        case: what to measure.
-        device: where.
-        plan: how long.
-        everyone: the contenders; all of them unless given.
+        case: the case to measure.
+        device: the device to run on.
+        plan: rounds and budget.
+        everyone: the contenders (default: all).
     """
     device = torch.device(device)
     inputs = make_inputs(case, device)
@@ -87,7 +87,7 @@ def run_case(
 def run_cases(
     cases: Iterable[Case], device: torch.device, plan: Plan, skipped: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return the records of several cases; a case that needs what is not here is added to `skipped`."""
+    """Return the records of several cases. A case whose needs are missing here goes to `skipped`."""
     results = []
     for case in cases:
         say(f"{case.operation} {case.model.name} N={case.tokens} D={case.model.hidden} V={case.model.vocabulary}")

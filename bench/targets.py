@@ -1,4 +1,4 @@
-"""What the numbers should be on each kind of machine, and whether the measured ones are."""
+"""The wanted numbers on each kind of machine, and the verdict on the measured ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fastrl.ops.gradients import GPU_HEAD_ROWS
 from fastrl.ops.head import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS
 
 FASTRL, TAIL, EAGER, TRL = "fastrl", "fastrl, tail_mass=1e-4", "PyTorch eager", "TRL chunked log-prob"
-# Beyond tiles and gradients: the live rows of a chunk, one number per token, what autograd keeps.
+# Beyond tiles and gradients: the live rows of a chunk, one number per token, tensors saved by autograd.
 MEMORY_SLACK = 0.05
 
 
@@ -138,7 +138,7 @@ def _tail_error(results: list[dict[str, Any]], operation: str) -> dict[str, Any]
 
 
 def cpu_targets(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the targets of the CPU run with what was measured."""
+    """Return the targets of the CPU run beside the measured numbers."""
     unit = "GEMM units"
     return [
         _units(results, "loss_hidden", 3.15, "hidden in, training, trainable head", unit),
@@ -155,7 +155,7 @@ def cpu_targets(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def gpu_targets(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the targets of the GPU run with what was measured."""
+    """Return the targets of the GPU run beside the measured numbers."""
     unit = "GEMM units"
     return [
         _units(results, "loss_hidden", 3.3, "hidden in, training, trainable head", unit),

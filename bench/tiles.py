@@ -1,7 +1,7 @@
-"""Which tile suits a device: every row kernel at several block sizes and warps, beside the tile that is shipped.
+"""The best tile for a device: every row kernel at several block sizes and warps, beside the shipped tile.
 
-The order in which a row is summed goes with the tile, hence tables in the kernels' files and no tuning at run time:
-what this finds is written into them by hand, with the device, and measured again.
+The tile decides the order of a row's sum. So tiles are tables in the kernels' files, and nothing is tuned at run time.
+A person writes the winner of this sweep into a table, with the device, and measures again.
 
 Legend: N rows, V vocabulary.
 """
@@ -21,7 +21,7 @@ from bench.measure import Plan, measure, quartiles, release
 
 BLOCKS = (512, 1024, 2048, 4096, 8192)
 WARPS = (4, 8, 16)
-# Llama 2, Llama 3, Qwen 2.5, Gemma; the third is the one of the benchmarks.
+# Llama 2, Llama 3, Qwen 2.5, Gemma. The benchmarks use the third.
 VOCABULARIES = (32000, 128256, 151936, 262144)
 DTYPES = (torch.bfloat16, torch.float32)
 # No further kernel is begun after this: one command on a rented device may be cut after ten minutes.
@@ -32,7 +32,7 @@ Action = Callable[[], Any]
 
 
 class Kernel(NamedTuple):
-    """A table of tiles, and how to run what it decides."""
+    """A table of tiles, and how to run the kernel that reads it."""
 
     module: ModuleType
     table: str
@@ -42,7 +42,7 @@ class Kernel(NamedTuple):
 
 
 def kernels() -> dict[str, Kernel]:
-    """Return name -> kernel; imports Triton."""
+    """Return name -> kernel. Imports Triton."""
     from fastrl_kernels import row_statistics, sparse_rows, token_logprobs
 
     def forward(logits: Tensor, labels: Tensor) -> Action:
@@ -87,12 +87,12 @@ def one_tile(kernel: Kernel, tile: Any) -> Iterator[None]:
 
 
 def times(actions: dict[str, Action], device: torch.device, repeats: int) -> dict[str, dict[str, Any]]:
-    """Return the spread of the seconds of each action; one that raises says so instead."""
+    """Return the spread of the seconds of each action, or its error."""
     working, results = {}, {}
     for name, action in actions.items():
         try:
             action()
-        except Exception as error:  # a tile may be more than the compiler or the device can do; the record says what
+        except Exception as error:  # a tile may exceed the compiler or the device, and the record says how
             results[name] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
         else:
             working[name] = action
@@ -121,13 +121,13 @@ def sweep(
     """Return one record per kernel, vocabulary and dtype: seconds of a copy, of the shipped tile and of each tile.
 
     Args:
-        device: where; a CPU needs TRITON_INTERPRET=1, and shows nothing but that the sweep runs.
+        device: to run on. A CPU needs TRITON_INTERPRET=1 and only shows that the sweep runs.
         vocabularies: row lengths.
         tiles: (entries per step, warps per program).
         row_bytes: size of the logits.
         repeats: rounds per record.
         limit_s: seconds after which no further record is begun.
-        kept: called with what was found so far, after each record.
+        kept: called after each record with all records so far.
     """
     from fastrl_kernels.launch import Tile, tile_for
 
@@ -163,7 +163,7 @@ def sweep(
 
 
 def best(record: dict[str, Any]) -> tuple[str, float] | None:
-    """Return the fastest tile of a record and its seconds, or None where none ran."""
+    """Return the fastest tile of a record and its seconds, or None if none ran."""
     ran = {
         name: spread["median"]
         for name, spread in record["seconds"].items()
@@ -173,7 +173,7 @@ def best(record: dict[str, Any]) -> tuple[str, float] | None:
 
 
 def table(found: list[dict[str, Any]]) -> list[list[str]]:
-    """Return the cells of a table, the header first; times are multiples of a copy of the logits."""
+    """Return the cells of a table, the header first. Times are multiples of a copy of the logits."""
     rows = [["kernel", "V", "dtype", "shipped", "x copy", "best", "x copy", "shipped / best"]]
     for record in found:
         copy, shipped = (record["seconds"][name].get("median") for name in ("copy", "shipped"))

@@ -1,4 +1,4 @@
-"""Write what the pages show of the code: tables of docs/losses.md and README.md, the plot of docs/unified-view.md.
+"""Write what the pages show of the code: tables of docs/losses.md, the plot of docs/unified-view.md.
 
     python scripts/make_docs.py            write the pages and the plot
     python scripts/make_docs.py --check    exit with 1 if a page is not what the code says
@@ -26,7 +26,7 @@ from fastrl.losses.preference import presets as preference_presets
 from fastrl.losses.preset import Fields, Preset, shown
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-PAGES = (DOCS / "losses.md", DOCS.parent / "README.md")
+PAGES = (DOCS / "losses.md",)
 PLOT = DOCS / "gradient-coefficients.png"
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -112,20 +112,18 @@ GENERATED: dict[str, Callable[[], str]] = {
     "advantages": lambda: entries_table(catalogue.ADVANTAGES),
     "others": lambda: entries_table(catalogue.OTHERS),
 }
-README: dict[str, Callable[[], str]] = {"presets": presets_table, "preferences": preferences_table}
 
 
-def page(text: str, name: str = "losses.md") -> str:
+def page(text: str) -> str:
     """Return a page with its generated parts written anew.
 
     Raises:
         ValueError: a mark that is not known, or one that is missing.
     """
-    wanted = {"losses.md": GENERATED, "README.md": README}[name]
     marks = re.findall(r"<!-- generated: (\w+) -->", text)
-    if sorted(marks) != sorted(wanted):
-        raise ValueError(f"the page must mark each of {', '.join(wanted)} once, got {', '.join(marks) or 'none'}")
-    for name, make in wanted.items():
+    if sorted(marks) != sorted(GENERATED):
+        raise ValueError(f"the page must mark each of {', '.join(GENERATED)} once, got {', '.join(marks) or 'none'}")
+    for name, make in GENERATED.items():
         block = f"<!-- generated: {name} -->\n{make()}\n<!-- end -->"
         text = re.sub(rf"<!-- generated: {name} -->\n.*?<!-- end -->", lambda _, new=block: new, text, flags=re.DOTALL)
     return text
@@ -186,7 +184,7 @@ def main() -> int:
     outdated = 0
     for path in PAGES:
         before = path.read_text()
-        after = page(before, path.name)
+        after = page(before)
         if check and after != before:
             print(f"{path.relative_to(DOCS.parent)} is out of date: run python scripts/make_docs.py", file=sys.stderr)
             outdated = 1

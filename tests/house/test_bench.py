@@ -233,10 +233,10 @@ def test_the_table_stands_between_its_markers_and_says_where_fastrl_loses(tmp_pa
     older["date"] = "2000-01-01T00:00:00+00:00"
     record.save(older, results)
     record.save(invented_record(), results)
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- bench:cpu -->\nold\n<!-- /bench:cpu -->\nafter\n")
-    command.main(["table", "--readme", str(readme), "--results", str(results)])
-    text = readme.read_text()
+    page = tmp_path / "benchmarks.md"
+    page.write_text("before\n<!-- bench:cpu -->\nold\n<!-- /bench:cpu -->\nafter\n")
+    command.main(["table", "--page", str(page), "--results", str(results)])
+    text = page.read_text()
     assert text.startswith("before\n<!-- bench:cpu -->\n")
     assert text.endswith("\n<!-- /bench:cpu -->\nafter\n")
     assert "old\n" not in text
@@ -246,17 +246,41 @@ def test_the_table_stands_between_its_markers_and_says_where_fastrl_loses(tmp_pa
     assert "less accurate than eager PyTorch may be: broken." in text
     assert "Could not run on this machine: absent" in text
     again = text
-    command.main(["table", "--readme", str(readme), "--results", str(results)])
-    assert readme.read_text() == again
+    command.main(["table", "--page", str(page), "--results", str(results)])
+    assert page.read_text() == again
+
+
+def test_the_page_of_benchmarks_holds_the_committed_records() -> None:
+    """Every number between the markers is the newest committed record's, and writing it again changes nothing."""
+    text = (record.ROOT / "docs" / "benchmarks.md").read_text()
+    records = record.newest(record.RESULTS)
+    kinds = re.findall(r"<!-- bench:(\w+) -->", text)
+    assert "cpu" in kinds
+    for kind in kinds:
+        assert report.fill_markers(text, kind, report.markdown(records[kind])) == text, "run python -m bench table"
+
+
+def test_the_page_of_sparse_rows_holds_the_committed_record() -> None:
+    """Each row of its table is a row of the newest record of `python -m bench sparse`."""
+    page = (record.ROOT / "docs" / "sparse-rows.md").read_text()
+    shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if "| T = " in line]
+    measured = sparse.table(record.newest(record.RESULTS)["sparse"]["sparse"])[1:]
+    found = {(entry.split(",")[0], *rest[:2]): (entry, *rest[2:4], *rest[5:]) for entry, *rest in measured}
+    assert len(shown) == 21
+    for name, tail_mass, places, *numbers in shown:
+        temperature, _, entropy = name.removeprefix("T = ").partition(", ")
+        entry, *expected = found[(f"{float(temperature):g}", tail_mass, places)]
+        assert entropy in entry
+        assert [number.replace(" %", "%") for number in numbers] == expected
 
 
 @pytest.mark.parametrize("text", ["nothing", "<!-- bench:cpu -->", "<!-- /bench:cpu --> <!-- bench:cpu -->"])
 def test_a_file_without_proper_markers_is_left_alone(text: str, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(text)
+    page = tmp_path / "benchmarks.md"
+    page.write_text(text)
     with pytest.raises(ValueError, match=r"bench:cpu|no marker"):
-        report.write_tables(readme, {"cpu": invented_record()})
-    assert readme.read_text() == text
+        report.write_tables(page, {"cpu": invented_record()})
+    assert page.read_text() == text
 
 
 def test_charts_are_written(tmp_path: Path) -> None:

@@ -41,15 +41,13 @@ def make_docs() -> ModuleType:
 def test_the_page_of_losses_is_up_to_date(make_docs: ModuleType) -> None:
     for path in make_docs.PAGES:
         text = path.read_text()
-        assert make_docs.page(text, path.name) == text, f"{path.name}: run python scripts/make_docs.py"
+        assert make_docs.page(text) == text, f"{path.name}: run python scripts/make_docs.py"
 
 
 def test_the_page_holds_every_preset_and_trainer(make_docs: ModuleType) -> None:
     text = make_docs.PAGES[0].read_text()
     names = (*PolicyLoss.presets(), *PreferenceLoss.presets(), *TRAINERS)
     assert all(f"| `{name}` |" in text for name in names)
-    readme = make_docs.PAGES[1].read_text()
-    assert all(f"| `{name}` |" in readme for name in (*PolicyLoss.presets(), *PreferenceLoss.presets()))
 
 
 @pytest.mark.parametrize("name", PreferenceLoss.presets())
