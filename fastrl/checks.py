@@ -138,10 +138,11 @@ def masked_labels(
     mask: Any,
     source: Any,  # (..., V) or (..., D)
     name: str,
-) -> Tensor:
-    """Return the labels with `MASKED_LABEL` outside the mask, or raise; a -100 under a live mask is refused later.
+) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
+    """Return (labels with `MASKED_LABEL` outside the mask, the mask as `keep_mask` returns it), or raise.
 
-    `source`, called `name`, are the logits or hidden states of the labels. They say which of labels and mask is wrong.
+    A label of -100 at a live token is refused later. `source`, called `name`, are the logits or hidden states of the
+    labels; their shape tells whether the labels or the mask is wrong.
     """
     float_tensor(name, source)
     if not isinstance(value, Tensor):
@@ -152,9 +153,9 @@ def masked_labels(
         raise TypeError(f"labels must be a dense tensor, got layout {value.layout}")
     _label_shape("labels", value, source.shape[:-1])
     same_device("labels", value, source.device)
-    keep, _ = keep_mask("mask", mask, value.shape, value.device)
+    keep, poison = keep_mask("mask", mask, value.shape, value.device)
     # Clamped, because a live label that happens to be the mark would pass for a masked token.
-    return torch.where(keep, value.clamp(min=MASKED_LABEL + 1), MASKED_LABEL)
+    return torch.where(keep, value.clamp(min=MASKED_LABEL + 1), MASKED_LABEL), (keep, poison)
 
 
 def _label_shape(name: str, value: Tensor, shape: torch.Size) -> None:

@@ -40,6 +40,32 @@ def with_tally(output: LossOutput, tally: Tally) -> LossOutput:
     return output._replace(metrics={**output.metrics, **tally.metrics()})
 
 
+def gemm_units(
+    trains_hidden: bool,
+    trains_head: bool,
+    *,
+    dense: float | Tensor = 1.0,
+    again: float | Tensor = 0.0,
+    before: float = 0.0,
+) -> float | Tensor:
+    """Return the cost of a loss from hidden states, in products of the size of hidden times head.
+
+    | product | units |
+    |---|---|
+    | logits in the forward | 1 |
+    | gradient of the hidden states | `dense`, if they are trained |
+    | gradient of the head | `dense`, if it is trained |
+    | logits formed a second time | `again` |
+
+    Args:
+        trains_hidden, trains_head: which gradients are formed; the bias's costs no product.
+        dense: share of the live tokens whose gradient goes through the products.
+        again: share of the live tokens whose logits are formed twice.
+        before: units that other passes took, for example the reference's forward.
+    """
+    return before + 1.0 + (trains_hidden + trains_head) * dense + again
+
+
 def with_path(output: LossOutput, units: float | Tensor) -> LossOutput:
     """Return the output with the GEMM units that its path takes among the metrics."""
     one = torch.ones((), device=output.loss.device)

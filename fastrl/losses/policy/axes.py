@@ -273,5 +273,15 @@ class PolicyAxes:
         """Whether the entropy enters the loss."""
         return self.entropy_coef != 0.0
 
+    @property
+    def uses_rollout(self) -> bool:
+        """Whether the log-probs of the inference engine enter the loss."""
+        return (
+            self.ratio_anchor == "rollout"
+            or self.kl_ratio_anchor == "rollout"
+            or self.correction is not None
+            or (self.kl is not None and self.kl_to == "rollout")
+        )
+
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(PolicyAxes)}

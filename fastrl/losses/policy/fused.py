@@ -9,7 +9,6 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,8 @@ from torch import Tensor
 from fastrl import reference
 from fastrl.backends.choice import beside
 from fastrl.losses.layout import Layout
-from fastrl.losses.output import LossOutput, with_path, with_tally
+from fastrl.losses.output import LossOutput, gemm_units, with_path, with_tally
+from fastrl.losses.policy.axes import PolicyAxes
 from fastrl.losses.policy.inputs import Batch
 from fastrl.losses.policy.metrics import policy_metrics
 from fastrl.ops.fused import FusedFromHidden
@@ -32,7 +32,7 @@ from fastrl.ops.sparse_rows import Tally
 class _Plan:
     """What `FusedFromHidden` needs beside its tensors."""
 
-    spec: Any  # PolicyLoss
+    spec: PolicyAxes
     head: Head
     needs: tuple[bool, bool, bool]
     layout: Layout
@@ -75,7 +75,7 @@ class _Plan:
 
 
 def fused_from_hidden(
-    spec: Any,  # PolicyLoss
+    spec: PolicyAxes,
     layout: Layout,
     batch: Batch,
     hidden: Tensor,  # (..., D)
@@ -96,7 +96,7 @@ def fused_from_hidden(
     if spec.couples_sequences:
         unit_lengths = sums(batch.mask.to(inverse.dtype), layout.lengths).long()
         units = unit_lengths.tolist()
-    columns = spec.columns(layout, batch, None, sums)
+    columns = batch.columns(spec, None, sums)
     tally = Tally(hidden.device)
     plan = _Plan(spec, head, needs, layout, batch.mask, columns, units, unit_lengths, allowed, rounding, tally=tally)
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -105,11 +105,11 @@ def fused_from_hidden(
         check_labels_are_allowed(layout.restore(logprobs))
     with torch.no_grad():
         terms = plan.terms(logprobs, entropy)
-        metrics = policy_metrics(spec, batch, logprobs, entropy, columns, terms)
+        metrics = policy_metrics(batch, logprobs, entropy, columns, terms)
     output = LossOutput(loss, metrics, layout.restore(logprobs), layout.restore(entropy))
     live = max(1, sum(units) if units is not None else 1)
     dense = _dense_share(head, batch.mask, tally)
-    output = with_path(output, 1.0 + (needs[0] + needs[1]) * dense + recomputed / live)
+    output = with_path(output, gemm_units(needs[0], needs[1], dense=dense, again=recomputed / live))
     return output if head.tail_mass == 0.0 or not any(needs) else with_tally(output, tally)
 
 
@@ -119,7 +119,7 @@ def _dense_share(head: Head, mask: Tensor, tally: Tally) -> Tensor | float:
 
 
 def policy_gradient_coefficients(
-    spec: Any,  # PolicyLoss
+    spec: PolicyAxes,
     logprobs: Tensor,  # (N,)
     entropy: Tensor,  # (N,)
     columns: reference.TokenColumns,

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastrl import reference
+from fastrl.losses.policy.inputs import Batch
 
 
 def policy_metrics(
-    spec: Any,  # PolicyLoss
-    batch: Any,  # flat columns of the call
+    batch: Batch,
     logprobs: Tensor,  # (N,) 0 outside the mask
     entropy: Tensor | None,  # (N,)
     columns: reference.TokenColumns,

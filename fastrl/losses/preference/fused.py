@@ -15,27 +15,27 @@ import torch
 from torch import Tensor
 
 from fastrl.backends.choice import outside_graphs
-from fastrl.losses.output import LossOutput, with_path, with_tally
+from fastrl.losses.output import LossOutput, gemm_units, with_path, with_tally
+from fastrl.losses.preference.axes import PreferenceAxes
+from fastrl.losses.preference.inputs import PreferenceInputs
 from fastrl.losses.preference.rows import kl_reference_point
+from fastrl.losses.preference.tokens import loss_of_tokens
 from fastrl.losses.scalars import cast_metrics
 from fastrl.ops.fused import FusedFromHidden
 from fastrl.ops.head import Head, check_head, inverse_temperature, make_head
 from fastrl.ops.sparse_rows import Tally
-
-PER_ROW = ("labels",)
-"""Inputs of `from_logprobs` with one value per row; the others are constants of the batch."""
 
 
 @dataclass(frozen=True)
 class _Plan:
     """What `FusedFromHidden` needs beside its tensors."""
 
-    spec: Any  # PreferenceLoss
+    spec: PreferenceAxes
     head: Head
     needs: tuple[bool, bool, bool]
     mask: Tensor  # (B, T)
     ref_logprobs: Tensor | None  # (B, T)
-    inputs: dict[str, Any]
+    inputs: PreferenceInputs
     """The other inputs of `from_logprobs`."""
     parts: int
     """Rows of a unit: 2 for pairs, whose chosen rows are in the first half of the batch, 1 for single rows."""
@@ -67,18 +67,19 @@ class _Plan:
 
     def output(self, logprobs: Tensor) -> LossOutput:
         """Return loss and metrics of all pairs, from (B T,) log-probs."""
-        return self.spec.from_logprobs(logprobs.view(self.mask.shape), self.mask, self.ref_logprobs, **self.inputs)
+        return loss_of_tokens(self.spec, logprobs.view(self.mask.shape), self.mask, self.ref_logprobs, self.inputs)
 
     def _evaluate(self, logprobs: Tensor, rows: Tensor) -> LossOutput:
         """Return what some rows add to the loss of the batch."""
-        given = {name: x[rows] if name in PER_ROW and x is not None else x for name, x in self.inputs.items()}
+        desirable = self.inputs.get("desirable")
+        given = self.inputs if desirable is None else {**self.inputs, "desirable": desirable[rows]}
         ref = None if self.ref_logprobs is None else self.ref_logprobs[rows]
-        return self.spec.from_logprobs(logprobs, self.mask[rows], ref, **given)
+        return loss_of_tokens(self.spec, logprobs, self.mask[rows], ref, given)
 
 
 @outside_graphs
 def fused_preference(
-    spec: Any,  # PreferenceLoss
+    spec: PreferenceAxes,
     hidden: Tensor,  # (2P, T, D), or (B, T, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
@@ -86,7 +87,7 @@ def fused_preference(
     mask: Tensor,  # (2P, T)
     ref_logprobs: Tensor | None,  # (2P, T)
     options: dict[str, Any],
-    inputs: dict[str, Any],
+    inputs: PreferenceInputs,
     units_before: float,
 ) -> LossOutput:
     """Return the loss of a spec whose pairs (or rows) do not depend on each other, its gradient formed in the forward.
@@ -138,17 +139,20 @@ def fused_preference(
     live = max(1, plan.live.numel())
     dense = 1.0 if tally is None else (tally.dense / live).float()
     output = output if tally is None else with_tally(output, tally)
-    return with_path(output, units_before + 1.0 + (trained[0] + trained[1]) * dense + recomputed / live)
+    return with_path(
+        output, gemm_units(trained[0], trained[1], dense=dense, again=recomputed / live, before=units_before)
+    )
 
 
-def _with_totals(spec: Any, inputs: dict[str, Any], n: int, mask: Tensor) -> dict[str, Any]:
+def _with_totals(spec: PreferenceAxes, inputs: PreferenceInputs, n: int, mask: Tensor) -> PreferenceInputs:
     """Return the inputs with the counts of the whole batch, so that blocks add up, and kto's reference point."""
-    given = {name: value for name, value in inputs.items() if value is not None}
-    given.setdefault("n_pairs", n)
+    given = inputs.copy()
+    if given.get("n_pairs") is None:
+        given["n_pairs"] = n
     if not spec.unpaired:
-        given.setdefault("n_tokens", (mask[:n] != 0).sum())
-    elif spec.shift == "reference_point" and "reference_point" not in given:
-        given["reference_point"] = kl_reference_point(
-            *(given.pop(name, None) for name in ("kl_logprobs", "kl_ref_logprobs", "kl_mask"))
-        )
+        if given.get("n_tokens") is None:
+            given["n_tokens"] = (mask[:n] != 0).sum()
+    elif spec.shift == "reference_point" and given.get("reference_point") is None:
+        mismatched = given.pop("kl_logprobs", None), given.pop("kl_ref_logprobs", None), given.pop("kl_mask", None)
+        given["reference_point"] = kl_reference_point(*mismatched)
     return given

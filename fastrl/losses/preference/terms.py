@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -116,42 +116,61 @@ MARGIN_FEATURES = ("margin",)
 BATCH_FEATURES = ("sorted_margin", "sorted_scores")
 
 
+class LinkNumbers(Protocol):
+    """The fields of a loss that links read."""
+
+    @property
+    def beta(self) -> float:
+        """Scale of the features."""
+        ...
+
+    @property
+    def label_smoothing(self) -> float:
+        """Probability that a pair is labelled the wrong way round."""
+        ...
+
+    @property
+    def tau(self) -> Any:
+        """Modulation temperature: a float for discopop, else None."""
+        ...
+
+
 # --- links ------------------------------------------------------------------------------------------------------------
 
 
-def logistic(z: Tensor, spec: Any) -> Tensor:
+def logistic(z: Tensor, spec: LinkNumbers) -> Tensor:
     """Return -log sigmoid(z) (DPO, arXiv 2305.18290)."""
     return -F.logsigmoid(z)
 
 
-def scaled_logistic(z: Tensor, spec: Any) -> Tensor:
+def scaled_logistic(z: Tensor, spec: LinkNumbers) -> Tensor:
     """Return -beta log sigmoid(z / beta): beta weighs the term instead of sharpening it (ORPO, arXiv 2403.07691)."""
     return -spec.beta * F.logsigmoid(z / spec.beta)
 
 
-def sigmoid(z: Tensor, spec: Any) -> Tensor:
+def sigmoid(z: Tensor, spec: LinkNumbers) -> Tensor:
     """Return 1 - sigmoid(z) (KTO, arXiv 2402.01306; APO, arXiv 2408.06266)."""
     return torch.sigmoid(-z)
 
 
-def hinge(z: Tensor, spec: Any) -> Tensor:
+def hinge(z: Tensor, spec: LinkNumbers) -> Tensor:
     """Return max(0, 1 - z) (SLiC, arXiv 2305.10425; RSO, arXiv 2309.06657)."""
     return torch.relu(1.0 - z)
 
 
-def square(z: Tensor, spec: Any) -> Tensor:
+def square(z: Tensor, spec: LinkNumbers) -> Tensor:
     """Return ((z - 1/2) / beta)^2, i.e. (feature - 1/(2 beta))^2 (IPO, arXiv 2310.12036, eq. 17)."""
     return torch.square((z - 0.5) / spec.beta)
 
 
-def exo(z: Tensor, spec: Any) -> Tensor:
+def exo(z: Tensor, spec: LinkNumbers) -> Tensor:
     """Return KL((q, 1-q) || (1-e, e)) with q = sigmoid(z), e = label_smoothing (EXO, arXiv 2402.00856, eq. 16)."""
     log_chosen, log_rejected = math.log1p(-spec.label_smoothing), math.log(spec.label_smoothing)
     towards = torch.sigmoid(z) * (F.logsigmoid(z) - log_chosen)
     return towards + torch.sigmoid(-z) * (F.logsigmoid(-z) - log_rejected)
 
 
-def discopop(z: Tensor, spec: Any) -> Tensor:
+def discopop(z: Tensor, spec: LinkNumbers) -> Tensor:
     """Return (1 - M)(-log sigmoid(z)) + M e^{-z} with M = sigmoid(z / tau) (DiscoPOP, arXiv 2406.08414, eq. 5).
 
     M e^{-z} is one exponential: apart, e^{-z} overflows where M is zero.
@@ -161,7 +180,7 @@ def discopop(z: Tensor, spec: Any) -> Tensor:
     return torch.sigmoid(-modulation) * -F.logsigmoid(z) + exponential
 
 
-LINKS: dict[str, Callable[[Tensor, Any], Tensor]] = {
+LINKS: dict[str, Callable[[Tensor, LinkNumbers], Tensor]] = {
     "logistic": logistic,
     "scaled_logistic": scaled_logistic,
     "sigmoid": sigmoid,
