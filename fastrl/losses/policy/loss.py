@@ -26,7 +26,7 @@ from fastrl.losses.policy.correction import RolloutCorrection
 from fastrl.losses.policy.fused import fused_from_hidden
 from fastrl.losses.policy.inputs import Batch, Mask, PolicyInputs, check_names, check_no_entropy
 from fastrl.losses.policy.metrics import policy_metrics
-from fastrl.losses.policy.presets import PRESETS, preset_fields
+from fastrl.losses.policy.presets import PRESETS, describe, preset_fields
 from fastrl.ops.head import check_head, check_restrictions, inverse_temperature, make_head
 from fastrl.ops.linear_token_logprobs import linear_token_logprobs
 from fastrl.ops.policy import fused_policy_terms
@@ -71,6 +71,15 @@ class PolicyLoss(PolicyAxes):
     def presets(cls) -> list[str]:
         """Return the names that `preset` knows."""
         return list(PRESETS)
+
+    @classmethod
+    def describe(cls, name: str) -> str:
+        """Return a preset as text: formula, source, fields, and each trainer that has it with its differences.
+
+        Raises:
+            ValueError: unknown preset; the message lists the known ones.
+        """
+        return describe(name)
 
     def __call__(
         self,

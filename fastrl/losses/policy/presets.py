@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastrl.losses.preset import Fields, Preset, shown
+from fastrl.losses.preset import Fields, Preset, described
 
 # Style name -> the trainer and the version or commit whose code was read and run.
 TRAINERS: Mapping[str, str] = {
@@ -475,19 +475,9 @@ _QUALIFIERS: Mapping[str, frozenset[str]] = {
 
 
 def describe(name: str) -> str:
-    """Return what a preset is, as text: formula, source, fields, and the trainers with what they do differently.
+    """Return a preset as text: formula, source, fields, and each trainer that has it with its differences.
 
     Raises:
-        ValueError: unknown preset, with the known ones.
+        ValueError: unknown preset; the message lists the known ones.
     """
-    preset = _found(name)
-    lines = [
-        name,
-        f"    loss      {preset.formula}",
-        f"    source    {preset.paper}",
-        f"    fields    {shown(preset.fields) or 'the defaults of PolicyLoss'}",
-    ]
-    for style, fields in preset.styles.items():
-        note = f"  ({preset.notes[style]})" if style in preset.notes else ""
-        lines.append(f"    {style:<10}{shown(fields) or 'the same'}{note}")
-    return "\n".join(lines)
+    return described(name, _found(name), "PolicyLoss")

@@ -26,7 +26,7 @@ from fastrl.losses.preference.axes import PreferenceAxes
 from fastrl.losses.preference.fused import fused_preference
 from fastrl.losses.preference.inputs import PreferenceInputs, check_names, either_name
 from fastrl.losses.preference.pairs import loss_of_pairs
-from fastrl.losses.preference.presets import ALIASES, PRESETS, preset_fields
+from fastrl.losses.preference.presets import ALIASES, PRESETS, describe, preset_fields
 from fastrl.losses.preference.rows import PairRows, check_one_reference, check_rows, checked_lengths, halved
 from fastrl.losses.preference.tokens import check_pairs_only, check_reference, loss_of_tokens
 from fastrl.losses.preference.unpaired import loss_of_rows, shift_of
@@ -77,6 +77,15 @@ class PreferenceLoss(PreferenceAxes):
         if "sft_coef" in given:
             fields["sft_optional"] = False
         return cls(**(fields | given))
+
+    @classmethod
+    def describe(cls, name: str) -> str:
+        """Return a preset as text: formula, source, fields, and each trainer that has it with its differences.
+
+        Raises:
+            ValueError: unknown preset; the message lists the known ones.
+        """
+        return describe(name)
 
     @classmethod
     def mixture(cls, parts: Sequence[tuple[str | PreferenceLoss, float]], **shared: Any) -> PreferenceLoss:
@@ -132,7 +141,7 @@ class PreferenceLoss(PreferenceAxes):
     ) -> LossOutput:
         """Return the loss of sequence log-probs.
 
-        With lengths, the log-probs are sums over tokens, and the losses that average (ipo, sigmoid_norm, simpo, alphapo,
+        With lengths the log-probs are sums over tokens, and the losses that average (ipo, sigmoid_norm, simpo, alphapo,
         orpo) divide by the lengths. Without lengths the numbers are taken as they are: already averaged for those
         losses. cpo and orpo add their NLL only if lengths are given.
 

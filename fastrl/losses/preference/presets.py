@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastrl.losses.preference.terms import Term
-from fastrl.losses.preset import Fields, Preset, shown
+from fastrl.losses.preset import Fields, Preset, described, shown
 
 _SAME: Fields = {}
 # Reference-free losses: mean or sum log-probs, NLL of the chosen completion beside them where the paper has it.
@@ -197,15 +197,19 @@ ALIASES = {
 }
 
 
+def _found(name: str) -> Preset:
+    if name not in PRESETS:
+        raise ValueError(f"unknown preference loss {name!r}; known: {', '.join(PRESETS)}; DPO is 'sigmoid'")
+    return PRESETS[name]
+
+
 def preset_fields(name: str, style: str | None = None) -> dict[str, Any]:
     """Return the fields of a preset in a style.
 
     Raises:
         ValueError: unknown preset, or a style that the preset does not have, with the known ones.
     """
-    if name not in PRESETS:
-        raise ValueError(f"unknown preference loss {name!r}; known: {', '.join(PRESETS)}; DPO is 'sigmoid'")
-    preset = PRESETS[name]
+    preset = _found(name)
     if style is not None and style not in preset.styles:
         raise ValueError(f"style of {name!r} must be one of {', '.join(map(repr, preset.styles))}, got {style!r}")
     return {"name": name, **preset.fields, **(preset.styles[style] if style is not None else {})}
@@ -217,20 +221,9 @@ def shown_fields(fields: Fields) -> str:
 
 
 def describe(name: str) -> str:
-    """Return what a preset is, as text: formula, source, fields, and the trainers with what they do differently.
+    """Return a preset as text: formula, source, fields, and each trainer that has it with its differences.
 
     Raises:
-        ValueError: unknown preset, with the known ones.
+        ValueError: unknown preset; the message lists the known ones.
     """
-    preset_fields(name)
-    preset = PRESETS[name]
-    lines = [
-        name,
-        f"    loss      {preset.formula}",
-        f"    source    {preset.paper}",
-        f"    fields    {shown_fields(preset.fields) or 'the defaults of PreferenceLoss'}",
-    ]
-    for style, fields in preset.styles.items():
-        note = f"  ({preset.notes[style]})" if style in preset.notes else ""
-        lines.append(f"    {style:<10}{shown_fields(fields) or 'the same'}{note}")
-    return "\n".join(lines)
+    return described(name, _found(name), "PreferenceLoss", shown_fields)
