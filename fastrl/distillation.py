@@ -1,8 +1,8 @@
 """Distillation: from a teacher's distribution, or from its log-probs of the student's samples.
 
-distillation_loss                  KL, reverse KL or generalised Jensen-Shannon, from hidden states and two heads
-distillation_loss_from_logits      the same from logits
-sampled_distillation_advantages    teacher - student log-prob of sampled tokens, as advantages for a `PolicyLoss`
+    distillation_loss                  KL, reverse KL or generalised Jensen-Shannon, from hidden states and two heads
+    distillation_loss_from_logits      the same from logits
+    sampled_distillation_advantages    teacher - student log-prob of sampled tokens, as advantages for a `PolicyLoss`
 
 `fastrl.full_kl` is the KL to a reference policy over the vocabulary, from logits.
 """
