@@ -5,7 +5,7 @@
     output = loss.from_hidden(hidden, weight, labels, advantages=advantages, mask=mask, old_logprobs=old_logprobs)
     output.loss.backward()
 
-`fastrl.describe(name)` and the command `fastrl losses` say what each loss computes. To browse: `fastrl.advantages`,
+`fastrl.describe(name)` and the command `fastrl losses` describe each loss. To browse: `fastrl.advantages`,
 `fastrl.masks`, `fastrl.distillation`.
 """
 

@@ -171,7 +171,7 @@ def kl_penalty_rewards(
         logprobs: of the policy that sampled.
         ref_logprobs: of the reference policy.
         mask: 1 for tokens of the policy.
-        coef: >= 0: a number, or a tensor of one element (an `AdaptiveKLController`'s value on the device).
+        coef: >= 0, a number or a tensor of one element (an `AdaptiveKLController`'s value on the device).
         estimator, log_ratio_clamp, value_clamp: as in `kl_estimate`.
     """
     rewards = _same("token_rewards", token_rewards, None).detach()
@@ -198,7 +198,7 @@ class AdaptiveKLController:
     Args:
         init: first value, > 0.
         target: KL to hold, > 0, in the unit of the KL that `update` gets.
-        horizon: number of samples over which the coefficient can move by a fifth, > 0; trainers use 10000.
+        horizon: number of samples over which the coefficient can move by a fifth, > 0. Trainers use 10000.
     """
 
     def __init__(self, init: float, target: float, horizon: float = 10_000) -> None:
@@ -220,11 +220,11 @@ class AdaptiveKLController:
         return self.value
 
     def state_dict(self) -> dict[str, float]:
-        """Return what a checkpoint needs."""
+        """Return the state for a checkpoint."""
         return {"value": self.value, "target": self.target, "horizon": self.horizon}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore a state from `state_dict`."""
         self.__init__(state["value"], state["target"], state["horizon"])
 
 
@@ -243,11 +243,11 @@ def full_kl(
     (logit -inf) adds nothing. A token that only the reference excludes makes the KL infinite.
 
     Args:
-        logits: of the policy, any float dtype; float32 results (float64 for float64).
-        ref_logits: of the reference; carries no gradient.
-        mask: 0 and no gradient where it is 0, whatever the logits hold there.
+        logits: of the policy, any float dtype. Results are float32 (float64 for float64).
+        ref_logits: of the reference, without a gradient.
+        mask: tokens with 0 give 0 and no gradient, whatever their logits hold.
         temperature: > 0, divides both logits.
-        chunk_tokens: rows of a tile; by default as many as make 4 million entries.
+        chunk_tokens: rows of a tile, by default as many as make 4 million entries.
     """
     checks.float_tensor("logits", logits)
     checks.float_tensor("ref_logits", ref_logits)
@@ -296,7 +296,7 @@ class _FullKL(torch.autograd.Function):
             p, gap = _tile(logits[part], ref_logits[part], keep[part], ctx.inverse, value.dtype)
             scale = torch.where(keep[part], grads[0][part], 0.0) * ctx.inverse
             tile = gap.sub_(value[part].unsqueeze(-1)).mul_(p).mul_(scale.unsqueeze(-1))
-            # Rows under the mask may carry a NaN gradient from above: selected, not multiplied.
+            # Rows under the mask may carry a NaN gradient from above, so select them: 0 * NaN is NaN.
             result[part] = torch.where(keep[part].unsqueeze(-1), tile, 0.0).to(result.dtype)
         return result, None, None, None, None
 

@@ -21,22 +21,22 @@ Mask = tuple[Tensor, Tensor | None]
 
 
 class PolicyInputs(TypedDict, total=False):
-    """The inputs of `PolicyLoss.from_logits` and `from_hidden`; `PolicyLoss.__call__` describes each at length."""
+    """The inputs of `PolicyLoss.from_logits` and `from_hidden`. `PolicyLoss.__call__` describes each at length."""
 
     advantages: Tensor | None
     """(B,), (B, 1), (B, T), or packed (N,), (S,): constants."""
     mask: Required[Tensor]
     """(B, T) or (N,), 1 for tokens that count."""
     old_logprobs: Tensor | None
-    """(B, T) or (N,), log-probs of the policy in the ratio's denominator; None: on-policy."""
+    """(B, T) or (N,), log-probs of the policy in the ratio's denominator. None: on-policy."""
     ref_logprobs: Tensor | None
     """(B, T) or (N,), log-probs of the reference policy, for kl_to="ref"."""
     rollout_logprobs: Tensor | None
     """(B, T) or (N,), log-probs as the inference engine reported them."""
     n_tokens: float | Tensor | None
-    """Global count of live tokens; None: counted from the mask."""
+    """Global count of live tokens. None: counted from the mask."""
     n_sequences: float | Tensor | None
-    """Global count of sequences with a live token; None: counted from the mask."""
+    """Global count of sequences with a live token. None: counted from the mask."""
     selection: Tensor | None
     """0/1 keep-mask on the policy term, per token or per sequence."""
     group_ids: Tensor | None
@@ -83,7 +83,7 @@ class Batch:
 
     @classmethod
     def of(cls, spec: PolicyAxes, layout: Layout, inputs: PolicyInputs, mask: Mask, dtype: torch.dtype) -> Batch:
-        """Return the inputs as flat columns of `dtype`; raise if the loss needs one that is missing or does not fit.
+        """Return the inputs as flat columns of `dtype`, or raise if one that the loss needs is missing or does not fit.
 
         Args:
             spec: the loss.
@@ -110,7 +110,7 @@ class Batch:
             checks.float_tensor("advantages", advantages)
             spread = layout.tokens_or_sequences("advantages", advantages.detach()).to(dtype)
         if poison is not None:
-            # The mask could not be read without a host sync: if it is invalid, the loss must be NaN.
+            # Off the CPU nobody has read the mask, which would be a host sync: if it is invalid, the loss must be NaN.
             spread = spread + poison.to(dtype)
         selection = inputs.get("selection")
         if selection is not None:
@@ -144,7 +144,7 @@ class Batch:
 
         Args:
             spec: the loss.
-            logprobs: (N,) 0 outside the mask; None if no column depends on them.
+            logprobs: (N,) 0 outside the mask, or None if no column depends on them.
             sums: the segment sum of the backend.
         """
         kl_tokens = None

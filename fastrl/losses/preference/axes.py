@@ -19,14 +19,14 @@ class PreferenceAxes:
     """The fields of `PreferenceLoss`; any invalid or contradictory combination raises `ValueError` at construction."""
 
     name: str = "sigmoid"
-    """For messages; what the loss computes is in the other fields."""
+    """For messages. The other fields determine the loss."""
     terms: tuple[Term, ...] = (Term("margin", "logistic"),)
-    """What is summed; see `fastrl.losses.preference.terms`."""
+    """The summands, listed in `fastrl.losses.preference.terms`."""
     beta: float = 0.1
     """Scale of the features, > 0."""
     smoothing: str | None = "conservative"
-    """How `label_smoothing` e enters: "conservative" (1-e) link(z) + e link(-z), "robust" ((1-e) link(z) - e
-    link(-z)) / (1-2e), "target" (exo), None: not at all."""
+    """The part of `label_smoothing` e: "conservative" (1-e) link(z) + e link(-z), "robust" ((1-e) link(z) - e
+    link(-z)) / (1-2e), "target" (exo), None: none."""
     label_smoothing: float = 0.0
     """Probability that a pair is labelled the wrong way round."""
     margin: float = 0.0
@@ -34,7 +34,7 @@ class PreferenceAxes:
     f_divergence: str = "reverse_kl"
     """"reverse_kl", "forward_kl", "js_divergence" or "alpha_divergence": the transform of the log-ratio."""
     alpha: float | None = None
-    """Order of the alpha divergence (None: 0.5); with reference=False AlphaPO's alpha (None or 0.0: log-probs)."""
+    """Order of the alpha divergence (None: 0.5). With reference=False AlphaPO's alpha (None or 0.0: log-probs)."""
     tau: float | None = None
     """Modulation temperature of discopop."""
     reduce: str = "sum"
@@ -58,13 +58,13 @@ class PreferenceAxes:
     """Whether calls on sequence log-probs without lengths, where no NLL over tokens can be known, leave it out
     (cpo and orpo as presets) instead of raising."""
     desirable_weight: float = 1.0
-    """Weight of rows whose label is true."""
+    """Weight of desirable rows."""
     undesirable_weight: float = 1.0
-    """Weight of rows whose label is false."""
+    """Weight of the other rows."""
     shift: str | None = None
-    """What is subtracted from the rows' scores: "reference_point" (kto; without a given one as the next),
-    "paired_mean": the positive part of the mean score of the rows with the other label, its gradient kept, or
-    "baseline" (bco)."""
+    """The number subtracted from the scores of single rows. "paired_mean": the positive part of the mean score of the
+    rows on the other side, its gradient kept. "reference_point": the given one (kto), else as "paired_mean".
+    "baseline": the given one (bco), else the mean reward of the rows."""
     components: tuple[tuple[PreferenceAxes, float], ...] = ()
     """A weighted sum of other losses, made by `mixture`."""
 
@@ -197,7 +197,7 @@ def _components(spec: PreferenceAxes) -> None:
 
 
 def validate(spec: PreferenceAxes) -> None:
-    """Raise where the fields of a `PreferenceLoss` contradict each other, naming the field and the alternatives."""
+    """Raise if the fields of a `PreferenceLoss` contradict each other, naming the field and the alternatives."""
     checks.plain_float("beta", spec.beta, low=0.0, open_low=True)
     _terms(spec)
     _smoothing(spec)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class PreferenceInputs(TypedDict, total=False):
-    """The inputs of `PreferenceLoss.from_logits` and `from_hidden`; `from_logprobs` describes each at length."""
+    """The inputs of `PreferenceLoss.from_logits` and `from_hidden`. `from_logprobs` describes each at length."""
 
     desirable: Tensor | None
     """(B,) bool, for losses of single rows (kto, apo_zero_unpaired, bco)."""
@@ -21,7 +21,7 @@ class PreferenceInputs(TypedDict, total=False):
     kl_ref_logprobs: Tensor | None
     """(B', T') log-probs of the same under the reference."""
     kl_mask: Tensor | None
-    """(B', T'), 1 on their tokens; None: the log-probs are 0 elsewhere."""
+    """(B', T'), 1 on their tokens. None: the log-probs are 0 elsewhere."""
     reference_point: float | Tensor | None
     """kto's z0, in log-prob units."""
     baseline: float | Tensor | None
@@ -31,7 +31,7 @@ class PreferenceInputs(TypedDict, total=False):
     n_tokens: float | Tensor | None
     """Global number of chosen tokens."""
     log_sum_squared_probs: Tensor | None
-    """(2P, T) log sum_v p_v^2, for weighting="wpo"; from_logits and from_hidden compute it themselves."""
+    """(2P, T) log sum_v p_v^2, for weighting="wpo". from_logits and from_hidden compute it themselves."""
 
 
 # A constant, because torch.compile traces the check.
@@ -45,7 +45,7 @@ def check_names(inputs: Mapping[str, Any]) -> None:
 
 
 def either_name(desirable: Tensor | None, labels: Tensor | None) -> Tensor | None:
-    """Return the argument that was given under its name or under its old one; raise `ValueError` if both are."""
+    """Return the argument, given under its name or under its old name. Raise `ValueError` if both are given."""
     if desirable is not None and labels is not None:
         raise ValueError("labels= is the old name of desirable=, got both; pass desirable= alone")
     return labels if desirable is None else desirable

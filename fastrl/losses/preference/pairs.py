@@ -35,7 +35,7 @@ def loss_of_pairs(
     n_tokens: float | Tensor | None,
     dtype: torch.dtype,
 ) -> LossOutput:
-    """Return the loss and the metrics of pairs; `n_pairs`, `n_tokens`: global counts, None: those of the rows."""
+    """Return the loss and the metrics of pairs. `n_pairs` and `n_tokens` are global counts, None: of the rows here."""
     counts = Counts(divisor(rows.chosen.numel() if n_pairs is None else n_pairs), n_tokens)
     loss = _pair_loss(spec, rows, counts)
     with torch.no_grad():
@@ -109,7 +109,7 @@ def _nll(spec: PreferenceAxes, rows: PairRows, counts: Counts) -> Tensor:
 
 
 def _pair_metrics(spec: PreferenceAxes, rows: PairRows) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return TRL's metrics of a batch of pairs; rewards are beta times the (untransformed) score."""
+    """Return TRL's metrics of a batch of pairs. Rewards are beta times the (untransformed) score."""
     reduced = rows.reduced(spec.reduce)
     chosen, rejected = reduced.chosen, reduced.rejected
     if reduced.ref_chosen is not None and reduced.ref_rejected is not None:

@@ -1,11 +1,11 @@
 """Preference losses of the field by name: each is a value of `PreferenceLoss`, with its paper and its trainers.
 
-This is the one place that states a preset's formula, source and defaults: `PreferenceLoss.preset` builds from it,
-`describe` prints it, and `scripts/make_docs.py` writes the tables of docs/losses.md from it. `Preset` is that of the
-policy losses: an empty style means that a trainer's arithmetic and defaults are those of the preset.
+No other place states a preset's formula, source and defaults. `PreferenceLoss.preset` builds from them, `describe`
+prints them, and `scripts/make_docs.py` writes the tables of docs/losses.md. An empty style means that the trainer
+agrees with the preset.
 
 In the formulas z = beta (u_w - u_l), z_w = beta u_w and z_l = beta u_l, with u = sum_t (logp - ref) of the chosen (w)
-and the rejected (l) completion; logp is the sum over its tokens, |y| their number, e the label_smoothing.
+and the rejected (l) completion. logp is the sum over its tokens, |y| their number, e the label_smoothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastrl.losses.preference.terms import Term
 from fastrl.losses.preset import Fields, Preset, described, shown
 
 _SAME: Fields = {}
-# Reference-free losses: mean or sum log-probs, NLL of the chosen completion beside them where the paper has it.
+# Reference-free losses: mean or sum log-probs, with the NLL of the chosen completion if the paper has it.
 _FREE: Fields = {"reference": False}
 _NLL: Fields = {"sft_coef": 1.0, "sft_optional": True, "sft_normalise": "tokens"}
 _TRL: Mapping[str, Fields] = {"trl": _SAME}
@@ -216,7 +216,7 @@ def preset_fields(name: str, style: str | None = None) -> dict[str, Any]:
 
 
 def shown_fields(fields: Fields) -> str:
-    """Return fields as the arguments one would write; terms are what the formula says."""
+    """Return fields as arguments in a call, without the terms, which the formula states."""
     return shown({key: value for key, value in fields.items() if key not in ("terms", "smoothing", "sft_optional")})
 
 

@@ -24,7 +24,7 @@ def loss_of_tokens(
     ref_logprobs: Tensor | None,  # the same shape
     inputs: PreferenceInputs,
 ) -> LossOutput:
-    """Return the loss of per-token log-probs; see `PreferenceLoss.from_logprobs`."""
+    """Return the loss of per-token log-probs, as `PreferenceLoss.from_logprobs` describes it."""
     checks.float_tensor("logprobs", logprobs)
     if logprobs.dim() != 2:
         raise ValueError(f"logprobs must be (2P, T) or (B, T), got shape {tuple(logprobs.shape)}")

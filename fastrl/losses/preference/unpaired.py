@@ -74,7 +74,7 @@ def loss_of_rows(
     n_rows: float | Tensor | None,
     dtype: torch.dtype,
 ) -> LossOutput:
-    """Return the loss of the sequence scores of single rows; `n_rows` is the global count, None: the rows here."""
+    """Return the loss of the sequence scores of single rows. `n_rows` is the global count, None: of the rows here."""
     sign = choose(desirable, 1.0, -1.0, scores)
     z = sign * (spec.beta * scores - shift)
     per_row = torch.stack([term.weight * LINKS[term.link](term.sign * z, spec) for term in spec.terms]).sum(0)
