@@ -228,11 +228,11 @@ def describe(name: str) -> str:
     """Return a loss as text: formula, source, fields, and each trainer that has it with its differences.
 
     Args:
-        name: a preset of `PolicyLoss`, of `PreferenceLoss`, or of both, which are then shown one after the other; or a
+        name: a preset of `PolicyLoss`, of `PreferenceLoss`, or of both, which are then shown one after the other, or a
             function of `fastrl` with an entry in the catalogue.
 
     Raises:
-        ValueError: unknown name; the message gives the close ones, or all.
+        ValueError: unknown name. The message gives the close ones, or all.
     """
     parts = []
     both = name in POLICY and name in PREFERENCE

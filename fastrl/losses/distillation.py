@@ -242,7 +242,7 @@ class _LinearDistillation(torch.autograd.Function):
                 entropy[rows] = result.entropy
                 if result.gradient is not None and any(needs):
                     gradients.add(rows, states, result.gradient.mul_(slope))
-                # The tiles of this chunk go before those of the next are made.
+                # Free the tiles of this chunk before the next ones are made.
                 del result, slope
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)

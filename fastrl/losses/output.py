@@ -23,9 +23,9 @@ class LossOutput(NamedTuple):
     metrics: dict[str, tuple[Tensor, Tensor]]
     """Name -> (sum, count), detached, on the device of the inputs."""
     logprobs: Tensor | None
-    """Per-token log-probabilities, detached, if the loss computed them; 0 at masked positions."""
+    """Per-token log-probabilities, detached, if the loss computed them. 0 at masked positions."""
     entropy: Tensor | None
-    """Per-token entropies, detached, if the loss computed them; 0 at masked positions."""
+    """Per-token entropies, detached, if the loss computed them. 0 at masked positions."""
 
 
 def shown(spec: Any) -> str:

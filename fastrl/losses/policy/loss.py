@@ -39,7 +39,7 @@ from fastrl.ops.token_logprobs import token_logprobs
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class PolicyLoss(PolicyAxes):
-    """A policy loss as a point on independent axes; `PolicyLoss.preset(name)` gives the losses of the field by name.
+    """A policy loss as a point on independent axes. `PolicyLoss.preset(name)` gives the losses of the field by name.
 
     Every invalid or contradictory combination raises `ValueError` at construction. Fields that a loss does not use
     must keep their default or be None.
@@ -47,7 +47,7 @@ class PolicyLoss(PolicyAxes):
 
     @classmethod
     def preset(cls, name: str, *, style: str | None = None, **fields: Any) -> PolicyLoss:
-        """Return a loss of the field by name; `fields` replace single axes.
+        """Return a loss of the field by name, with `fields` for single axes.
 
         Args:
             name: one of `PolicyLoss.presets()`.
@@ -55,7 +55,7 @@ class PolicyLoss(PolicyAxes):
             fields: fields of `PolicyLoss`.
 
         Raises:
-            ValueError: unknown name or style, listing the known ones; unknown or contradictory fields.
+            ValueError: unknown name or style, listing the known ones, or unknown or contradictory fields.
         """
         values = preset_fields(name, style, fields)
         known = {field.name for field in dataclasses.fields(cls)}
@@ -77,7 +77,7 @@ class PolicyLoss(PolicyAxes):
         """Return a preset as text: formula, source, fields, and each trainer that has it with its differences.
 
         Raises:
-            ValueError: unknown preset; the message lists the known ones.
+            ValueError: unknown preset. The message lists the known ones.
         """
         return describe(name)
 
@@ -106,11 +106,11 @@ class PolicyLoss(PolicyAxes):
         loss reads, is refused by the others.
 
         Args:
-            logprobs: (B, T) padded, or (N,) packed with `cu_seqlens`; nats.
+            logprobs: (B, T) padded, or (N,) packed with `cu_seqlens`, in nats.
             advantages: per sequence (B,), (B, 1), (S,) or per token (B, T), (N,); constants. "nll" and
                 "dft" ignore them.
             mask: 0/1, bool, int or float. Tokens outside cannot matter, whatever they hold.
-            old_logprobs: log-probs of the policy in the ratio's denominator; None: on-policy, the detached `logprobs`.
+            old_logprobs: log-probs of the policy in the ratio's denominator. None: on-policy, the detached `logprobs`.
                 Losses without a ratio report the metric approx_kl_old from them. Constants, as are the next two.
             ref_logprobs: of the reference policy, for kl_to="ref"; ignored without such a KL.
             rollout_logprobs: as the inference engine reported them, for anchors and corrections that name them. Every
@@ -119,8 +119,8 @@ class PolicyLoss(PolicyAxes):
             n_tokens, n_sequences: global counts in the denominator, in place of those counted from the mask (live
                 tokens; sequences with a live token), so that micro-batches and ranks add up. Aggregates over sequences
                 ignore `n_tokens` (but for an entropy bonus), those over tokens `n_sequences`, "prompt_mean" both.
-            selection: 0/1 keep-mask on the policy term, per token or per sequence; the denominator stays.
-            group_ids: (B,) prompt of each sequence, for aggregate="prompt_mean"; ignored by the others.
+            selection: 0/1 keep-mask on the policy term, per token or per sequence. The denominator stays.
+            group_ids: (B,) prompt of each sequence, for aggregate="prompt_mean", ignored by the others.
             scores: (B,) or per token, for surrogate="topr" alone. A token is positive if its score is > 0, and without
                 scores if its advantage is.
             cu_seqlens: (S+1,) offsets of packed sequences.
@@ -136,7 +136,7 @@ class PolicyLoss(PolicyAxes):
         return self._of_logprobs(logprobs, entropy, _batch_of_logprobs(self, logprobs, inputs), "auto")
 
     def _of_logprobs(self, logprobs: Tensor, entropy: Tensor | None, batch: Batch, backend: str) -> LossOutput:
-        """Return the output of the call; `backend` is the backend of the vocabulary rows."""
+        """Return the output of the call, for vocabulary rows of the given backend."""
         tokens = batch.layout.tokens
         flat_entropy = None if entropy is None else tokens("entropy", checks.float_tensor("entropy", entropy))
         if self.uses_entropy and flat_entropy is None:
@@ -157,7 +157,7 @@ class PolicyLoss(PolicyAxes):
         logits_rounding: str | None = None,
         **inputs: Unpack[PolicyInputs],
     ) -> LossOutput:
-        """Return the loss from logits aligned with `labels`; the gradient is with respect to `logits`, in their dtype.
+        """Return the loss from logits aligned with `labels`, and its gradient with respect to `logits`, in their dtype.
 
         Masked rows never enter the log-prob: their labels may hold any id and their logits NaN. The backward takes any
         upstream factor, and `create_graph=True` is refused.
@@ -182,7 +182,7 @@ class PolicyLoss(PolicyAxes):
                 `torch.compile` on Triton only: half the memory of a graph that keeps the logits for the backward, for
                 one more write of the logits' size.
             allowed, logits_rounding: as in `token_logprobs`, if the sampler drew from a subset of the tokens or from
-                rounded logits. Log-probs, ratio and entropy are then those of the sampler's distribution. Not with
+                rounded logits. Log-probs, ratio and entropy then follow the sampler's distribution. Not with
                 `inplace`.
             inputs: `advantages`, `mask`, `old_logprobs`, `ref_logprobs`, `rollout_logprobs`, `n_tokens`, `n_sequences`,
                 `selection`, `group_ids`, `scores`, `cu_seqlens`: the arguments of `__call__`. `mask` is needed.
@@ -273,28 +273,28 @@ class PolicyLoss(PolicyAxes):
 
         Masked tokens are free. Tokens with zero gradient cost the forward's product only. With `tail_mass` > 0 a row
         whose gradient has a short list of entries within that bound skips the two products of the gradient (see
-        `linear_token_logprobs`); the metrics `sparse/rows` and `sparse/left_max` count these rows and give the largest
+        `linear_token_logprobs`). The metrics `sparse/rows` and `sparse/left_max` count these rows and give the largest
         mass left out. For KL-Cov and for a correction without `old_logprobs` the backward forms the gradient of a
         trained head: it fills in these two, and `path/gemm_units` counts every row.
 
         The gradient is with respect to `hidden`, `weight` and `bias`, for any upstream factor. A second backward
         (`retain_graph=True`) forms it anew, to the same bits. `LossOutput.logprobs` and `.entropy` are detached.
         Autocast has no effect: hidden and weight are promoted to the wider dtype. Inside `torch.compile` the call is a
-        graph break, because the number of chunks depends on the data; `fullgraph=True` refuses it, and
-        `linear_token_logprobs` goes into a graph.
+        graph break, because the number of chunks depends on the data. `fullgraph=True` refuses it, but
+        accepts `linear_token_logprobs`.
 
         Extra memory in bytes, C tokens a chunk:
 
         | for | bytes |
         |---|---|
-        | logits | C V 4; up to 4 chunks of them if the loss couples the tokens of a sequence |
+        | logits | C V 4, for up to 4 chunks if the loss couples the tokens of a sequence |
         | gradient of the hidden states | N D times the size of their dtype |
         | gradient of the head, summed in float32 | V D 4 |
-        | its cast, for a head of half precision | V D 2 once the logits are gone; nothing if they were larger |
+        | its cast, for a head of half precision | V D 2 once the logits are gone, or nothing if they were larger |
         | operands and products of such a head on a GPU | C V 2 + 16384 D 4 |
 
         backward scales in place and allocates nothing. float16 gradients are kept in float32 until then (4 N D + 4 V D
-        bytes), because the loss scale must come before rounding; backward then allocates the results, 2 N D + 2 V D.
+        bytes), because the loss scale must come before rounding. backward then allocates the results, 2 N D + 2 V D.
 
         Args:
             hidden: (B, T, D) or (N, D).
@@ -303,7 +303,7 @@ class PolicyLoss(PolicyAxes):
             bias, temperature, logit_scale, softcap, chunk_tokens, tail_mass, tp_group, backend: as in
                 `linear_token_logprobs`.
             allowed, logits_rounding: as in `linear_token_logprobs`, if the sampler drew from a subset of the tokens or
-                from rounded logits. Log-probs, ratio and entropy are then those of the sampler's distribution.
+                from rounded logits. Log-probs, ratio and entropy then follow the sampler's distribution.
             inputs: `advantages`, `mask`, `old_logprobs`, `ref_logprobs`, `rollout_logprobs`, `n_tokens`, `n_sequences`,
                 `selection`, `group_ids`, `scores`, `cu_seqlens`: the arguments of `__call__`. `mask` is needed.
 
@@ -339,15 +339,15 @@ class PolicyLoss(PolicyAxes):
         sets, rounding = check_restrictions(allowed, logits_rounding, masked, weight.shape[0], head)
         return fused_from_hidden(self, layout, batch, hidden, weight, bias, masked, inverse, head, sets, rounding)
 
-    def _needs_logprobs_first(self, inputs: PolicyInputs, frozen: bool, tp_group: Any) -> str | None:
-        """Return why `from_hidden` needs all log-probs before it can form a gradient, or None; `frozen`: the head."""
+    def _needs_logprobs_first(self, inputs: PolicyInputs, frozen_head: bool, tp_group: Any) -> str | None:
+        """Return why `from_hidden` needs all log-probs before it can form a gradient, or None."""
         if tp_group is not None:
             return "the rows of the head are spread over ranks"
         if self.kl_fraction is not None:
             return "KL-Cov ranks the tokens of the whole batch"
         if self.correction is not None and inputs.get("old_logprobs") is None:
             return "a correction without old_logprobs= takes the current log-probs, of the whole batch"
-        if self.couples_sequences and frozen and not self.uses_entropy:
+        if self.couples_sequences and frozen_head and not self.uses_entropy:
             return "with a frozen head dlogp/dhidden is kept per token, and a sequence of any length costs 2 GEMM units"
         return None
 
@@ -392,7 +392,7 @@ def loss_value(
 
 
 def _batch_of_logprobs(spec: PolicyAxes, logprobs: Tensor, inputs: PolicyInputs, mask: Mask | None = None) -> Batch:
-    """Return the batch of per-token log-probs; `mask` is the checked mask, None: check it here."""
+    """Return the batch of per-token log-probs. `mask` is the checked mask, or None to check it here."""
     checks.float_tensor("logprobs", logprobs)
     layout = Layout.of(logprobs.shape, logprobs.device, inputs.get("cu_seqlens"))
     mask = checks.keep_mask("mask", inputs["mask"], layout.shape, layout.device) if mask is None else mask

@@ -37,7 +37,7 @@ from fastrl.ops.sparse_rows import Tally, counted
 
 @dataclass(frozen=True, repr=False)
 class PreferenceLoss(PreferenceAxes):
-    """A preference loss, put together from parts; `PreferenceLoss.preset(name, ...)` gives the published ones.
+    """A preference loss, put together from parts. `PreferenceLoss.preset(name, ...)` gives the published ones.
 
     Callable on sequence log-probs (`loss(...)`), per-token log-probs (`from_logprobs`), logits (`from_logits`) or
     hidden states and the head (`from_hidden`). Gradients are with respect to the policy's numbers only. Losses are
@@ -83,7 +83,7 @@ class PreferenceLoss(PreferenceAxes):
         """Return a preset as text: formula, source, fields, and each trainer that has it with its differences.
 
         Raises:
-            ValueError: unknown preset; the message lists the known ones.
+            ValueError: unknown preset. The message lists the known ones.
         """
         return describe(name)
 
@@ -146,10 +146,10 @@ class PreferenceLoss(PreferenceAxes):
         losses. cpo and orpo add their NLL only if lengths are given.
 
         Args:
-            chosen_logps: log-probs of the chosen (or desirable) completions; rejected_logps likewise.
+            chosen_logps: log-probs of the chosen (or desirable) completions, and rejected_logps.
             ref_chosen_logps: the reference's, and ref_rejected_logps. Needed unless the loss is reference-free.
             chosen_lengths: tokens of each completion, and rejected_lengths.
-            reference_point: kto's z0, in log-prob units, detached; the paper's is >= 0. None: the positive part of the
+            reference_point: kto's z0, in log-prob units, detached. The paper's is >= 0. None: the positive part of the
                 mean score of the rows on the other side, its gradient kept, as OpenRLHF has it.
             baseline: bco's delta, in reward (beta log-ratio) units, detached. None: the mean reward of these rows.
             n_pairs: the global number of pairs (rows), for micro-batches and ranks.
@@ -324,8 +324,12 @@ class PreferenceLoss(PreferenceAxes):
         | `ref_hidden` | 1 more |
         | weighting="wpo", for sum p^2 | 1 more |
 
-        The log-probs come first for aot and aot_unpaired, which sort the batch; for kto and bco if the batch gives the
-        reference point or the baseline; for weighting="wpo"; and with `tp_group`.
+        The log-probs come first in these cases:
+
+        - aot and aot_unpaired, which sort the batch
+        - kto and bco, if the batch gives the reference point or the baseline
+        - weighting="wpo"
+        - `tp_group`
 
         With `tail_mass` > 0 the metrics include `sparse/rows` and `sparse/left_max`, as in `PolicyLoss.from_hidden`. If
         a trained head takes 4 units, the backward fills them in. Inside `torch.compile` a gradient that the forward
@@ -403,7 +407,7 @@ class PreferenceLoss(PreferenceAxes):
 
 
 def _fields_of(overrides: dict[str, Any]) -> dict[str, Any]:
-    """Return overrides under the names of the fields; None for alpha or tau keeps the preset's value."""
+    """Return overrides under the names of the fields. None for alpha or tau keeps the preset's value."""
     known = {field.name for field in dataclasses.fields(PreferenceLoss)} - {"name", "components"}
     fields: dict[str, Any] = {}
     for key, value in overrides.items():
