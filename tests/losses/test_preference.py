@@ -495,7 +495,7 @@ def test_finite_at_huge_differences(name: str, options: dict, difference: float,
 
 @pytest.mark.parametrize("logp", [0.0, -1e-38, -1e-12, -1e-4])
 def test_odds_of_a_certain_completion(logp: float) -> None:
-    """At p -> 1 of the chosen one the gradient tends to -beta odds_l; it is finite and right down to logp = 0."""
+    """At p -> 1 of the chosen one the gradient tends to -beta odds_l. It is finite and right up to logp = 0."""
     c = torch.tensor([logp], dtype=torch.float64, requires_grad=True)
     r = torch.tensor([-1.0], dtype=torch.float64)
     PreferenceLoss.preset("orpo", beta=0.5)(c, r).loss.backward()

@@ -71,8 +71,9 @@ class _Plan:
 
     def _evaluate(self, logprobs: Tensor, rows: Tensor) -> LossOutput:
         """Return what some rows add to the loss of the batch."""
-        desirable = self.inputs.get("desirable")
-        given = self.inputs if desirable is None else {**self.inputs, "desirable": desirable[rows]}
+        given, desirable = self.inputs.copy(), self.inputs.get("desirable")
+        if desirable is not None:
+            given["desirable"] = desirable[rows]
         ref = None if self.ref_logprobs is None else self.ref_logprobs[rows]
         return loss_of_tokens(self.spec, logprobs, self.mask[rows], ref, given)
 
