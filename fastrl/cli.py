@@ -8,14 +8,9 @@
     fastrl verify [--device cpu|cuda|...] [--backend NAME|all] [--seed N] [--quick] [--json]
     fastrl bench cpu|gpu|table|plot ...
 
-| exit code | meaning |
-|---|---|
-| 0 | success |
-| 1 | the work or a check failed, or settings do not fit the model, the data or each other |
-| 2 | the command line or a field of the configuration is wrong |
-| 130 | interrupted |
-
-An error is one line. With the environment variable FASTRL_DEBUG set it comes with its traceback.
+It exits with 0 when all went well, 2 when the command line or a field of the configuration is wrong, 1 when the work
+or a check failed or settings turned out not to fit the model, the data or each other, and 130 when it was interrupted.
+An error is one line; with the environment variable FASTRL_DEBUG set it comes with its traceback.
 """
 
 from __future__ import annotations
@@ -48,7 +43,7 @@ ALGORITHMS = {
     "dpo": ("fastrl.train.config.dpo:DPOConfig", "fastrl.train.dpo:run_dpo"),
     "online-dpo": ("fastrl.train.config.dpo:OnlineDPOConfig", "fastrl.train.online_dpo:run_online_dpo"),
 }
-# Commands that make data for them: the class of the settings, and the function that writes a file and returns its path.
+# What makes data for them: the class of the settings, and the function that writes a file and returns its path.
 MAKERS = {
     "pairs": ("fastrl.train.pairs:PairsConfig", "fastrl.train.pairs:make_pairs"),
     "constitutional-pairs": (
@@ -56,7 +51,7 @@ MAKERS = {
         "fastrl.train.constitutional:make_constitutional_pairs",
     ),
 }
-# Packages that `train` imports before anything else. Each comes with the extra.
+# What `train` imports before anything else; each comes with the extra.
 TRAIN_NEEDS = ("tyro", "yaml", "rich", "transformers", "accelerate", "safetensors", "reasoning_gym", "matplotlib")
 
 
@@ -83,12 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    # The options of a loop are the fields of a dataclass. tyro reads them, and it is not always installed.
+    # The options of a loop are the fields of a dataclass: they are read by tyro, which is not always installed.
     if arguments[:1] == ["train"] and arguments[1:2] and arguments[1] in ALGORITHMS:
         return _train(arguments[1], arguments[2:])
     if arguments[:1] and arguments[0] in MAKERS:
         return _make(arguments[0], arguments[1:])
-    # The benchmark, a program of the checkout, parses its own.
+    # So does the benchmark with its own: it is a program of the checkout.
     if arguments[:1] == ["bench"]:
         return _bench(arguments[1:])
     options = _parser().parse_args(arguments)
@@ -171,7 +166,7 @@ def _doctor(as_json: bool) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     if options.backend == "triton" and options.device is not None and options.device.partition(":")[0] == "cpu":
-        # On a CPU only the interpreter runs Triton. Triton reads this when the kernels are first imported.
+        # Asked for by name where only the interpreter runs it. Triton reads this when the kernels are first imported.
         os.environ.setdefault("TRITON_INTERPRET", "1")
     from fastrl import verify
 
@@ -225,7 +220,7 @@ def _report(run_dir: str, record_dir: str | None) -> int:
 
 
 def _make(command: str, arguments: list[str]) -> int:
-    # They sample for minutes without a progress bar, so show their log.
+    # They sample for minutes and have no progress bar: what they log is what there is to see.
     logging.basicConfig(format="%(message)s")
     logging.getLogger("fastrl.train").setLevel(logging.INFO)
     print(_configured(*MAKERS[command], arguments, f"fastrl {command}"))
@@ -242,7 +237,7 @@ def _train(algorithm: str, arguments: list[str]) -> int:
 
 
 def _configured(config_class: str, function: str, arguments: list[str], program: str) -> Any:
-    """Parse the arguments into settings and return the result of the function on them."""
+    """Return what the function makes of the settings in the arguments."""
     missing = [name for name in TRAIN_NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f'training needs {", ".join(missing)}: pip install "fastrl[train]"')
@@ -259,7 +254,7 @@ def _configured(config_class: str, function: str, arguments: list[str], program:
 
 
 def _named(path: str) -> Any:
-    """Return the object at `module:name`."""
+    """Return what `module:name` names."""
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
 
