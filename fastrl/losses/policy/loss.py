@@ -270,6 +270,7 @@ class PolicyLoss(PolicyAxes):
         | frozen head | 2 |
         | a loss that couples the tokens of a sequence: the same in blocks of whole sequences | 3, 2 |
         | such a loss, a sequence longer than 4 chunks: its logits are formed twice | 4 |
+        | trained head with `tp_group`, KL-Cov or a correction without `old_logprobs`: log-probs first | 4 |
 
         Masked tokens are free. Tokens with zero gradient cost the forward's product only. With `tail_mass` > 0 a row
         whose gradient has a short list of entries within that bound skips the two products of the gradient (see
@@ -293,8 +294,9 @@ class PolicyLoss(PolicyAxes):
         | its cast, for a head of half precision | V D 2 once the logits are gone, or nothing if they were larger |
         | operands and products of such a head on a GPU | C V 2 + 16384 D 4 |
 
-        backward scales in place and allocates nothing. float16 gradients are kept in float32 until then (4 N D + 4 V D
-        bytes), because the loss scale must come before rounding. backward then allocates the results, 2 N D + 2 V D.
+        backward scales in place and allocates nothing, except for float16. float16 gradients are kept in float32 until
+        then (4 N D + 4 V D bytes), because the loss scale must come before rounding, and backward allocates the results,
+        2 N D + 2 V D. docs/engine.md lists the host syncs.
 
         Args:
             hidden: (B, T, D) or (N, D).
