@@ -295,8 +295,8 @@ class PolicyLoss(PolicyAxes):
         | operands and products of such a head on a GPU | C V 2 + 16384 D 4 |
 
         backward scales in place and allocates nothing, except for float16. float16 gradients are kept in float32 until
-        then (4 N D + 4 V D bytes), because the loss scale must come before rounding, and backward allocates the results,
-        2 N D + 2 V D. docs/engine.md lists the host syncs.
+        then (4 N D + 4 V D bytes), because the loss scale must come before rounding. For them backward allocates the
+        results, 2 N D + 2 V D. docs/engine.md lists the host syncs.
 
         Args:
             hidden: (B, T, D) or (N, D).
