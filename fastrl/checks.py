@@ -142,22 +142,11 @@ def masked_labels(
     mask: Any,
     source: Any,  # (..., V) or (..., D)
     name: str,
-) -> Tensor:
-    """Return the labels of `labels_and_mask`."""
-    return labels_and_mask(value, mask, source, name)[0]
+) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
+    """Return (labels with `MASKED_LABEL` outside the mask, the mask as `keep_mask` returns it), or raise.
 
-
-def labels_and_mask(
-    value: Any,
-    mask: Any,
-    source: Any,  # (..., V) or (..., D)
-    name: str,
-) -> tuple[Tensor, Tensor]:
-    """Return the labels with `MASKED_LABEL` outside the mask, and the mask, or raise.
-
-    The mask comes back as bool if its values were checked here, so that nobody scans them again, else as it was given.
-    A -100 under a live mask is refused later. `source`, called `name`, are the logits or hidden states of the labels.
-    They say which of labels and mask is wrong.
+    A label of -100 at a live token is refused later. `source`, called `name`, are the logits or hidden states of the
+    labels; their shape tells whether the labels or the mask is wrong.
     """
     float_tensor(name, source)
     if not isinstance(value, Tensor):
@@ -170,7 +159,7 @@ def labels_and_mask(
     same_device("labels", value, source.device)
     keep, poison = keep_mask("mask", mask, value.shape, value.device)
     # Clamped, because a live label that happens to be the mark would pass for a masked token.
-    return torch.where(keep, value.clamp(min=MASKED_LABEL + 1), MASKED_LABEL), keep if poison is None else mask
+    return torch.where(keep, value.clamp(min=MASKED_LABEL + 1), MASKED_LABEL), (keep, poison)
 
 
 def _label_shape(name: str, value: Tensor, shape: torch.Size) -> None:

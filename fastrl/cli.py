@@ -3,6 +3,7 @@
     fastrl train ALGORITHM [--config FILE.yaml] [--FIELD VALUE ...]
     fastrl pairs|constitutional-pairs [--config FILE.yaml] [--FIELD VALUE ...]
     fastrl report RUN_DIR [--record DIR]
+    fastrl losses [NAME]
     fastrl doctor [--json]
     fastrl verify [--device cpu|cuda|...] [--backend NAME|all] [--seed N] [--quick] [--json]
     fastrl bench cpu|gpu|table|plot ...
@@ -25,6 +26,7 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -94,6 +96,8 @@ def _dispatch(arguments: list[str]) -> int:
     match options.command:
         case "report":
             return _report(options.run_dir, options.record)
+        case "losses":
+            return _losses(options.name)
         case "doctor":
             return _doctor(options.json)
         case "verify":
@@ -124,6 +128,8 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write report.html and curves.png of a run")
     report.add_argument("run_dir", help="the directory of the run")
     report.add_argument("--record", metavar="DIR", help="also keep its settings, numbers and curves, without the model")
+    losses = commands.add_parser("losses", help="list the losses with their formulas, or describe one")
+    losses.add_argument("name", nargs="?", help="a preset or a function: its formula, source, fields and trainers")
     doctor = commands.add_parser("doctor", help="show versions, devices, compilers and backends")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     verify = commands.add_parser("verify", help="check every operation on every backend of this machine")
@@ -139,6 +145,21 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", action="store_true", help="print JSON")
     commands.add_parser("bench", help="time and memory beside the peers (in a checkout): cpu, gpu, table, plot")
     return parser
+
+
+def _losses(name: str | None) -> int:
+    from fastrl.losses import catalogue
+
+    width = shutil.get_terminal_size().columns
+    if name is None:
+        print(catalogue.table(width))
+        print("\nfastrl losses NAME describes one of them.")
+        return OK
+    try:
+        print(catalogue.wrapped(catalogue.describe(name), width))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return OK
 
 
 def _doctor(as_json: bool) -> int:

@@ -1,9 +1,9 @@
 """Write what the pages show of the code: tables of docs/losses.md, the plot of docs/unified-view.md.
 
     python scripts/make_docs.py            write the pages and the plot
-    python scripts/make_docs.py --check    exit with 1 if a page is not what the code says
+    python scripts/make_docs.py --check    exit with 1 if a page is out of date
 
-Between `<!-- generated: NAME -->` and `<!-- end -->` a page holds what this script writes; the rest is written by hand.
+This script writes the text between `<!-- generated: NAME -->` and `<!-- end -->`. The rest is written by hand.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PLOT = DOCS / "gradient-coefficients.png"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Return a markdown table; bars inside cells are escaped."""
+    """Return a markdown table with the bars inside cells escaped."""
     lines = [header, ["---"] * len(header), *[[cell.replace("|", "\\|") for cell in row] for row in rows]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -44,7 +44,7 @@ def code(text: str) -> str:
 
 
 def presets_of(presets: Mapping[str, Preset], fields_of: Callable[[Fields], str] = shown) -> str:
-    """Return name, formula, source and fields of every preset; bounds that the loss does not have are not shown."""
+    """Return name, formula, source and fields of every preset, without the bounds that are None."""
     rows = []
     for name, preset in presets.items():
         fields = {key: value for key, value in preset.fields.items() if value is not None}
@@ -54,7 +54,7 @@ def presets_of(presets: Mapping[str, Preset], fields_of: Callable[[Fields], str]
 
 
 def styles_of(presets: Mapping[str, Preset], fields_of: Callable[[Fields], str] = shown) -> str:
-    """Return, per preset, the trainers that have it and what each does differently."""
+    """Return, per preset, the trainers that have it and the differences of each."""
     rows = []
     for name, preset in presets.items():
         same = [style for style, fields in preset.styles.items() if not fields and style not in preset.notes]
@@ -118,7 +118,7 @@ def page(text: str) -> str:
     """Return a page with its generated parts written anew.
 
     Raises:
-        ValueError: a mark that is not known, or one that is missing.
+        ValueError: an unknown mark, or a missing one.
     """
     marks = re.findall(r"<!-- generated: (\w+) -->", text)
     if sorted(marks) != sorted(GENERATED):
@@ -177,7 +177,7 @@ def plot(path: Path) -> None:
 
 
 def main() -> int:
-    """Write the pages, or compare them with what the code says."""
+    """Write the pages, or compare them with the code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is out of date")
     check = parser.parse_args().check

@@ -1,17 +1,25 @@
-"""What the functions beside `PolicyLoss` and `PreferenceLoss` compute, by name: formula, source, and who has it.
+"""The losses by name: presets of both families, and the functions beside them with formula, source and trainers.
 
-`scripts/make_docs.py` writes the tables of docs/losses.md from these entries. Every function is a public name of
-`fastrl`. Trainers in brackets reach the same numbers with the options in the brackets.
+`describe(name)` and the command `fastrl losses` print them. `scripts/make_docs.py` writes the tables of docs/losses.md
+from the same entries. Every function is a public name of `fastrl`. Trainers in brackets reach the same numbers with the
+options in the brackets.
 """
 
 from __future__ import annotations
 
+import difflib
+import textwrap
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from fastrl.losses.policy.presets import PRESETS as POLICY
+from fastrl.losses.policy.presets import describe as describe_policy
+from fastrl.losses.preference.presets import PRESETS as PREFERENCE
+from fastrl.losses.preference.presets import describe as describe_preference
+
 
 class Entry(NamedTuple):
-    """A function of `fastrl` with the options that make it the named thing."""
+    """A function of `fastrl` with the options that give the formula."""
 
     function: str
     options: Mapping[str, Any]
@@ -20,7 +28,7 @@ class Entry(NamedTuple):
     trainers: str = ""
 
     def call(self) -> str:
-        """Return the call as one would write it."""
+        """Return the call as source code: `kl_estimate(..., estimator='k1')`."""
         given = "".join(f", {name}={value!r}" for name, value in self.options.items())
         return f"{self.function}(...{given})"
 
@@ -200,3 +208,84 @@ OTHERS: tuple[Entry, ...] = (
         "TRL (experimental)",
     ),
 )
+
+# Width of the first column of the table, and of the labels of `describe`.
+_NAME, _LABEL = 26, 14
+
+
+def names() -> list[str]:
+    """Return the names that `describe` knows: presets of both families, then functions."""
+    functions = (entry.function for entry in (*KL, *ADVANTAGES, *OTHERS))
+    return list(dict.fromkeys((*POLICY, *PREFERENCE, *functions)))
+
+
+def close_names(name: str) -> list[str]:
+    """Return known names that look like `name`, the closest first."""
+    return difflib.get_close_matches(name.lower().replace("-", "_"), names(), n=4, cutoff=0.6)
+
+
+def describe(name: str) -> str:
+    """Return a loss as text: formula, source, fields, and each trainer that has it with its differences.
+
+    Args:
+        name: a preset of `PolicyLoss`, of `PreferenceLoss`, or of both, which are then shown one after the other, or a
+            function of `fastrl` with an entry in the catalogue.
+
+    Raises:
+        ValueError: unknown name. The message gives the close ones, or all.
+    """
+    parts = []
+    both = name in POLICY and name in PREFERENCE
+    if both:
+        parts.append(f"{name!r} names a preset of PolicyLoss and one of PreferenceLoss.")
+    if name in POLICY:
+        parts.append((f"PolicyLoss.preset({name!r})\n" if both else "") + describe_policy(name))
+    if name in PREFERENCE:
+        parts.append((f"PreferenceLoss.preset({name!r})\n" if both else "") + describe_preference(name))
+    parts += [_described(entry) for entry in (*KL, *ADVANTAGES, *OTHERS) if entry.function == name]
+    if not parts:
+        close = close_names(name)
+        raise ValueError(f"unknown loss {name!r}; {'close' if close else 'known'}: {', '.join(close or names())}")
+    return "\n\n".join(parts)
+
+
+def _described(entry: Entry) -> str:
+    lines = [entry.call(), f"    formula   {entry.formula}", f"    source    {entry.source}"]
+    return "\n".join([*lines, f"    trainers  {entry.trainers}"] if entry.trainers else lines)
+
+
+def wrapped(text: str, width: int) -> str:
+    """Return the text of `describe` in lines of at most `width`, continued below the values."""
+    indent = " " * _LABEL
+    return "\n".join(
+        textwrap.fill(line, max(width, 2 * _LABEL), subsequent_indent=indent, break_on_hyphens=False)
+        for line in text.splitlines()
+    )
+
+
+def table(width: int) -> str:
+    """Return every loss with its formula, in lines of at most `width`, as text for a terminal."""
+    groups = (
+        ("PolicyLoss.preset(NAME)", [(name, preset.formula) for name, preset in POLICY.items()]),
+        ("PreferenceLoss.preset(NAME)", [(name, preset.formula) for name, preset in PREFERENCE.items()]),
+        ("KL", [(entry.call(), entry.formula) for entry in KL]),
+        ("Advantages and returns", [(entry.call(), entry.formula) for entry in ADVANTAGES]),
+        ("Other losses", [(entry.call(), entry.formula) for entry in OTHERS]),
+    )
+    blocks = [
+        "\n".join([title, *(line for name, formula in rows for line in _row(name, formula, width))])
+        for title, rows in groups
+    ]
+    return "\n\n".join(blocks)
+
+
+def _row(name: str, formula: str, width: int) -> list[str]:
+    indent = " " * _NAME
+    lines = textwrap.wrap(formula, max(width - _NAME, 20), break_on_hyphens=False)
+    if len(name) + 4 <= _NAME:
+        return [f"  {name}".ljust(_NAME) + lines[0], *(indent + line for line in lines[1:])]
+    # A long call stands on lines of its own, above its formula.
+    return [
+        *textwrap.wrap(name, max(width, 40), initial_indent="  ", subsequent_indent=" " * 6, break_on_hyphens=False),
+        *(indent + line for line in lines),
+    ]

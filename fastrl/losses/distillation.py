@@ -1,7 +1,7 @@
-"""Distillation: the divergence of a student from a teacher over the whole vocabulary, without either one's logits.
+"""Distillation: the divergence of a student from a teacher over the whole vocabulary, without the logits in memory.
 
-Rows go through both heads in chunks. The gradient is formed in the forward, chunk by chunk, while the logits are there;
-the backward only scales it, in place unless the graph is kept. Masked rows are dropped before the first GEMM.
+Rows go through both heads in chunks. The forward forms the gradient of a chunk while its logits exist. The backward
+only scales it, in place unless the graph is kept. Masked rows are dropped before the first GEMM.
 
 Legend: N tokens, D hidden (S student's, T teacher's), V vocabulary, C rows of a chunk.
 """
@@ -28,7 +28,7 @@ from fastrl.ops.rows import once_differentiable
 IGNORE_INDEX = -100
 
 
-# Several tiles of C x V live at once (logits, log-probs and probabilities of both models): fewer rows than elsewhere.
+# Fewer rows than elsewhere: several tiles of C x V live at once, logits, log-probs and probabilities of both models.
 CPU_CHUNK_TOKENS = 256
 
 
@@ -37,7 +37,7 @@ GPU_CHUNK_TOKENS = 512
 
 @dataclass(frozen=True)
 class Divergence:
-    """Which divergence: everything of the row arithmetic that is not a tensor."""
+    """The choice of divergence: every parameter of the row arithmetic that is not a tensor."""
 
     beta: float
     temperature: float
@@ -45,7 +45,7 @@ class Divergence:
     gradient: bool
 
     def rows(self, student: Tensor, teacher: Tensor) -> Rows:
-        """Return the divergence of a chunk of logits (C, V); the temperature is in them already."""
+        """Return the divergence of a chunk of logits (C, V), already divided by the temperature."""
         return divergence_rows(student, teacher, self.beta, self.top_k, self.gradient)
 
 
@@ -74,28 +74,31 @@ def distillation_loss(
         beta = 0: KL(T || S)    beta = 1: KL(S || T)    else: beta KL(T || M) + (1 - beta) KL(S || M)
         M = (1 - beta) S + beta T;  loss = sum over live tokens / n_tokens
 
-    in nats, not scaled by temperature^2 (GKD, arXiv 2306.13649). The cross-entropy with the teacher's probabilities is
-    beta = 0 plus the teacher's entropy, and has its gradient. The gradient is with respect to `student_hidden`,
-    `student_weight` and `student_bias`; those that require none cost nothing, and the teacher gets none. Extra
-    memory: up to ten tiles of chunk_tokens x V, and the gradients (float32 for the head and for float16, until the
-    backward scales and rounds them). Reverse KL is infinite, and
-    its gradient NaN, where the teacher bans (-inf) an entry that the student does not.
+    in nats, not scaled by temperature^2 (GKD, arXiv 2306.13649). beta = 0 has the gradient of the cross-entropy with
+    the teacher's probabilities, which is larger by the teacher's entropy.
+
+    The gradient is with respect to `student_hidden`, `student_weight` and `student_bias`. A tensor that requires none
+    costs nothing, and the teacher gets none. If the teacher excludes an entry (-inf) that the student does not, reverse
+    KL is infinite and its gradient NaN.
+
+    Extra memory: up to ten tiles of chunk_tokens x V, and the gradients. Those of the head and of float16 stay in
+    float32 until the backward scales and rounds them.
 
     Args:
-        student_hidden, teacher_hidden: hidden states at the same tokens; the widths may differ.
+        student_hidden, teacher_hidden: hidden states at the same tokens. The widths may differ.
         student_weight, teacher_weight: heads over the same vocabulary.
-        mask: 0/1 or bool; rows where it is 0 have no effect and reach neither head.
+        mask: 0/1 or bool. Rows with 0 have no effect and reach neither head.
         beta: in [0, 1].
         temperature: of both models, > 0.
         student_softcap, teacher_softcap: bound c of c tanh(x / c), or None.
-        student_bias, teacher_bias: (V,), or None; -inf entries ban a token.
+        student_bias, teacher_bias: (V,), or None. -inf excludes a token.
         student_logit_scale, teacher_logit_scale: factors on the logits, before the softcap.
         n_tokens: the global number of live tokens, for micro-batches and ranks.
-        chunk_tokens: rows of a chunk; 256 on a CPU and 512 elsewhere unless given.
-        top_k: compare the teacher's K likeliest entries and the rest as one bucket; None: every entry.
+        chunk_tokens: rows of a chunk, None: 256 on a CPU and 512 elsewhere.
+        top_k: compare the teacher's K likeliest entries, and the rest as one bucket. None: every entry.
 
     Returns:
-        LossOutput with metrics divergence and student_entropy; `.entropy` is the student's, per token.
+        LossOutput with metrics divergence and student_entropy. `.entropy` is the student's, per token.
 
     Raises:
         ValueError, TypeError: different vocabularies, token shapes or devices, numbers out of range.
@@ -147,10 +150,10 @@ def distillation_loss_from_logits(
     chunk_tokens: int | None = None,
     top_k: int | None = None,
 ) -> LossOutput:
-    """Return `distillation_loss` of logits that are there already; the gradient is with respect to `student_logits`.
+    """Return `distillation_loss` of given logits, with its gradient with respect to `student_logits`.
 
-    Extra memory: up to ten tiles of chunk_tokens x V, and the gradient in the dtype of `student_logits`; that of
-    float16 is float32 until the backward scales and rounds it.
+    Extra memory: up to ten tiles of chunk_tokens x V, and the gradient in the dtype of `student_logits`.
+    A float16 gradient stays in float32 until the backward scales and rounds it.
     """
     how = _divergence(beta, temperature, top_k)
     checks.float_tensor("student_logits", student_logits)
@@ -176,8 +179,8 @@ def sampled_distillation_advantages(
 ) -> Tensor:
     """Return teacher - student log-prob of the sampled tokens, detached: the advantages of on-policy distillation.
 
-    With a policy-gradient surrogate their expectation is the gradient of -KL(S || T) per token, without a vocabulary
-    pass of the teacher beyond its log-prob (arXiv 2306.13649, section 3).
+    With a policy-gradient surrogate their expectation is the gradient of -KL(S || T) per token. The teacher's log-probs
+    are its only pass over the vocabulary (arXiv 2306.13649, section 3).
 
     Raises:
         ValueError: shapes or devices that differ.
@@ -232,7 +235,7 @@ class _LinearDistillation(torch.autograd.Function):
                 entropy[rows] = result.entropy
                 if result.gradient is not None and any(needs):
                     gradients.add(rows, states, result.gradient.mul_(slope))
-                # The tiles of this chunk go before those of the next are made.
+                # Free the tiles of this chunk before the next ones are made.
                 del result, slope
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
@@ -334,7 +337,7 @@ def _output(
 
 
 class Rows(NamedTuple):
-    """What a chunk of rows gives."""
+    """The results of a chunk of rows."""
 
     divergence: Tensor  # (C,)
     entropy: Tensor  # (C,) of the student
@@ -342,12 +345,12 @@ class Rows(NamedTuple):
 
 
 def _weighted(p: Tensor, x: Tensor) -> Tensor:
-    """Return p x, 0 where p is 0 whatever x is; NaN stays."""
+    """Return p x, and 0 if p is 0, for any x. Another NaN stays."""
     return (p * x).masked_fill_(p == 0, 0.0)
 
 
 def _normalise(logits: Tensor) -> Tensor:
-    """Turn logits into log-probs; the largest is taken out first, so that a common offset costs no precision."""
+    """Turn logits into log-probs in place. The largest is subtracted first: a common offset then costs no precision."""
     shifted = logits.sub_(logits.amax(-1, keepdim=True))
     return shifted.sub_(shifted.exp().sum(-1, keepdim=True).log_())
 
@@ -377,7 +380,7 @@ def _scaled_divergence(
 
 
 def _buckets(log_probs: Tensor, index: Tensor) -> Tensor:
-    """Return the log-masses (C, K+1) of the entries at `index` (C, K) and of all the others together."""
+    """Return the log-masses (C, K+1) of the entries at `index` (C, K) and of all others together."""
     others = log_probs.scatter(-1, index, -math.inf)
     # A row without others has mass 0 there; amax keeps the sum of exponentials finite for it too.
     largest = others.amax(-1, keepdim=True)
@@ -396,7 +399,7 @@ def divergence_rows(
     """Return the divergence of every row, the student's entropy and the gradient.
 
     Both logits are overwritten. With `top_k` the teacher's K likeliest entries are compared one by one and all others
-    as one bucket: a lower bound of the divergence, equal to it for K = V.
+    as one bucket. The result is a lower bound of the divergence, equal to it for K = V.
     """
     log_s, log_t = _normalise(student), _normalise(teacher)
     p_s = log_s.exp()

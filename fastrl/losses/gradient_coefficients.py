@@ -1,10 +1,10 @@
-"""Gradient coefficients: what a loss puts on each token's log-prob and entropy.
+"""Gradient coefficients: the factors of a loss on each token's log-prob and entropy gradients.
 
     dL/dtheta = sum_t g_t dlogp_t/dtheta + h_t dH_t/dtheta
 
-SFT, rejection-sampling fine-tuning, PPO, GRPO, DPO and the rest differ in where the tokens come from and in g_t alone:
-the view of DeepSeekMath, arXiv 2402.03300, section 5, which writes the coefficient of the ascent direction, -g_t.
-docs/unified-view.md is the table.
+SFT, rejection-sampling fine-tuning, PPO, GRPO, DPO and the rest differ only in the source of their tokens and in g_t.
+This is the view of DeepSeekMath, arXiv 2402.03300, section 5, which writes the coefficient of the ascent direction,
+-g_t. docs/unified-view.md has the table.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastrl.losses.preference.loss import PreferenceLoss
 
 
 class GradientCoefficients(NamedTuple):
-    """g = dL/dlogp and h = dL/dH, of the shape of the log-probs, detached; 0 at tokens that the loss does not see."""
+    """g = dL/dlogp and h = dL/dH, of the shape of the log-probs, detached, 0 at tokens outside the loss."""
 
     g: Tensor
     h: Tensor
@@ -39,15 +39,15 @@ def gradient_coefficients(
     Args:
         loss: a `PolicyLoss`, a `PreferenceLoss` (called as `from_logprobs`), or any other function of log-probs that
             returns a `LossOutput`.
-        logprobs: the point at which the loss is differentiated; nothing flows back into it.
+        logprobs: the point of differentiation. No gradient flows into it.
         entropy: per token, for losses with an entropy term.
         inputs: the other inputs of the call: advantages, mask, old_logprobs, ...
 
     Returns:
-        `GradientCoefficients`, in the dtype of `logprobs`. h is 0 where the loss has no entropy term.
+        `GradientCoefficients`, in the dtype of `logprobs`. h is 0 for a loss without an entropy term.
 
     Raises:
-        TypeError, ValueError: what the loss raises for its inputs.
+        TypeError, ValueError: from the loss, for its inputs.
     """
     checks.float_tensor("logprobs", logprobs)
     if entropy is not None:

@@ -1,9 +1,12 @@
 """KL to a reference policy: per-token estimates, the penalty in the reward, its controller, and the exact KL.
 
 Estimates of KL(policy || reference) from the log-probs of sampled tokens, x = logp - logp_ref (Schulman 2020,
-"Approximating KL divergence"): k1 = x, k2 = x^2/2, k3 = exp(-x) - 1 + x, abs = |x|. The formulas are those of
-`fastrl.reference.kl_estimate`; k2, k3 and abs are exactly 0 with zero gradient where the policies agree, and all of
-them are finite forward and backward for |x| up to 1e4 in float32.
+"Approximating KL divergence"):
+
+    k1 = x      k2 = x^2/2      k3 = exp(-x) - 1 + x      abs = |x|
+
+`fastrl.reference.kl_estimate` computes them. k2, k3 and abs are exactly 0 with zero gradient at tokens on which the
+policies agree. All are finite forward and backward for |x| up to 1e4 in float32.
 
 Legend: B batch, T time, N tokens, V vocabulary.
 """
@@ -42,22 +45,23 @@ def kl_estimate(
     """Return the KL estimate of each token, of the shape of `logprobs`, float32 (float64 for float64).
 
     Args:
-        logprobs: of the policy; the only argument that carries a gradient.
+        logprobs: of the policy, the only argument that carries a gradient.
         ref_logprobs: of the reference policy.
         estimator: "k1", "k2", "k3", "abs".
-        gradient: "plain": of the clamped estimate. "ratio_weighted": of r times the estimate, r = exp(logp -
-            old_logp), not detached (TRL and slime's unbiased KL). "straight_through": value of the estimate, gradient
-            of k2 (verl "k3+"). "straight_through_ratio": value of the estimate, gradient of sg(min(r, ratio_max)) k2
-            (OpenRLHF).
-        old_logprobs: denominator of r in the two ratio gradients; None anchors r on the detached `logprobs`, so that
-            its value is 1 and its gradient that of logp (NeMo-RL).
-        mask: 0 and no gradient where it is 0, whatever stands there.
+        gradient: the function that is differentiated; r = exp(logp - old_logp).
+            "plain": the clamped estimate
+            "ratio_weighted": r times the estimate, r not detached (TRL and slime's unbiased KL)
+            "straight_through": value of the estimate, gradient of k2 (verl "k3+")
+            "straight_through_ratio": value of the estimate, gradient of sg(min(r, ratio_max)) k2 (OpenRLHF)
+        old_logprobs: denominator of r in the two ratio gradients. None anchors r on the detached `logprobs`: its value
+            is 1 and its gradient the gradient of logp (NeMo-RL).
+        mask: tokens with 0 give 0 and no gradient, whatever they hold.
         log_ratio_clamp: bound of x inside the estimate: c for [-c, c], or (low, high), either None. Outside it the
             gradient of the estimate is 0. verl 20; OpenRLHF (-10, None) for k3.
-        value_clamp: bound of the absolute value of the result. verl, OpenRLHF, slime "low_var_kl" 10.
+        value_clamp: bound of the absolute value of the result. 10 in verl, OpenRLHF and slime ("low_var_kl").
         ratio_max: cap of r, with "straight_through_ratio" only. OpenRLHF 10.
         value_clamp_order: with "ratio_weighted", whether `value_clamp` bounds r times the estimate ("after_ratio",
-            slime and NeMo-RL) or the estimate alone ("before_ratio"); in `PolicyLoss` it is `kl_value_clamp_order`.
+            slime and NeMo-RL) or the estimate alone ("before_ratio"). `PolicyLoss` calls it `kl_value_clamp_order`.
 
     Raises:
         ValueError, TypeError: unknown options, shapes that differ, options that have no effect together.
@@ -157,17 +161,17 @@ def kl_penalty_rewards(
     log_ratio_clamp: Clamp = None,
     value_clamp: float | None = None,
 ) -> Tensor:
-    """Return token_rewards - coef * estimate at live tokens, token_rewards elsewhere; nothing is differentiated.
+    """Return token_rewards - coef * estimate at live tokens, token_rewards elsewhere, without a gradient.
 
-    The KL in the reward of RLHF with PPO (arXiv 1909.08593, eq. 2); the log-probs are those before the update. verl
-    (`use_kl_in_reward`), OpenRLHF, slime, TRL's RLOO with k1.
+    The KL in the reward of RLHF with PPO (arXiv 1909.08593, eq. 2), from log-probs before the update. verl
+    (`use_kl_in_reward`), OpenRLHF, slime and TRL's RLOO have it, with k1.
 
     Args:
         token_rewards: reward of each token.
         logprobs: of the policy that sampled.
         ref_logprobs: of the reference policy.
         mask: 1 for tokens of the policy.
-        coef: >= 0: a number, or a tensor of one element (an `AdaptiveKLController`'s value on the device).
+        coef: >= 0, a number or a tensor of one element (an `AdaptiveKLController`'s value on the device).
         estimator, log_ratio_clamp, value_clamp: as in `kl_estimate`.
     """
     rewards = _same("token_rewards", token_rewards, None).detach()
@@ -194,7 +198,7 @@ class AdaptiveKLController:
     Args:
         init: first value, > 0.
         target: KL to hold, > 0, in the unit of the KL that `update` gets.
-        horizon: number of samples over which the coefficient can move by a fifth, > 0; trainers use 10000.
+        horizon: number of samples over which the coefficient can move by a fifth, > 0. Trainers use 10000.
     """
 
     def __init__(self, init: float, target: float, horizon: float = 10_000) -> None:
@@ -216,11 +220,11 @@ class AdaptiveKLController:
         return self.value
 
     def state_dict(self) -> dict[str, float]:
-        """Return what a checkpoint needs."""
+        """Return the state for a checkpoint."""
         return {"value": self.value, "target": self.target, "horizon": self.horizon}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore a state from `state_dict`."""
         self.__init__(state["value"], state["target"], state["horizon"])
 
 
@@ -234,16 +238,16 @@ def full_kl(
 ) -> Tensor:
     """Return KL(policy || reference) = sum_v p_v (log p_v - log q_v) of each token, (...), exact over the vocabulary.
 
-    Differentiable once with respect to `logits`: dKL/dz_v = p_v (log p_v - log q_v - KL) / temperature. Rows are worked
-    in tiles: beside the inputs and the gradient, a few tiles of `chunk_tokens` x V float32 are held. A token that the
-    policy excludes (logit -inf) adds nothing; one that only the reference excludes makes the KL infinite.
+    Differentiable once with respect to `logits`: dKL/dz_v = p_v (log p_v - log q_v - KL) / temperature. The
+    memory beside inputs and gradient is a few tiles of `chunk_tokens` x V float32. A token that the policy excludes
+    (logit -inf) adds nothing. A token that only the reference excludes makes the KL infinite.
 
     Args:
-        logits: of the policy, any float dtype; float32 results (float64 for float64).
-        ref_logits: of the reference; carries no gradient.
-        mask: 0 and no gradient where it is 0, whatever the logits hold there.
+        logits: of the policy, any float dtype. Results are float32 (float64 for float64).
+        ref_logits: of the reference, without a gradient.
+        mask: tokens with 0 give 0 and no gradient, whatever their logits hold.
         temperature: > 0, divides both logits.
-        chunk_tokens: rows of a tile; by default as many as make 4 million entries.
+        chunk_tokens: rows of a tile, by default as many as make 4 million entries.
     """
     checks.float_tensor("logits", logits)
     checks.float_tensor("ref_logits", ref_logits)
@@ -292,7 +296,7 @@ class _FullKL(torch.autograd.Function):
             p, gap = _tile(logits[part], ref_logits[part], keep[part], ctx.inverse, value.dtype)
             scale = torch.where(keep[part], grads[0][part], 0.0) * ctx.inverse
             tile = gap.sub_(value[part].unsqueeze(-1)).mul_(p).mul_(scale.unsqueeze(-1))
-            # Rows under the mask may carry a NaN gradient from above: selected, not multiplied.
+            # Rows under the mask may carry a NaN gradient from above, so select them: 0 * NaN is NaN.
             result[part] = torch.where(keep[part].unsqueeze(-1), tile, 0.0).to(result.dtype)
         return result, None, None, None, None
 

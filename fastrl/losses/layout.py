@@ -25,7 +25,7 @@ class Layout:
 
     @classmethod
     def of(cls, shape: torch.Size, device: torch.device, cu_seqlens: Any, name: str = "logprobs") -> Layout:
-        """Return the layout of values of `shape`; raise where shape and `cu_seqlens` do not fit."""
+        """Return the layout of values of `shape`, or raise if shape and `cu_seqlens` do not fit."""
         if cu_seqlens is None:
             if len(shape) != 2:
                 raise ValueError(

@@ -1,8 +1,9 @@
-"""Keep-masks that need the whole batch: which tokens or sequences a policy loss learns from.
+"""Keep-masks that need the whole batch: the tokens, sequences or groups that a policy loss learns from.
 
-Each function returns a bool tensor, True = keep, of the shape of its per-token inputs. Pass it as `selection` (the
-policy term is left out, the denominator stays) or, where the trainer removes the tokens from the denominator too, as
-the mask itself: `mask & keep`. Inputs are (B, T) padded, or (N,) packed with `cu_seqlens`. Nothing is differentiated.
+Each function of tokens returns a bool tensor, True = keep, of the shape of its per-token inputs. Pass it as
+`selection`: the policy term is left out and the denominator stays. If the trainer removes the tokens from the
+denominator too, pass `mask & keep` as the mask. Inputs are (B, T) padded, or (N,) packed with `cu_seqlens`. Nothing is
+differentiated.
 
 Legend: B batch, T time, N tokens, S sequences.
 """
@@ -54,7 +55,7 @@ def off_policy_sequence_mask(
         other_logprobs: same shape: old or rollout log-probs.
         advantages: per sequence or per token, as `PolicyLoss` takes them.
         mask: same shape as `logprobs`, 0/1.
-        threshold: nats per token; TRL suggests 0.5, slime 1e-4.
+        threshold: nats per token. TRL suggests 0.5, slime 1e-4.
         cu_seqlens: (S+1,) for packed tokens.
     """
     checks.plain_float("threshold", threshold)
@@ -107,8 +108,8 @@ def covariance_keep_mask(
     """Return False for a random subset of the tokens of high covariance that the clip left alone (Clip-Cov).
 
     Candidates have (A - mean A)(logp - mean logp) strictly inside (low, high) and are not clipped by
-    [1 - clip_low, 1 + clip_high]. max(1, int(fraction * live tokens)) of them are dropped at random, all of them when
-    there are no more. Cui et al. 2025, arXiv 2505.22617.
+    [1 - clip_low, 1 + clip_high]. The function drops max(1, int(fraction * live tokens)) of them at random, or all if
+    there are fewer. Cui et al. 2025, arXiv 2505.22617.
     """
     checks.plain_float("fraction", fraction, low=0.0, high=1.0, open_low=True)
     layout, keep = _open(logprobs, mask, cu_seqlens)
@@ -142,8 +143,11 @@ def rollout_divergence_mask(
 ) -> Tensor:
     """Return True where the divergence of trainer and rollout is within bounds (verl's rejection sampling).
 
-    With y = logprobs - rollout clamped to +-log_ratio_clamp: k1 = -y, bounds on exp(k1); k2 = y^2/2;
-    k3 = exp(y) - 1 - y.
+    With y = logprobs - rollout, clamped to +-log_ratio_clamp:
+
+        k1 = -y, with bounds on exp(k1)
+        k2 = y^2/2
+        k3 = exp(y) - 1 - y
 
     Args:
         logprobs: (B, T) or (N,): old log-probs of the trainer (the current ones in bypass mode).
@@ -151,7 +155,7 @@ def rollout_divergence_mask(
         mask: same shape, 0/1.
         level: "token", or the "sequence_sum", "sequence_mean", "sequence_max" over live tokens.
         divergence: "k1", "k2", "k3".
-        low, high: bounds; `low` only for k1.
+        low, high: bounds, `low` only for k1.
         log_ratio_clamp: bound of the token log-ratio, or None.
         cu_seqlens: (S+1,) for packed tokens.
     """
@@ -233,7 +237,7 @@ def soft_overlong_punishment(
         (max_length - buffer - length) / buffer  length <= max_length
         -1                                       beyond
 
-    DAPO, arXiv 2503.14476, eq. 13; TRL's `get_soft_overlong_punishment`.
+    DAPO, arXiv 2503.14476, eq. 13, and TRL's `get_soft_overlong_punishment`.
 
     Args:
         lengths: (B,) tokens of each completion.
@@ -259,7 +263,7 @@ def overlong_filter_mask(
 ) -> Tensor:
     """Return `mask`, as bool, without the tokens of truncated completions.
 
-    Overlong filtering, DAPO, arXiv 2503.14476, section 3.4; TRL's `mask_truncated_completions`.
+    Overlong filtering, DAPO, arXiv 2503.14476, section 3.4, and TRL's `mask_truncated_completions`.
 
     Args:
         mask: 0/1.
@@ -286,10 +290,10 @@ def difficulty_mask(
     """Return True (B,) for the groups with low < mean < high of their rewards, or of their passes.
 
     Args:
-        rewards: (B,), NaN where missing; groups without a known reward are left out.
+        rewards: (B,), NaN if missing. Groups without a known reward are left out.
         group_ids, group_size: as in `group_advantages`.
         low, high: open bounds.
-        pass_above: the mean is that of R > pass_above, the pass rate; None: of the reward itself.
+        pass_above: take the mean of R > pass_above, the pass rate; None: of the reward itself.
     """
     checks.plain_float("low", low)
     checks.plain_float("high", high)
@@ -314,7 +318,7 @@ def dynamic_sampling_mask(
 ) -> Tensor:
     """Return True (B,) for the groups that some completions pass and some fail, 0 < pass rate < 1.
 
-    DAPO, arXiv 2503.14476, eq. 11: the others have no gradient. A completion passes when R > pass_above; sample on
+    DAPO, arXiv 2503.14476, eq. 11: the others have no gradient. A completion passes if R > pass_above. Sample
     until enough groups are kept. For rewards that are not pass or fail, see `zero_variance_mask`.
     """
     return difficulty_mask(rewards, group_ids=group_ids, group_size=group_size, pass_above=pass_above)
@@ -342,13 +346,14 @@ def zero_variance_rows(
 ) -> Tensor:
     """Return the rows (M,) int64 to train on when groups of zero variance are dropped or replaced.
 
-    The number of rows depends on the values, so a device is waited for.
+    The number of rows depends on the values, so this is a host sync.
 
     Args:
         rewards, group_ids, group_size: as in `zero_variance_mask`.
-        policy: "drop": the rows of the groups that vary, in their order. "replace": each other group is replaced by the
-            rows of a group that varies, drawn with replacement, which keeps the number of groups (SkyRL "replace");
-            none are left where no group varies.
+        policy: for the groups that do not vary.
+            "drop": return the rows of the others, in their order
+            "replace": put the rows of a group that varies in their place, drawn with replacement, which keeps the
+                number of groups (SkyRL "replace"); no rows if no group varies
         generator: for the draw, on the device of the rewards.
     """
     checks.one_of("policy", policy, ("drop", "replace"))

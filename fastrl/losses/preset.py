@@ -1,8 +1,8 @@
-"""What a preset is: the fields of a loss, its formula, its paper, and how each trainer differs."""
+"""A preset: the fields of a loss, its formula, its paper, and the differences of each trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,9 @@ Fields = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Preset:
-    """A loss of the field: fields of `PolicyLoss`, the formula in one line, the source, and the trainers that have it.
+    """A loss of the field: its fields, the formula in one line, the source, and the trainers that have it.
 
-    `notes` says, per trainer, what a field cannot hold.
+    `notes` holds, per trainer, the differences that no field expresses.
     """
 
     fields: Fields
@@ -24,5 +24,26 @@ class Preset:
 
 
 def shown(fields: Fields) -> str:
-    """Return fields as the arguments one would write: `clip_high=0.28, kl=None`."""
+    """Return fields as arguments in a call: `clip_high=0.28, kl=None`."""
     return ", ".join(f"{key}={value!r}" for key, value in fields.items())
+
+
+def described(name: str, preset: Preset, family: str, fields_of: Callable[[Fields], str] = shown) -> str:
+    """Return a preset as text: formula, source, fields, and each trainer that has it with its differences.
+
+    Args:
+        name: of the preset.
+        preset: its entry.
+        family: the class that builds it, "PolicyLoss" or "PreferenceLoss".
+        fields_of: how fields are shown.
+    """
+    lines = [
+        name,
+        f"    loss      {preset.formula}",
+        f"    source    {preset.paper}",
+        f"    fields    {fields_of(preset.fields) or f'the defaults of {family}'}",
+    ]
+    for style, fields in preset.styles.items():
+        note = f"  ({preset.notes[style]})" if style in preset.notes else ""
+        lines.append(f"    {style:<10}{fields_of(fields) or 'the same'}{note}")
+    return "\n".join(lines)

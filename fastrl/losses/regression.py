@@ -3,12 +3,14 @@
     loss = weight * mean_i (scale u_i - target_i)^2,    u_i = sum_t (logp_t - anchor_t)
 
 It is `PolicyLoss(surrogate="square", ratio_level="sequence_sum", aggregate="sequence_mean")` with any anchor and
-weight; the preset "opmd" of `PolicyLoss` squares per token, as trainers do.
+weight. The preset "opmd" of `PolicyLoss` squares per token, as trainers do.
 
-    opmd_sequence  arXiv 2501.12599, eq. 3: anchor old, scale tau, target A = R - mean R, weight 1/(2 tau), which is
-                   the preset of that name; the gradient is -(A - tau u) dlogp_t, the negative of the paper's ascent
-                   direction
-    A*-PO          arXiv 2505.20686: anchor ref, scale beta_2, target R - V*, weight 1; V* from `optimal_values`
+| loss | source | anchor | scale | target | weight |
+|---|---|---|---|---|---|
+| opmd_sequence (also a preset) | arXiv 2501.12599, eq. 3 | old | tau | A = R - mean R | 1/(2 tau) |
+| A*-PO | arXiv 2505.20686 | ref | beta_2 | R - V*, V* from `optimal_values` | 1 |
+
+The gradient of opmd_sequence is -(A - tau u) dlogp_t, the negative of the paper's ascent direction.
 
 Legend: B batch, T time, N tokens, S sequences, P prompts.
 """
@@ -44,12 +46,12 @@ def sequence_square_loss(
     of sequence i. Sequences without a live token count neither in the sum nor in the mean.
 
     Args:
-        logprobs: padded, or packed with `cu_seqlens`; nats.
-        targets: what the scaled log-ratio of each sequence is to be; constants.
-        mask: 0/1; what stands under it cannot matter.
-        anchor_logprobs: of the policy that the log-ratio is taken to; constants.
+        logprobs: padded, or packed with `cu_seqlens`, in nats.
+        targets: target of the scaled log-ratio of each sequence, constants.
+        mask: 0/1. Values under a 0 cannot matter.
+        anchor_logprobs: of the policy in the log-ratio's denominator, constants.
         scale: > 0, tau or beta_2.
-        weight: > 0; 1/(2 scale) makes the gradient -(target - scale u) per token.
+        weight: > 0. With 1/(2 scale) the gradient is -(target - scale u) per token.
         n_sequences: the global number of sequences, for micro-batches and ranks.
         cu_seqlens: offsets of packed sequences.
 
@@ -96,7 +98,7 @@ def optimal_values(
 ) -> Tensor:
     """Return V* (P,) = beta log mean_j exp(R_j / beta), of n rewards of the reference policy per prompt.
 
-    arXiv 2505.20686; between the mean (beta large) and the largest (beta small) of the rewards. No gradient.
+    V* lies between the mean (beta large) and the largest (beta small) of the rewards (arXiv 2505.20686). No gradient.
     """
     checks.float_tensor("rewards", rewards)
     checks.plain_float("beta", beta, low=0.0, open_low=True)

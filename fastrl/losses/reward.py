@@ -33,9 +33,9 @@ def reward_model_loss(
     centring keeps scores around zero (arXiv 2312.09244). The gradient is with respect to both scores.
 
     Args:
-        chosen_scores: one score per chosen completion; a (P, 1) head output needs `.squeeze(-1)`.
-        rejected_scores: the same of the rejected completions.
-        margin: how much better the chosen one should be, detached.
+        chosen_scores: one score per chosen completion. A (P, 1) head output needs `.squeeze(-1)`.
+        rejected_scores: one score per rejected completion.
+        margin: lead that the chosen score should have, detached.
         centering_coef: >= 0.
         n_pairs: the global number of pairs, for micro-batches and ranks.
 
@@ -43,8 +43,8 @@ def reward_model_loss(
         LossOutput with metrics rewards/chosen, rewards/rejected, rewards/mean, rewards/margins, rewards/accuracies.
 
     Raises:
-        ValueError, TypeError: scores that are not (P,) of one shape, device and float type; a negative coefficient or
-            count.
+        ValueError, TypeError: scores that are not (P,) of one shape, device and float type, or a negative
+            coefficient or count.
     """
     checks.plain_float("centering_coef", centering_coef, low=0.0)
     tensors = {"chosen_scores": chosen_scores, "rejected_scores": rejected_scores, "margin": margin}
@@ -93,9 +93,9 @@ def process_reward_loss(
     Args:
         logits: scores of the classes at every token.
         labels: int64 or int32 class ids, or floats in [0, 1].
-        mask: 0/1 or bool; logits and labels where it is 0 have no effect.
+        mask: 0/1 or bool. Logits and labels under a 0 have no effect.
         aggregate: token_mean, sequence_mean, sequence_sum or token_sum.
-        n_tokens, n_sequences: global counts instead of those of the mask.
+        n_tokens, n_sequences: global counts in place of the mask's.
 
     Returns:
         LossOutput with metrics accuracy and probability (of the labelled class, or of the right one).

@@ -19,12 +19,12 @@ def result_dtype(x: Tensor) -> torch.dtype:
 
 
 def live(x: Tensor, keep: Tensor) -> Tensor:
-    """Return x in the accumulation dtype with zeros where it is masked."""
+    """Return x in the accumulation dtype, with zeros at masked positions."""
     return wide(torch.where(keep, x, 0.0))
 
 
 def choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
-    """Return yes or no in the dtype of `like`; torch.where would round the numbers to float32 first."""
+    """Return yes or no in the dtype of `like`. torch.where rounds plain numbers to float32 first."""
     return torch.where(condition, like.new_full((), yes), like.new_full((), no))
 
 
@@ -34,7 +34,7 @@ def constant(x: Tensor | None) -> Tensor | None:
 
 
 def divisor(count: float | Tensor | None) -> float | Tensor:
-    """Return a count that may be divided by; None and 0, which nothing is divided by, count as 1."""
+    """Return a count as a divisor: 1 for None, and for 0, the count of an empty batch."""
     if count is None:
         return 1.0
     checks.count("n_pairs or n_tokens", count, zero=True)
@@ -44,7 +44,7 @@ def divisor(count: float | Tensor | None) -> float | Tensor:
 
 
 def masked_mean(x: Tensor, rows: Tensor) -> Tensor:
-    """Return the mean of the rows kept, 0 where there are none."""
+    """Return the mean of the rows kept, 0 without any."""
     return torch.where(rows, x, 0.0).sum() / rows.sum().clamp(min=1)
 
 

@@ -35,18 +35,18 @@ def value_loss(
 
         l_t = max((v - R)^2, (clip(v, old - clip, old + clip) - R)^2)          loss = coefficient * sum_t s_t l_t
 
-    with s_t the weights of `aggregate`, zero where masked. The gradient is with respect to `values`; it is zero where
-    the clipped error is the larger one. Invariant to splitting the batch when the global counts are given.
+    with s_t the weights of `aggregate`, zero at masked tokens. The gradient is with respect to `values`, and zero at
+    tokens whose clipped error is the larger one. With the global counts, micro-batches add up to the whole batch.
 
     Args:
-        values: predicted values; half precision is computed in float32.
-        old_values: values at the time of the rollout, detached; may be None when `clip` is None.
+        values: predicted values. Half precision is computed in float32.
+        old_values: values at the time of the rollout, detached. May be None if `clip` is None.
         returns: targets, detached.
-        mask: 0/1 or bool; what stands where it is 0 has no effect.
+        mask: 0/1 or bool. Values under a 0 have no effect.
         clip: half-width around the old value, > 0; None: plain squared error.
-        coefficient: factor on the squared error; 0.5 is the usual half.
+        coefficient: factor on the squared error, usually 0.5.
         aggregate: token_mean, sequence_mean, sequence_sum, constant, token_sum or prompt_mean.
-        n_tokens, n_sequences: global counts instead of those of the mask.
+        n_tokens, n_sequences: global counts in place of the mask's.
         constant: length that divides with aggregate="constant" (Dr. GRPO).
         group_ids: prompt of each sequence, for aggregate="prompt_mean".
         cu_seqlens: offsets of the sequences when the tensors are packed.
@@ -97,7 +97,7 @@ def value_loss(
 
 
 def explained_variance(metrics: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
-    """Return 1 - Var(R - v) / Var(R) from (summed) metrics of `value_loss`; 0 where the returns do not vary."""
+    """Return 1 - Var(R - v) / Var(R) from (summed) metrics of `value_loss`, 0 if all returns are equal."""
     count = metrics["returns"][1].clamp(min=1)
 
     def variance(name: str) -> Tensor:
@@ -109,7 +109,7 @@ def explained_variance(metrics: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _metrics(v: Tensor, target: Tensor, live: Tensor, clipped: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return name -> (sum, count) over live tokens, in float64 where the device has it."""
+    """Return name -> (sum, count) over live tokens, in float64 on devices that have it."""
     wide = torch.float32 if v.device.type == "mps" else torch.float64
     v, target = v.to(wide), target.to(wide)
     count = live.sum().to(wide)

@@ -18,6 +18,7 @@ pytest.importorskip("yaml")
 
 import fastrl
 from fastrl import cli, doctor
+from fastrl.losses import catalogue
 from fastrl.train.config.parse import load_config, parse_config
 
 EXTRAS = ("tyro", "rich", "yaml", "transformers", "matplotlib", "reasoning_gym", "math_verify", "trl", "peft")
@@ -224,6 +225,34 @@ def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "diagnose", dict)
     assert cli.main(["doctor"]) == 130
     assert capsys.readouterr().err == "fastrl: interrupted\n"
+
+
+@pytest.mark.parametrize("width", [60, 100, 200])
+def test_losses_lists_every_loss_within_the_width(width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert cli.main(["losses"]) == cli.OK
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    first = {line.split()[0].partition("(")[0] for line in lines if line.startswith("  ") and line[2] != " "}
+    assert set(catalogue.names()) <= first
+
+
+def test_losses_describes_one(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert cli.main(["losses", "dapo"]) == cli.OK
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 60
+    assert " ".join(shown.split()) == " ".join(fastrl.describe("dapo").split())
+    assert cli.main(["losses", "value_loss"]) == cli.OK
+    assert capsys.readouterr().out.count("formula") == 2
+
+
+def test_an_unknown_loss_is_one_line_with_close_names(capsys):
+    assert cli.main(["losses", "grop"]) == cli.USAGE
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("fastrl: error: unknown loss 'grop'; close: grpo")
+    assert printed.err.count("\n") == 1
 
 
 def test_doctor_prints_json_with_a_reason_for_every_backend(capsys):

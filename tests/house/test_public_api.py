@@ -1,6 +1,10 @@
 """The public names and signatures: a contract. A change here is a change for every user."""
 
+import importlib
 import inspect
+from types import ModuleType
+
+import pytest
 
 import fastrl
 
@@ -61,6 +65,55 @@ def test_names() -> None:
     assert sorted(fastrl.__all__) == sorted(NAMES.split())
     assert fastrl.TokenLogprobs._fields == ("logprobs", "entropy", "logsumexp")
     assert fastrl.LossOutput._fields == ("loss", "metrics", "logprobs", "entropy")
+
+
+FIRST = """
+PolicyLoss PreferenceLoss RolloutCorrection LossOutput token_logprobs linear_token_logprobs TokenLogprobs
+group_advantages gae kl_estimate value_loss reward_model_loss distillation_loss explain
+"""
+
+
+def test_the_names_that_most_programs_need_come_first() -> None:
+    assert fastrl.__all__[:14] == FIRST.split()
+
+
+@pytest.mark.parametrize("name", ["advantages", "masks", "distillation"])
+def test_a_module_to_browse_hands_on_public_names_and_lists_each(name: str) -> None:
+    module = importlib.import_module(f"fastrl.{name}")
+    assert getattr(fastrl, name) is module
+    names = [key for key, value in vars(module).items() if key[0] != "_" and not isinstance(value, ModuleType)]
+    assert len(names) >= 3
+    assert all(getattr(module, key) is getattr(fastrl, key) for key in names)
+    listed = [line.split()[0] for line in (module.__doc__ or "").splitlines() if line.startswith("    ")]
+    assert sorted(listed) == sorted(names)
+
+
+def test_every_mask_and_every_estimator_of_advantages_can_be_browsed() -> None:
+    masks = {name for name in fastrl.__all__ if name.endswith(("_mask", "_punishment"))}
+    assert masks == {name for name in vars(fastrl.masks) if name in fastrl.__all__}
+    advantages = {name for name in fastrl.__all__ if name.endswith(("_advantages", "_returns"))}
+    assert advantages - set(vars(fastrl.advantages)) == {"sampled_distillation_advantages"}
+
+
+def test_describe_knows_both_families_and_the_functions() -> None:
+    policy, preference = fastrl.PolicyLoss, fastrl.PreferenceLoss
+    assert fastrl.describe("dapo") == policy.describe("dapo")
+    assert fastrl.describe("simpo") == preference.describe("simpo")
+    both = fastrl.describe("sft")
+    assert "a preset of PolicyLoss and one of PreferenceLoss" in both
+    assert policy.describe("sft") in both
+    assert preference.describe("sft") in both
+    assert "delta_t = r_t + gamma V_{t+1} - V_t" in fastrl.describe("gae")
+    for name in (*policy.presets(), *preference.presets()):
+        assert name in fastrl.describe(name)
+    with pytest.raises(ValueError, match=r"unknown loss 'GRPO'; close: grpo"):
+        fastrl.describe("GRPO")
+    with pytest.raises(ValueError, match=r"unknown loss '\?'; known: sft, rft"):
+        fastrl.describe("?")
+    with pytest.raises(ValueError, match="unknown preset 'simpo'"):
+        policy.describe("simpo")
+    with pytest.raises(ValueError, match="unknown preference loss 'dapo'"):
+        preference.describe("dapo")
 
 
 def test_losses_have_the_three_entrances() -> None:

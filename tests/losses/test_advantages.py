@@ -31,7 +31,7 @@ def plain(case: Case, x: dict[str, Tensor]) -> Tensor:
 
 
 def compute(case: Case, x: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return what the case's outputs hold, by the public functions."""
+    """Return the outputs of the case, computed by the public functions."""
     name, given, eps = case.algorithm, groups_of(case), case.hyper["eps"]
     if name.startswith("baseline_and_std"):
         baseline, std = group_baselines(x["rewards"], leave_one_out=case.hyper["leave_one_out"], **given)

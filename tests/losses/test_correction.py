@@ -1,4 +1,4 @@
-"""Train-inference correction and the supervised losses against trainers; brute force; very long sequences."""
+"""Train-inference correction and the supervised losses against trainers and brute force, and on very long sequences."""
 
 import math
 from typing import Any

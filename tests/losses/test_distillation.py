@@ -133,7 +133,7 @@ def head_logits(x: dict[str, Tensor], side: str, bias: Tensor | None, options: d
 @pytest.mark.parametrize("chunk_tokens", [None, 1, 3])
 @pytest.mark.parametrize("beta", BETAS)
 def test_head_options(beta: float, chunk_tokens: int | None) -> None:
-    """Bias, scale, softcap and temperature, in that order; loss, entropy and every gradient against autograd."""
+    """Bias, scale, softcap and temperature, in that order: loss, entropy and every gradient against autograd."""
     x = batch()
     bias, teacher_bias = torch.linspace(-1, 1, 13, dtype=torch.float64), torch.linspace(1, -1, 13, dtype=torch.float64)
     leaves = [x["student_hidden"].requires_grad_(), x["student_weight"].requires_grad_(), bias.requires_grad_()]
@@ -223,7 +223,7 @@ def test_masked_data_cannot_matter(beta: float, poison: float) -> None:
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_banned_entries(beta: float) -> None:
-    """-inf on both sides: the loss and the gradients are those of the vocabulary without these entries."""
+    """-inf on both sides: loss and gradients equal the ones without these entries in the vocabulary."""
     generator = torch.Generator().manual_seed(6)
     s, t = (torch.randn(4, 9, generator=generator, dtype=torch.float64) for _ in range(2))
     banned = torch.tensor([True, False, True, False, False, False, False, False, True])
@@ -360,7 +360,7 @@ class Storages(TorchDispatchMode):
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("top_k", [None, 5])
 def test_no_vocabulary_sized_temporary(top_k: int | None, frozen: bool, beta: float) -> None:
-    """No tensor of N x V elements nor gradient of a frozen head is made; ten tiles of chunk x V and a bit suffice."""
+    """No tensor of N x V elements nor gradient of a frozen head is made. Ten tiles of chunk x V and a bit suffice."""
     # More than one block of `chunk_logits`: a view of the whole head would look like its gradient.
     n, v, chunk = 64, CPU_LOGIT_ROWS + 77, 8
     x = batch(torch.float32, (n,), v)
@@ -403,7 +403,7 @@ def test_split_invariance() -> None:
 
 
 def test_half_precision() -> None:
-    """A bfloat16 student is projected and compared in float32; the gradients come back in bfloat16."""
+    """A bfloat16 student is projected and compared in float32. Its gradients come back in bfloat16."""
     x = {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch(torch.float32).items()}
     leaves = [x["student_hidden"].requires_grad_(), x["student_weight"].requires_grad_()]
     exact_x = {k: v.detach().double() if v.is_floating_point() else v for k, v in x.items()}
@@ -476,7 +476,7 @@ def test_refusals() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_backward_copies_no_gradient(dtype: torch.dtype) -> None:
-    """It scales in place what is float32, and takes what it returns in another dtype; a kept graph keeps its own."""
+    """It scales float32 in place and allocates the results in another dtype. A kept graph keeps its gradient."""
     n, dim, vocabulary = 32, 64, 4000
     leaves = [torch.randn(n, dim).to(dtype).requires_grad_(), torch.randn(vocabulary, dim).to(dtype).requires_grad_()]
     teacher = torch.randn(n, dim), torch.randn(vocabulary, dim)

@@ -1,4 +1,4 @@
-"""The likely mistakes of a first call: each is refused by the name of the argument that is wrong, with what came."""
+"""The likely mistakes of a first call: each error names the wrong argument and the value that came."""
 
 from __future__ import annotations
 

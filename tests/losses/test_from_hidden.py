@@ -1,4 +1,4 @@
-"""The policy loss from hidden states: what its backward hands out, and the memory that it takes."""
+"""The policy loss from hidden states: the gradients of its backward, and its memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastrl.ops.gradients import CPU_WIDEN_ROWS
 
 @pytest.mark.parametrize("name", ["dapo", "gspo"])
 def test_every_backward_of_from_hidden_gives_the_same_bits(name: str) -> None:
-    """The first backward hands its buffers over; what becomes of them later reaches no other backward."""
+    """The first backward hands its buffers over. Later writes to them reach no other backward."""
     leaves = torch.randn(2, 3, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
     labels = torch.randint(0, 7, (2, 3))
     inputs = {"advantages": torch.ones(2), "mask": torch.ones(2, 3), "old_logprobs": torch.full((2, 3), -2.0)}
@@ -49,7 +49,7 @@ def test_every_backward_of_from_hidden_gives_the_same_bits(name: str) -> None:
 @pytest.mark.parametrize("zeros", [0, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_memory_of_from_hidden(dtype: torch.dtype, zeros: int, factor: float | None) -> None:
-    """The formula of the docstring within 5 %: no second gradient of the head, whatever the upstream factor is and
+    """The formula of the docstring within 5 %: no second gradient of the head, for any upstream factor and
     however many tokens have no gradient.
     """
     n, dim, vocabulary, chunk, size = 512, 256, 10000, 128, dtype.itemsize
@@ -120,7 +120,7 @@ def test_float16_survives_the_loss_scale(name: str, trained: str, tail_mass: flo
 
 
 def test_memory_of_float16() -> None:
-    """Both gradients in float32 after the forward, and what is returned beside them in the backward."""
+    """Both gradients in float32 after the forward, and the returned ones beside them in the backward."""
     n, dim, vocabulary, chunk = 512, 256, 10000, 128
     leaves = torch.randn(4, n // 4, dim).half().requires_grad_(), (torch.randn(vocabulary, dim) / 16).half()
     leaves[1].requires_grad_()

@@ -184,7 +184,7 @@ def test_on_policy_the_coefficients_are_one() -> None:
 
 
 def test_nothing_is_left_behind() -> None:
-    """The point is not touched, grad mode does not matter; what comes back is detached, in the dtype of the point."""
+    """The point is not touched and grad mode does not matter. The result is detached, in the dtype of the point."""
     b = Batch()
     point = b.logprobs.float().requires_grad_()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""`PolicyLoss`: construction, shapes, what stands under the mask, empty batches, metrics, and inputs far out."""
+"""`PolicyLoss`: construction, shapes, values under the mask, empty batches, metrics, and extreme inputs."""
 
 import dataclasses
 import inspect
@@ -496,7 +496,7 @@ def test_wrong_shapes_devices_and_counts_are_named() -> None:
 
 @pytest.mark.parametrize("count", [0, torch.tensor(0), torch.zeros(1)])
 def test_a_count_of_zero_is_that_of_a_batch_without_live_tokens(count: float | Tensor) -> None:
-    """`n_tokens=mask.sum()` is what a step passes, also one whose every completion was filtered out."""
+    """A step passes `n_tokens=mask.sum()`, also if every completion was filtered out."""
     logits, mask = torch.randn(2, 3, 7, requires_grad=True), torch.zeros(2, 3)
     labels = torch.zeros(2, 3, dtype=torch.int64)
     hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)

@@ -81,7 +81,7 @@ def run_tokens(case: Case, leaves: dict[str, Tensor]) -> tuple[PreferenceLoss, o
         rows = [*range(0, n, 2), *range(1, n, 2)]
     extra = {}
     if loss.unpaired:
-        extra["labels"] = leaves["label"]
+        extra["desirable"] = leaves["label"]
         if loss.name == "kto":
             extra |= {"kl_logprobs": leaves["kl_logprobs"], "kl_ref_logprobs": leaves["kl_ref_logprobs"]}
     if "log_sum_squared_probs" in leaves:
@@ -326,7 +326,7 @@ def test_rows_agree_with_sides(name: str) -> None:
     loss = PreferenceLoss.preset(name, desirable_weight=1.5)
     s, r = torch.where(mask, logprobs, 0).sum(1), torch.where(mask, ref, 0).sum(1)
     sides = loss(s[labels], s[~labels], r[labels], r[~labels], **shift_of(name))
-    rows = loss.from_logprobs(logprobs, mask, ref, labels=labels, **shift_of(name))
+    rows = loss.from_logprobs(logprobs, mask, ref, desirable=labels, **shift_of(name))
     torch.testing.assert_close(rows.loss, sides.loss, rtol=1e-12, atol=1e-12)
     for key, (total, count) in sides.metrics.items():
         torch.testing.assert_close(rows.metrics[key][0], total, rtol=1e-10, atol=1e-12)
@@ -404,7 +404,7 @@ def test_split_invariance(name: str) -> None:
 
     def run(rows: list[int], n_pairs: int, n_tokens: int | None) -> tuple[Tensor, Tensor]:
         leaf = logprobs[rows].clone().requires_grad_()
-        more = extra | ({"labels": labels[rows]} if loss.unpaired else {"n_tokens": n_tokens})
+        more = extra | ({"desirable": labels[rows]} if loss.unpaired else {"n_tokens": n_tokens})
         out = loss.from_logprobs(leaf, mask[rows], ref[rows] if loss.reference else None, n_pairs=n_pairs, **more)
         out.loss.backward()
         return out.loss.detach(), leaf.grad
@@ -426,7 +426,7 @@ def test_split_invariance(name: str) -> None:
 def test_gradcheck(name: str) -> None:
     loss = PreferenceLoss.preset(name)
     logprobs, mask, ref = token_batch()
-    extra = {"labels": torch.tensor([True, False] * 3)} if loss.unpaired else {}
+    extra = {"desirable": torch.tensor([True, False] * 3)} if loss.unpaired else {}
     extra |= shift_of(name) | ({"baseline": 0.2} if name == "bco" else {})
 
     def run(x: Tensor) -> Tensor:
@@ -440,7 +440,7 @@ def test_gradcheck(name: str) -> None:
 def test_masked_data_cannot_matter(name: str, poison: float) -> None:
     loss = PreferenceLoss.preset(name)
     logprobs, mask, ref = token_batch(dtype=torch.float32)
-    extra = {"labels": torch.tensor([True, False] * 3)} if loss.unpaired else {}
+    extra = {"desirable": torch.tensor([True, False] * 3)} if loss.unpaired else {}
     extra |= shift_of(name)
 
     def run(lp: Tensor, rf: Tensor) -> tuple[Tensor, Tensor, dict]:
@@ -495,7 +495,7 @@ def test_finite_at_huge_differences(name: str, options: dict, difference: float,
 
 @pytest.mark.parametrize("logp", [0.0, -1e-38, -1e-12, -1e-4])
 def test_odds_of_a_certain_completion(logp: float) -> None:
-    """At p -> 1 of the chosen one the gradient tends to -beta odds_l; it is finite and right down to logp = 0."""
+    """At p -> 1 of the chosen one the gradient tends to -beta odds_l. It is finite and right up to logp = 0."""
     c = torch.tensor([logp], dtype=torch.float64, requires_grad=True)
     r = torch.tensor([-1.0], dtype=torch.float64)
     PreferenceLoss.preset("orpo", beta=0.5)(c, r).loss.backward()
@@ -508,7 +508,7 @@ def test_empty_batch(name: str) -> None:
     loss = PreferenceLoss.preset(name)
     logprobs = torch.zeros(0, 5, requires_grad=True)
     mask, ref = torch.zeros(0, 5), torch.zeros(0, 5) if loss.reference else None
-    extra = shift_of(name) | ({"labels": torch.zeros(0, dtype=torch.bool)} if loss.unpaired else {})
+    extra = shift_of(name) | ({"desirable": torch.zeros(0, dtype=torch.bool)} if loss.unpaired else {})
     out = loss.from_logprobs(logprobs, mask, ref, **extra)
     assert float(out.loss.detach()) == 0.0
     out.loss.backward()
@@ -520,7 +520,7 @@ def test_all_masked_batch(name: str) -> None:
     loss = PreferenceLoss.preset(name)
     logprobs = torch.full((4, 5), math.nan, requires_grad=True)
     ref = torch.full((4, 5), math.nan) if loss.reference else None
-    extra = shift_of(name) | ({"labels": torch.tensor([True, False] * 2)} if loss.unpaired else {})
+    extra = shift_of(name) | ({"desirable": torch.tensor([True, False] * 2)} if loss.unpaired else {})
     out = loss.from_logprobs(logprobs, torch.zeros(4, 5), ref, **extra)
     out.loss.backward()
     assert bool(out.loss.isfinite())
@@ -598,14 +598,14 @@ def test_from_vocabulary(path: str, name: str) -> None:
     everything = log_softmax(hidden @ weight.T, temperature)
     logprobs = everything.gather(-1, labels[..., None])[..., 0]
     ref = log_softmax(ref_hidden @ weight.T, temperature).gather(-1, labels[..., None])[..., 0]
-    rows = {"labels": torch.tensor([True, False, False, True])} if loss.unpaired else {}
+    rows = {"desirable": torch.tensor([True, False, False, True])} if loss.unpaired else {}
     squared = {"log_sum_squared_probs": (2 * everything).logsumexp(-1)} if name == "wpo" else {}
     want = loss.from_logprobs(logprobs, mask, ref if loss.reference else None, **rows, **squared, **shift_of(name))
     (want_grad,) = torch.autograd.grad(want.loss, hidden)
 
     poisoned = torch.where(mask[..., None], hidden, math.nan)
     bad_labels = torch.where(mask, labels, 10**6)
-    more = ({"desirable": rows["labels"]} if rows else {}) | shift_of(name) | {"temperature": temperature}
+    more = ({"desirable": rows["desirable"]} if rows else {}) | shift_of(name) | {"temperature": temperature}
     if path == "logits":
         refs = {"ref_logits": ref_hidden @ weight.T} if loss.reference else {}
         got = loss.from_logits(poisoned @ weight.T, bad_labels, mask, backend="torch", **refs, **more)
@@ -698,7 +698,7 @@ def test_refused_at_call() -> None:
         (
             r"kl_logprobs must be \(B', T'\)",
             lambda: kto.from_logprobs(
-                logprobs, mask, ref, labels=mask[:, 0], kl_logprobs=ref[0], kl_ref_logprobs=ref[0]
+                logprobs, mask, ref, desirable=mask[:, 0], kl_logprobs=ref[0], kl_ref_logprobs=ref[0]
             ),
         ),
         ("baseline is not used", lambda: kto(c, r, rc, rr, reference_point=0.0, baseline=0.0)),
@@ -709,12 +709,12 @@ def test_refused_at_call() -> None:
         ("mask must hold only 0 and 1", lambda: dpo.from_logprobs(logprobs, 0.5 * mask, ref)),
         ("needs ref_logprobs", lambda: dpo.from_logprobs(logprobs, mask)),
         (r"ref_logprobs must have shape \(6, 7\)", lambda: dpo.from_logprobs(logprobs, mask, ref[:, :6])),
-        ("labels is for losses of rows", lambda: dpo.from_logprobs(logprobs, mask, ref, labels=mask[:, 0])),
-        ("needs labels", lambda: kto.from_logprobs(logprobs, mask, ref, reference_point=0.0)),
+        ("desirable is for losses of rows", lambda: dpo.from_logprobs(logprobs, mask, ref, desirable=mask[:, 0])),
+        ("needs desirable=", lambda: kto.from_logprobs(logprobs, mask, ref, reference_point=0.0)),
         ("log_sum_squared_probs goes with", lambda: dpo.from_logprobs(logprobs, mask, ref, log_sum_squared_probs=ref)),
         (
             "kl_logprobs and kl_ref_logprobs",
-            lambda: kto.from_logprobs(logprobs, mask, ref, labels=mask[:, 0], kl_logprobs=ref),
+            lambda: kto.from_logprobs(logprobs, mask, ref, desirable=mask[:, 0], kl_logprobs=ref),
         ),
     ]
     for message, call in refusals:
@@ -754,10 +754,10 @@ def test_kto_reference_point_of_mismatched_completions() -> None:
         kl_ref = logprobs - 0.2 * sign
         kl_logprobs = logprobs.masked_fill(~mask, math.nan).requires_grad_()
         got = kto.from_logprobs(
-            logprobs, mask, ref, labels=labels, kl_logprobs=kl_logprobs, kl_ref_logprobs=kl_ref, kl_mask=mask
+            logprobs, mask, ref, desirable=labels, kl_logprobs=kl_logprobs, kl_ref_logprobs=kl_ref, kl_mask=mask
         )
         z0 = max(0.0, 0.2 * sign * float(mask.sum()) / 6)
-        want = kto.from_logprobs(logprobs, mask, ref, labels=labels, reference_point=z0)
+        want = kto.from_logprobs(logprobs, mask, ref, desirable=labels, reference_point=z0)
         torch.testing.assert_close(got.loss, want.loss, rtol=1e-12, atol=0)
         assert not got.loss.requires_grad
 
@@ -790,3 +790,18 @@ def test_metrics() -> None:
 def test_ids_of_golden_families() -> None:
     assert len(ids("preference")) == 26
     assert len(ids("preference_scores")) == 28
+
+
+def test_labels_is_the_old_name_of_desirable() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logprobs, ref = -torch.rand(4, 3, generator=generator), -torch.rand(4, 3, generator=generator)
+    rows, mask, kto = torch.tensor([1, 0, 0, 1]), torch.ones(4, 3), PreferenceLoss.preset("kto")
+    want = kto.from_logprobs(logprobs, mask, ref, desirable=rows, reference_point=0.1).loss
+    assert torch.equal(kto.from_logprobs(logprobs, mask, ref, labels=rows, reference_point=0.1).loss, want)
+    with pytest.raises(ValueError, match=r"labels= is the old name of desirable=, got both"):
+        kto.from_logprobs(logprobs, mask, ref, desirable=rows, labels=rows, reference_point=0.1)
+
+
+def test_a_misspelt_input_is_named_before_anything_is_computed() -> None:
+    with pytest.raises(TypeError, match="unexpected argument n_pair; known: desirable"):
+        PreferenceLoss.preset("sigmoid").from_logits(torch.ones(2, 3, 5), torch.ones(2, 3), torch.ones(2, 3), n_pair=2)

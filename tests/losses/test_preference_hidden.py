@@ -76,7 +76,7 @@ def run(loss: PreferenceLoss, x: dict[str, Tensor], given: dict[str, Any], chunk
         if loss.weighting:
             half = linear_token_logprobs(leaves["hidden"], leaves["weight"], ids, temperature=0.5, **head)
             more["log_sum_squared_probs"] = (half.logsumexp - 2.0 * logprobs.logsumexp).detach()
-        output = loss.from_logprobs(logprobs.logprobs, x["mask"], ref, labels=rows, **more)
+        output = loss.from_logprobs(logprobs.logprobs, x["mask"], ref, desirable=rows, **more)
     (2.5 * output.loss).backward(retain_graph=True)
     grads = {f"grad_{name}": leaf.grad for name, leaf in leaves.items()}
     return {"loss": output.loss.detach().reshape(1), **grads, "metrics": output.metrics}
@@ -166,13 +166,13 @@ def test_memory_is_a_few_chunks() -> None:
     [
         ("sigmoid", {"ref_logprobs": None}, "needs ref_logprobs"),
         ("simpo", {}, "reads no reference"),
-        ("kto", {}, "needs labels"),
-        ("sigmoid", {"desirable": torch.ones(ROWS)}, "labels is for losses of rows"),
+        ("kto", {}, "needs desirable="),
+        ("sigmoid", {"desirable": torch.ones(ROWS)}, "desirable is for losses of rows"),
         ("sigmoid", {"mask": torch.ones(ROWS, TIME - 1)}, "mask must have shape"),
         ("sigmoid", {"ref_logprobs": torch.zeros(ROWS, TIME - 1)}, "ref_logprobs must have shape"),
         ("sigmoid", {"tail_mass": 2.0}, "tail_mass"),
         ("sigmoid", {"baseline": 1.0}, "baseline is for losses of rows"),
-        ("kto", {"desirable": torch.ones(ROWS - 1), "reference_point": 0.1}, "labels must have shape"),
+        ("kto", {"desirable": torch.ones(ROWS - 1), "reference_point": 0.1}, "desirable must have shape"),
     ],
 )
 def test_bad_input_is_refused(name: str, more: dict[str, Any], message: str) -> None:

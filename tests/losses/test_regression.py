@@ -86,7 +86,7 @@ def test_float32_is_as_accurate_as_eager() -> None:
 
 
 def test_the_preset_is_the_function() -> None:
-    """`PolicyLoss.preset("opmd_sequence")` is Kimi k1.5's weight; through the kernel's arithmetic too."""
+    """`PolicyLoss.preset("opmd_sequence")` is Kimi k1.5's weight, also through the kernel's arithmetic."""
     inputs, tau = batch(), 0.3
     expected = evaluate(inputs, scale=tau, weight=1 / (2 * tau))
     spec = PolicyLoss.preset("opmd_sequence", square_tau=tau)
@@ -146,7 +146,7 @@ def test_metrics_are_sums_and_counts() -> None:
 
 
 def test_optimal_values() -> None:
-    """Between the mean and the largest reward; arXiv 2505.20686's beta_1 log mean exp(R / beta_1)."""
+    """Between the mean and the largest reward: arXiv 2505.20686's beta_1 log mean exp(R / beta_1)."""
     rewards = torch.tensor([[0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
     expected = torch.tensor([0.5 * math.log(0.5 + 0.5 * math.exp(2.0)), 1.0])
     torch.testing.assert_close(optimal_values(rewards, 0.5), expected)

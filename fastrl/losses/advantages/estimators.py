@@ -1,8 +1,8 @@
 """Advantage estimators of the field: compositions of group statistics, returns and whitening.
 
-Each says its formula, its paper, and the trainer whose numbers it gives. Rewards, groups and missing rewards are
-as in `group.py`, token rewards, masks and packing as in `returns.py`. All raise ValueError or TypeError, by the name of
-the argument, for shapes, dtypes, groups, options and numbers that do not fit.
+Each docstring gives the formula, the paper, and the trainer with the same numbers. Rewards, groups and missing rewards
+are as in `group.py`. Token rewards, masks and packing are as in `returns.py`. Shapes, dtypes, groups, options and
+numbers that do not fit raise a ValueError or TypeError that names the argument.
 
 Legend: B completions, T time, N tokens, S sequences, G groups, K rewards of a completion, J steps of a completion.
 """
@@ -31,9 +31,9 @@ def opo_advantages(
     group_size: int | None = None,
     singleton: str = "zero",
 ) -> Tensor:
-    """Return R - sum L R / sum L over the group (B,): the variance-optimal baseline where tokens weigh alike.
+    """Return R - sum L R / sum L over the group (B,): the variance-optimal baseline if all tokens weigh alike.
 
-    OPO, arXiv 2505.23585; verl's "opo" (with singleton="reward").
+    OPO, arXiv 2505.23585, and verl's "opo" (with singleton="reward").
     """
     return group_advantages(
         rewards,
@@ -56,7 +56,7 @@ def maxrl_advantages(
 ) -> Tensor:
     """Return (R - mean) / (mean + eps) over the group (B,), for rewards that are not negative.
 
-    MaxRL, arXiv 2602.02710; SkyRL's "maxrl".
+    MaxRL, arXiv 2602.02710, and SkyRL's "maxrl".
     """
     return group_advantages(
         rewards, group_ids=group_ids, group_size=group_size, scale="group_mean", eps=eps, singleton=singleton
@@ -73,7 +73,7 @@ def gpg_advantages(
 ) -> Tensor:
     """Return alpha (R - mean) / f_norm (B,), alpha = known rewards / rewards that are not zero (at least 1).
 
-    GPG, arXiv 2504.02546; verl's "gpg". alpha couples the whole batch: compute it before the batch is split.
+    GPG, arXiv 2504.02546, and verl's "gpg". alpha couples the whole batch: compute it before the batch is split.
     """
     checks.plain_float("f_norm", f_norm, low=0.0, open_low=True)
     r = reward_tensor("rewards", rewards)
@@ -94,7 +94,7 @@ def pass_at_k_advantages(
 ) -> Tensor:
     """Return (best - second) / (std + eps) at the best completion of each group and 0 elsewhere, (B,).
 
-    The gradient of the expected best of the group: pass@k for k = the group's size (arXiv 2503.19595); verl's
+    The gradient of the expected best of the group: pass@k for k = the group's size (arXiv 2503.19595), and verl's
     "grpo_passk". scale="none" leaves the division out. Two best completions that tie get 0.
     """
     checks.one_of("scale", scale, ("group", "none"))
@@ -110,7 +110,7 @@ def pass_at_k_advantages(
 
 
 def _top_two(x: Tensor, groups: Grouping) -> tuple[Tensor, Tensor, Tensor]:
-    """Return, each (B,), whether a row is the first largest of its group, and the largest and second largest of it."""
+    """Return, each (B,): whether a row is the first largest of its group, the largest, and the second largest."""
     index = groups.group
     lowest = x.new_full((groups.n_groups,), -torch.inf)
     largest = lowest.scatter_reduce(0, index, x, "amax")[index]
@@ -123,10 +123,10 @@ def _top_two(x: Tensor, groups: Grouping) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def combine_rewards(rewards: Tensor | Sequence[Any], weights: Tensor | Sequence[float] | None = None) -> Tensor:
-    """Return sum_k w_k R_k (B,) of several rewards (B, K), the known ones; missing where all of them are.
+    """Return sum_k w_k R_k (B,) of the known ones of several rewards (B, K), missing if all are.
 
     `group_advantages(combine_rewards(rewards, weights), ...)` is GRPO with several rewards, as in TRL
-    ("sum_then_normalize"); `gdpo_advantages` normalises each before the sum.
+    ("sum_then_normalize"). `gdpo_advantages` normalises each before the sum.
     """
     r = reward_tensor("rewards", rewards, 2)
     known = ~r.isnan()
@@ -158,16 +158,18 @@ def gdpo_advantages(
 ) -> Tensor:
     """Return sum_k w_k (R_k - mean_k) / (std_k + eps), each reward normalised in its group, then whitened.
 
-    GDPO, arXiv 2601.05242. A missing reward adds nothing; a completion without any known one gets 0.
+    GDPO, arXiv 2601.05242. A missing reward adds nothing. A completion without any known reward gets 0.
 
     Args:
         rewards: (B, K), NaN where missing.
         weights: (K,), 1 by default.
         group_ids, group_size: as in `group_advantages`.
         eps: added to each group's std, and to the batch's with whiten="batch".
-        whiten: "batch": (x - mean) / (std + eps) over the completions, giving (B,) (TRL "normalize_then_sum");
-            "tokens": x / sqrt(var + whiten_eps), centred, over the live tokens of `mask`, giving (B, T) (verl, with
-            singleton="reward"); "none": no whitening, (B,).
+        whiten: the normalisation of the sum.
+            "batch": (x - mean) / (std + eps) over the completions, (B,) (TRL "normalize_then_sum")
+            "tokens": x / sqrt(var + whiten_eps), centred, over the live tokens of `mask`, (B, T) (verl, with
+                singleton="reward")
+            "none": (B,)
         mask: (B, T) 0/1, for "tokens" only.
         whiten_eps: added to the variance with "tokens".
         singleton: as in `group_advantages`.
@@ -214,8 +216,8 @@ def step_advantages(
     DeepSeekMath, arXiv 2402.03300, section 4.1.3.
 
     Args:
-        step_rewards: one reward per step; NaN where it is missing (adds nothing, counts in no statistic).
-        step_ends: index in [0, T) of the last token of each step, in any order; -1 pads rows with fewer steps.
+        step_rewards: one reward per step. A NaN is missing: it adds nothing and counts in no statistic.
+        step_ends: index in [0, T) of the last token of each step, in any order. -1 pads rows with fewer steps.
         mask: 1 for tokens of the policy.
         group_ids, group_size: groups of completions, as in `group_advantages`.
         scale: "group" or "batch" (std over the steps of the group or batch) or "none".
@@ -272,8 +274,8 @@ def reinforce_plus_plus_advantages(
         mask: 1 for tokens of the policy.
         gamma: discount in [0, 1].
         kl: same shape: KL estimate of each token (`kl_estimate`), subtracted from its reward at live tokens.
-        kl_coef: its coefficient; needs `kl` unless 0.
-        masked: what masked tokens do to the return.
+        kl_coef: its coefficient, which needs `kl` unless it is 0.
+        masked: "skip", "through" or "reset", as in `discounted_returns`.
         whiten_eps: added to the variance.
         cu_seqlens: offsets of packed sequences.
     """
@@ -301,9 +303,9 @@ def reinforce_plus_plus_baseline_advantages(
     whiten_eps: float = 1e-8,
     singleton: str = "zero",
 ) -> Tensor:
-    """Return R - group mean, given to every token and whitened over the live tokens, (B, T); 0 outside the mask.
+    """Return R - group mean, given to every token and whitened over the live tokens, (B, T), 0 outside the mask.
 
-    REINFORCE++-baseline, arXiv 2501.03262; verl's "reinforce_plus_plus_baseline" (with singleton="reward").
+    REINFORCE++-baseline, arXiv 2501.03262, and verl's "reinforce_plus_plus_baseline" (with singleton="reward").
     """
     centred = group_advantages(rewards, group_ids=group_ids, group_size=group_size, scale="none", singleton=singleton)
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != centred.shape[0]:
@@ -321,7 +323,8 @@ def remax_advantages(
 ) -> tuple[Tensor, Tensor]:
     """Return (advantages, returns): the sum of the rewards to come minus the reward of the greedy completion.
 
-    ReMax, arXiv 2310.10505; verl's "remax". A masked token pays nothing, and holds the return in both tensors.
+    ReMax, arXiv 2310.10505, and verl's "remax". Masked tokens have reward 0, and both outputs carry the return through
+    them.
     `group_advantages(rewards, baseline="given", scale="none", ...)` is the form with one reward per completion.
     """
     tokens = TokenBatch(token_rewards, mask, cu_seqlens)
@@ -354,15 +357,15 @@ def otb_advantages(
     "optimal_token_baseline" (with singleton="reward").
 
     Args:
-        token_rewards: reward of each token; those under the mask do not count.
+        token_rewards: reward of each token. Rewards under the mask do not count.
         old_logprobs: log-probs of the policy that sampled.
         sum_squared_probs: sum over the vocabulary of the squared probabilities at each token.
         mask: 1 for tokens of the policy.
         group_ids, group_size: as in `group_advantages`.
         eps: added to the sum of the weights.
-        zero_tail: the longest completion of a group has baseline 0 from the live length of the second longest on,
-            where it would be compared with itself.
-        singleton: what a group of one gets: "zero", or "reward", its returns.
+        zero_tail: the longest completion of a group has baseline 0 beyond the live length of the second longest,
+            because it would be compared with itself there.
+        singleton: advantages of a group of one: "zero", or "reward", its returns.
     """
     checks.one_of("singleton", singleton, ("zero", "reward"))
     checks.plain_float("eps", eps, low=0.0)

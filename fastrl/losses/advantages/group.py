@@ -1,10 +1,10 @@
 """Advantages from one reward per completion, compared within groups, and the metrics of the rewards.
 
-Rewards are (B,), one per completion. Groups are the completions of one prompt: `group_ids` (B,), any integers in any
-order, groups of any size, or `group_size` consecutive rows. A NaN reward (None in a list) is a missing one: it counts
-in no statistic and its advantage is 0. Nothing is differentiated. Advantages are (B,), which `PolicyLoss` spreads over
-the live tokens. Estimators built on these are in `fastrl.losses.advantages.estimators`, those over token rewards in
-`fastrl.losses.advantages.returns`.
+Rewards are (B,), one per completion. A group holds the completions of one prompt. The caller gives the groups as
+`group_ids` (B,), any integers in any order, or as `group_size` consecutive rows. A NaN reward (None in a list) is
+missing: it counts in no statistic and its advantage is 0. Nothing is differentiated. Advantages are (B,), and
+`PolicyLoss` spreads them over the live tokens. `estimators.py` builds on these statistics, `returns.py` works on token
+rewards.
 
 Legend: B completions, G groups, K rewards of a completion.
 """
@@ -28,19 +28,19 @@ BACKENDS = ("auto", "torch", "triton")
 
 
 class Grouping(NamedTuple):
-    """Which completions belong together; groups in rising order of their id."""
+    """The group of every completion, groups in rising order of their id."""
 
     group: Tensor
     """(B,) int64 in [0, n_groups)."""
     n_groups: int
-    """Upper bound of the number of groups: with ids it is B, because counting them would make the host wait."""
+    """Upper bound of the number of groups. With ids it is B, because counting the groups needs a host sync."""
     order: Tensor
     """(B,) a permutation that puts the members of each group next to each other, in their own order."""
     sizes: Tensor
-    """(n_groups,) int64; 0 at the groups that are not there."""
+    """(n_groups,) int64, 0 for the places beyond the last group."""
 
     def count(self) -> int:
-        """Return the number of groups that are there; waits for the device."""
+        """Return the number of groups. This is a host sync."""
         return int((self.sizes > 0).sum())
 
 
@@ -90,7 +90,7 @@ def _rows(where: Tensor) -> str:
 
 
 def grouping(n: int, device: torch.device, group_ids: Any, group_size: Any) -> Grouping:
-    """Return the groups of `n` completions from ids or from a size; raise unless exactly one of them is given."""
+    """Return the groups of `n` completions from ids or from a size. Raise unless exactly one of them is given."""
     if (group_ids is None) == (group_size is None):
         got = "neither" if group_ids is None else "both"
         raise ValueError(f"exactly one of group_ids and group_size must be given, got {got}")
@@ -144,31 +144,36 @@ def group_advantages(  # pyright: ignore[reportInconsistentOverload]  # the over
     """Return the advantages (B,) = (R - baseline) / (scale + eps) of completions compared within their groups.
 
     All standard deviations are unbiased (ddof 1). A missing reward, a group of one and a group of equal rewards give
-    exactly 0. With baseline "given" or "none" and scale "none", only missing rewards do: ReMax works with one
-    completion per prompt; with scale "batch" so does a batch of equal rewards. The peers' eps differ: TRL 1e-4, verl,
-    NeMo-RL, slime, SkyRL 1e-6, OpenRLHF 1e-9.
+    exactly 0. Exceptions, with baseline "given" or "none": with scale "none" only missing rewards give 0, because ReMax
+    works with one completion per prompt, and with scale "batch" also a batch of equal rewards. Trainers use different
+    eps: TRL 1e-4; verl, NeMo-RL, slime and SkyRL 1e-6; OpenRLHF 1e-9.
 
     Args:
-        rewards: (B,), any real dtype, or a list of numbers; NaN or None where the reward is missing. float32 results,
-            float64 for float64.
-        group_ids: (B,) integers; equal ids are one group. Unsorted ids and groups of different sizes are fine.
-        group_size: in place of ids: consecutive rows of this number are one group; must divide B.
-        scale: "group" divides by the group's std + eps (GRPO, arXiv 2402.03300); "batch" by the std of all rewards +
-            eps (TRL `scale_rewards="batch"`); "none" does not divide (Dr. GRPO, arXiv 2503.20783); "group_mean" divides
-            by the group's mean + eps (MaxRL, arXiv 2602.02710); "leave_one_out" by the std of the other rewards of the
-            group + eps, and not at all where that is 0 (NeMo-RL).
-        baseline: "group_mean"; "leave_one_out", the mean of the others, R - baseline = n/(n-1) (R - mean) (RLOO, arXiv
-            2402.14740); "length_weighted", sum L R / sum L (OPO, arXiv 2505.23585), needs `lengths`; "given" (ReMax,
-            arXiv 2310.10505), needs `baseline_rewards`; "none".
+        rewards: (B,), any real dtype, or a list of numbers; NaN or None if the reward is missing. Results are float32,
+            or float64 for float64.
+        group_ids: (B,) integers. Equal ids are one group. Unsorted ids and groups of different sizes are fine.
+        group_size: in place of ids: this many consecutive rows are one group. It must divide B.
+        scale: the divisor.
+            "group": std of the group + eps (GRPO, arXiv 2402.03300)
+            "batch": std of all rewards + eps (TRL `scale_rewards="batch"`)
+            "none": no division (Dr. GRPO, arXiv 2503.20783)
+            "group_mean": mean of the group + eps (MaxRL, arXiv 2602.02710)
+            "leave_one_out": std of the other rewards of the group + eps, no division if that std is 0 (NeMo-RL)
+        baseline: the number that R is compared with.
+            "group_mean"
+            "leave_one_out": mean of the others, R - baseline = n/(n-1) (R - mean) (RLOO, arXiv 2402.14740)
+            "length_weighted": sum L R / sum L (OPO, arXiv 2505.23585), needs `lengths`
+            "given": needs `baseline_rewards` (ReMax, arXiv 2310.10505)
+            "none"
         eps: >= 0, added to the divisor.
         lengths: (B,) tokens of each completion, >= 0.
-        baseline_rewards: (B,) reward of the baseline completion of the same prompt; NaN makes the advantage 0.
-        missing: "ignore", or "raise" to refuse missing rewards (looks at the values, so a device is waited for).
+        baseline_rewards: (B,) reward of the baseline completion of the same prompt. NaN makes the advantage 0.
+        missing: "ignore", or "raise" to refuse missing rewards, which needs a host sync.
         singleton: "zero", or "reward": the group of one keeps R (divided by 1 + eps with scale "group" or
-            "group_mean"), as verl does; not with baseline "given".
+            "group_mean"), as in verl. Not with baseline "given".
         return_stats: also return the mean, std and count of known rewards per group, groups in rising order of id.
         backend: "auto", "torch" or "triton". The kernel has the scales group, batch, none and the baselines group_mean
-            and leave_one_out; named for anything else it raises, and "auto" takes torch.
+            and leave_one_out. For others "triton" raises and "auto" takes torch.
 
     Returns:
         The advantages, or with `return_stats` GroupAdvantages(advantages (B,), mean (G,), std (G,), count (G,)).
@@ -203,7 +208,7 @@ def group_advantages(  # pyright: ignore[reportInconsistentOverload]  # the over
 
 
 def _needed(name: str, value: Any, baseline: str, owner: str, rewards: Tensor) -> Tensor | None:
-    """Return the (B,) tensor that the baseline `owner` needs, and nothing else takes; or raise."""
+    """Return the (B,) tensor of the baseline `owner`, None for other baselines, or raise."""
     if value is None and baseline == owner:
         raise ValueError(f"baseline={owner!r} needs {name}, got None")
     if value is None:
@@ -265,8 +270,8 @@ def group_baselines(
 ) -> tuple[Tensor, Tensor]:
     """Return (baseline, std), each (B,): mean and unbiased std of the completion's group, or of the others in it.
 
-    What NeMo-RL computes per prompt. Both are 0 where no reward is left to take them of; a missing reward gets those of
-    the known ones of its group.
+    NeMo-RL computes these per prompt. Both are 0 if no reward is left. A missing reward gets the mean and std of the
+    known rewards of its group.
     """
     r = reward_tensor("rewards", rewards)
     groups = grouping(r.numel(), r.device, group_ids, group_size)
@@ -289,11 +294,14 @@ def reward_metrics(
     group_ids: Tensor | Sequence[int] | None = None,  # (B,)
     group_size: int | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the metrics of a batch of rewards, name -> (sum, count); sums over parts made of whole groups are exact.
+    """Return the metrics of a batch of rewards, name -> (sum, count), exact over any split into whole groups.
 
-    reward: over known rewards. reward_std and frac_reward_zero_std: std of a group, and whether it is zero, over the
-    groups with a known reward (a group of one counts as zero). n_missing: over all B, so that the quotient is the
-    share that is missing.
+    | metric | mean over |
+    |---|---|
+    | reward | known rewards |
+    | reward_std: std of a group | groups with a known reward |
+    | frac_reward_zero_std: whether it is zero, as for a group of one | groups with a known reward |
+    | n_missing: whether the reward is missing | all B |
     """
     r = reward_tensor("rewards", rewards)
     groups = grouping(r.numel(), r.device, group_ids, group_size)

@@ -1,17 +1,19 @@
 """Returns and advantages from token rewards: discounted sums, generalised advantage estimation, whitening.
 
-Token tensors are (B, T) with a 0/1 `mask` (B, T), or packed (N,) with `cu_seqlens` (S+1,); a packed batch gives the
-same numbers as a padded one. Nothing is differentiated. Sums are taken in float64; results have the dtype of the
+Token tensors are (B, T) with a 0/1 `mask` (B, T), or packed (N,) with `cu_seqlens` (S+1,). A packed batch gives the
+same numbers as a padded one. Nothing is differentiated. Sums are taken in float64, and results have the dtype of the
 rewards, at least float32.
 
-The recurrences are solved by `fastrl.ops.segments.reverse_scan`: a kernel on GPUs, elsewhere log2(T) steps over whole
-tensors; neither waits for a device. In float32 the powers of the discount would err more than the plain loop does (4e-4
-against 1e-4 at T = 131072), hence float64.
+`fastrl.ops.segments.reverse_scan` solves the recurrences: a kernel on GPUs, elsewhere log2(T) steps over whole tensors,
+without a host sync. It works in float64, because in float32 the powers of the discount err more than the plain loop
+does (4e-4 against 1e-4 at T = 131072).
 
-What counts under the mask: NaN and inf there are replaced by 0 before anything is computed. Finite values there reach
-no live position where masked tokens are skipped ("skip", `carry_over_masked=True`). The plain recurrences of some
-trainers use the mask only at the end, so that finite rewards and values in a masked gap take part; each function says
-so.
+Values under the mask:
+
+- NaN and inf there become 0 before anything is computed.
+- If masked tokens are skipped ("skip", `carry_over_masked=True`), finite values there reach no live position.
+- The plain recurrences of some trainers apply the mask only at the end. Finite rewards and values in a masked gap then
+  take part, as the functions concerned state.
 
 Legend: B batch, T time, N tokens, S sequences.
 """
@@ -31,7 +33,7 @@ MASKED = ("skip", "through", "reset")
 
 
 class TokenBatch:
-    """Token values of one batch as flat (N,) tensors; reads and restores the caller's shape."""
+    """Token values of one batch as flat (N,) tensors, read from and restored to the caller's shape."""
 
     def __init__(self, rewards: Any, mask: Any, cu_seqlens: Tensor | None) -> None:
         checks.float_tensor("token_rewards", rewards)
@@ -51,7 +53,7 @@ class TokenBatch:
         self.last = last
 
     def flat(self, name: str, values: Any) -> Tensor:
-        """Return detached (N,) values of the working dtype, those under the mask finite."""
+        """Return detached (N,) values of the working dtype, with 0 for NaN and inf under the mask."""
         checks.float_tensor(name, values)
         x = self.layout.tokens(name, values).detach().to(self.dtype)
         return torch.where(self.mask | x.isfinite(), x, 0.0)
@@ -67,7 +69,7 @@ class TokenBatch:
         return torch.where(self.last, 0.0, following)
 
     def reach(self) -> int:
-        """Return an upper bound of the length of a sequence; lengths on a device are not waited for."""
+        """Return an upper bound of the length of a sequence, without a host sync."""
         lengths = self.layout.lengths
         if not self.layout.packed:
             return self.layout.shape[1]
@@ -85,7 +87,7 @@ def masked_whiten(
 ) -> Tensor:
     """Return (x - mean) / sqrt(var + eps) with the statistics of the live entries, 0 outside the mask.
 
-    var is unbiased, as in verl, SkyRL and OpenRLHF; fewer than two live entries give 0. Sums are taken in float64. For
+    var is unbiased, as in verl, SkyRL and OpenRLHF. Fewer than two live entries give 0. Sums are taken in float64. For
     whitening over ranks, gather the live entries first.
     """
     checks.float_tensor("x", x)
@@ -123,9 +125,11 @@ def discounted_returns(
         token_rewards: reward of each token, typically all of it on the last one.
         mask: 1 for tokens of the policy, 0 for prompts, tool output and padding.
         gamma: discount in [0, 1].
-        masked: "skip" leaves masked tokens out: they neither discount nor pay, and their return is 0 (verl's
-            REINFORCE++). "through": they discount and their finite reward counts. "reset": as "through", but a masked
-            token passes nothing on to the tokens before it (SkyRL's REINFORCE++), so that a gap cuts the sequence.
+        masked: the part of masked tokens.
+            "skip": none, they neither discount nor pay, and their return is 0 (verl's REINFORCE++)
+            "through": they discount, and their finite reward counts
+            "reset": as "through", but a masked token passes nothing on to the tokens before it, so that a gap cuts the
+                sequence (SkyRL's REINFORCE++)
         cu_seqlens: offsets of packed sequences.
     """
     checks.one_of("masked", masked, MASKED)
@@ -164,23 +168,24 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Return (advantages, returns) of generalised advantage estimation (arXiv 1506.02438, eq. 16).
 
-        delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  returns = A + V
+        delta_t = r_t + gamma V_{t+1} - V_t
+        A_t = delta_t + gamma lam A_{t+1}
+        returns = A + V
 
-    V and A after the last position are 0. Returns are formed before whitening. Masked positions hold what the
-    recurrence gives there, as in the trainers named below; select with the mask before use.
+    V and A after the last position are 0. Returns are formed before whitening. Masked positions hold the value of the
+    recurrence there, as in the trainers named below, so select with the mask before use.
 
     Args:
         rewards: token rewards.
         values: value estimates of the critic, no gradient.
         mask: 1 for tokens of the policy.
         gamma: discount in [0, 1].
-        lam: in [0, 1], or one per sequence as (B,), (B, 1) or packed (S,); see `length_adaptive_lambda`.
+        lam: in [0, 1], or one per sequence as (B,), (B, 1) or packed (S,), for example `length_adaptive_lambda`.
         whiten: whiten the advantages over the live tokens (unbiased variance), masked positions shifted alike.
-        carry_over_masked: True skips masked tokens: the next value and advantage of a token are those of the next live
-            one, and a masked position carries the advantage of the live one after it (verl, NeMo-RL, AReaL). Values
-            and rewards under the mask then matter to no live position. False is the plain recurrence over all
-            positions, where finite rewards and values under the mask take part (slime, SkyRL, OpenRLHF): zero them
-            first if they should not.
+        carry_over_masked: True skips masked tokens: V_{t+1} and A_{t+1} are taken at the next live token, and a masked
+            position carries the advantage of the live one after it (verl, NeMo-RL, AReaL). Values and rewards under
+            the mask then matter to no live position. False is the plain recurrence over all positions, in which finite
+            rewards and values under the mask take part (slime, SkyRL, OpenRLHF). Zero them first if they should not.
         whiten_eps: added to the variance.
         cu_seqlens: offsets of packed sequences.
 
@@ -229,7 +234,7 @@ def length_adaptive_lambda(lengths: Tensor, alpha: float = 0.05) -> Tensor:
 
     Args:
         lengths: (B,) tokens of each sequence.
-        alpha: > 0; the paper uses 0.05, which gives lam > 0 above 20 tokens.
+        alpha: > 0. The paper uses 0.05, which gives lam > 0 above 20 tokens.
 
     Raises:
         ValueError, TypeError: lengths that are not (B,) numbers >= 0, alpha that is not above 0.
@@ -258,7 +263,7 @@ def td_lambda_returns(
 ) -> Tensor:
     """Return the lambda-returns G_t = r_t + gamma ((1 - lam) V_{t+1} + lam G_{t+1}), the targets of the critic.
 
-    They are the returns of `gae`, whose arguments these are. VAPO's decoupled GAE (arXiv 2504.05118) takes them with
+    They are the returns of `gae`, with its arguments. VAPO's decoupled GAE (arXiv 2504.05118) takes them with
     lam = 1 for the critic, and the advantages of `gae` with a smaller lam for the policy.
     """
     return gae(rewards, values, mask, gamma=gamma, lam=lam, carry_over_masked=carry_over_masked, cu_seqlens=cu_seqlens)[

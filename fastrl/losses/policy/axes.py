@@ -1,4 +1,4 @@
-"""The axes of `PolicyLoss`: the names on each, and what they need of each other."""
+"""The axes of `PolicyLoss`: the names on each, and the combinations that are refused."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ class PolicyAxes:
     sequence_log_ratio_max: float | None = None
     """Upper clamp of the sequence's log-ratio."""
     surrogate: str = "clip"
-    """l(r, A); the formulas are listed in `fastrl.reference.token_terms`."""
+    """l(r, A). `fastrl.reference.token_terms` lists the formulas."""
     clip_low: float | None = 0.2
-    """Width of the clip below 1 (clip), of the log-ratio (geometric), bound of the divergence; None: open. With one
-    bound alone, divergence_tv holds every token to it, whatever the sign of A."""
+    """Width of the clip below 1 (clip), of the log-ratio (geometric), or bound of the divergence. None: open. With one
+    bound alone, divergence_tv holds every token to it, for either sign of A."""
     clip_high: float | None = 0.2
     """The same above 1."""
     weight_low: float | None = None
@@ -81,7 +81,7 @@ class PolicyAxes:
     weight_high: float | None = None
     """Upper bound of the same."""
     carrier: str | None = None
-    """What divergence_* multiplies: "logprob" (with a detached weight) or "ratio"; None stands for "logprob"."""
+    """The factor of A in divergence_*: "logprob" (with a detached weight) or "ratio". None stands for "logprob"."""
     dual_clip: float | None = None
     """c > 1: for A < 0 the clip loss is at most -c A (arXiv 1912.09729)."""
     max_ratio: float | None = None
@@ -103,35 +103,35 @@ class PolicyAxes:
     kl: str | None = None
     """KL estimate in the loss: None, "k1", "k2", "k3", "abs"."""
     kl_coef: float = 0.0
-    """Its coefficient; 0 with an estimator set only measures."""
+    """Coefficient of the KL. 0 with an estimator set only measures."""
     kl_to: str | None = "ref"
     """The other policy of the KL: "ref", "old", "rollout"."""
     kl_gradient: str | None = "plain"
-    """"plain", "ratio_weighted", "straight_through", "straight_through_ratio"; see `fastrl.reference.kl_estimate`."""
+    """"plain", "ratio_weighted", "straight_through", "straight_through_ratio", as in `fastrl.reference.kl_estimate`."""
     kl_log_ratio_clamp: float | None = None
     """Bound of logp - logp_other inside the estimate."""
     kl_value_clamp: float | None = None
     """Bound of the estimate's value."""
     kl_value_clamp_order: str = "before"
-    """With "ratio_weighted": whether `kl_value_clamp` bounds the estimate "before" it is multiplied by the ratio,
-    or the product, "after" (NeMo-RL, slime): then a bounded term has no gradient."""
+    """With "ratio_weighted": `kl_value_clamp` bounds the estimate "before" the product with the ratio, or the product,
+    "after" (NeMo-RL, slime). A product at the bound has no gradient."""
     kl_ratio_max: float | None = None
     """Cap of the ratio in "straight_through_ratio"."""
     kl_ratio_anchor: str | None = None
-    """Denominator of the token's ratio in the KL term: "old", "rollout", "self"; None: the ratio of `ratio_level` to
-    `ratio_anchor`, of which vespo and geometric have the token's alone."""
+    """Denominator of the token's ratio in the KL term: "old", "rollout", "self". None: the ratio of `ratio_level` to
+    `ratio_anchor`; vespo and geometric take its token ratio."""
     kl_fraction: float | None = None
-    """Share of the live tokens, those of largest covariance of advantage and log-prob, that carry the KL (KL-Cov)."""
+    """Share of the live tokens that carry the KL: the largest covariances of advantage and log-prob (KL-Cov)."""
     entropy_coef: float = 0.0
-    """Coefficient c of the entropy bonus -c sum_t H_t / n_tokens, whatever `aggregate` is."""
+    """Coefficient c of the entropy bonus -c sum_t H_t / n_tokens, for every `aggregate`."""
     correction: RolloutCorrection | None = None
-    """Train-inference correction of the policy term; for VESPO it joins the sequence weight, a sequence's once."""
+    """Train-inference correction of the policy term. VESPO multiplies its sequence weight by it, once a sequence."""
     aggregate: str = "token_mean"
-    """"token_mean", "sequence_mean", "sequence_sum", "constant", "token_sum", "prompt_mean"; all but "prompt_mean" are
-    invariant to splitting the batch when `n_tokens` or `n_sequences` are the global counts."""
+    """"token_mean", "sequence_mean", "sequence_sum", "constant", "token_sum", "prompt_mean". All but
+    "prompt_mean" add up over micro-batches if `n_tokens` or `n_sequences` are the global counts."""
     constant: float | None = None
     """Length in the denominator of aggregate="constant" (Dr. GRPO): the longest completion allowed. None: the padded
-    length T of the batch, as verl takes it, which then matters; refused for packed tokens."""
+    length T of the batch, as in verl, so that padding changes the loss. Packed tokens need a number."""
     denominator_eps: float = 0.0
     """Added to each length in aggregate="sequence_mean", as verl and OpenRLHF do (1e-8)."""
 
@@ -272,6 +272,16 @@ class PolicyAxes:
     def uses_entropy(self) -> bool:
         """Whether the entropy enters the loss."""
         return self.entropy_coef != 0.0
+
+    @property
+    def uses_rollout(self) -> bool:
+        """Whether the log-probs of the inference engine enter the loss."""
+        return (
+            self.ratio_anchor == "rollout"
+            or self.kl_ratio_anchor == "rollout"
+            or self.correction is not None
+            or (self.kl is not None and self.kl_to == "rollout")
+        )
 
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(PolicyAxes)}

@@ -17,14 +17,25 @@ from fastrl.ops.segments import segment_sum
 class RolloutCorrection:
     """Weights that correct for the gap between the inference engine and the trainer, w = pi_old / pi_rollout, detached.
 
-    "truncate" clamps the weight to [low, high] (TIS), "mask" sets it to zero outside (MIS, IcePop), "gate" keeps the
-    token weights where `statistic`, taken at `level`, lies inside [low, high]. Levels: token, the geometric mean over
-    the sequence ("sequence"), the product over it ("sequence_sum"). The weight multiplies the policy term only; the
-    denominator keeps every token. A NaN rollout log-prob counts as weight 1.
+    The weight multiplies the policy term only. The denominator keeps every token. A NaN rollout log-prob counts as
+    weight 1.
 
-    Statistics of a token, d = log pi_old - log pi_rollout: "ratio" e^d; "tv" |pi_old - pi_rollout|; "binary_kl" the KL
-    of the rollout to the trainer over (token, any other); "k1" -d, "k2" d^2/2, "k3" e^d - 1 - d, estimates of the same
-    KL. Over a sequence d, or the statistic if it is not the ratio, is averaged ("sequence") or summed.
+    | op | weight |
+    |---|---|
+    | "truncate" | clamped to [low, high] (TIS) |
+    | "mask" | zero outside [low, high] (MIS, IcePop) |
+    | "gate" | the token's weight if `statistic`, taken at `level`, lies inside [low, high], else zero |
+
+    Levels: "token", the geometric mean over the sequence ("sequence"), the product over it ("sequence_sum").
+
+    | statistic of a token, d = log pi_old - log pi_rollout | |
+    |---|---|
+    | "ratio" | e^d |
+    | "tv" | abs(pi_old - pi_rollout) |
+    | "binary_kl" | KL of the rollout to the trainer over (token, any other) |
+    | "k1", "k2", "k3" | -d, d^2/2, e^d - 1 - d: estimates of the same KL |
+
+    Over a sequence, d (for the ratio) or the statistic is averaged ("sequence") or summed ("sequence_sum").
     """
 
     level: str = "token"
@@ -43,7 +54,7 @@ class RolloutCorrection:
             value = getattr(self, name)
             if value is not None:
                 checks.plain_float(f"correction.{name}", value)
-        # A ratio is positive: a cap below 0 would turn the sign of the policy term, one of 0 end it.
+        # A ratio is positive: a cap below 0 would turn the sign of the policy term, a cap of 0 would remove it.
         if self.statistic == "ratio" and ((self.low or 0.0) < 0.0 or (self.high is not None and self.high <= 0.0)):
             raise ValueError(
                 f"correction.low must be >= 0 and correction.high > 0 for the ratio, got {self.low} and {self.high}"
@@ -65,7 +76,7 @@ class RolloutCorrection:
     def weights(
         self, old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, cu_seqlens: Tensor | None = None
     ) -> Tensor:
-        """Return the detached weights, of the shape of `old_logprobs`; 1 outside the mask.
+        """Return the detached weights, of the shape of `old_logprobs`, 1 outside the mask.
 
         Args:
             old_logprobs: (B, T), or (N,) with `cu_seqlens`: the trainer's own log-probs before the update.

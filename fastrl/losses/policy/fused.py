@@ -9,15 +9,14 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastrl import reference
 from fastrl.backends.choice import companion_backend
-from fastrl.losses.layout import Layout
-from fastrl.losses.output import LossOutput, with_path, with_sparse_stats
+from fastrl.losses.output import LossOutput, gemm_units, with_path, with_sparse_stats
+from fastrl.losses.policy.axes import PolicyAxes
 from fastrl.losses.policy.inputs import Batch
 from fastrl.losses.policy.metrics import policy_metrics
 from fastrl.ops.fused import FusedFromHidden
@@ -32,8 +31,7 @@ from fastrl.ops.sparse_rows import SparseStats
 class _Plan:
     """The loss as `FusedFromHidden` takes it."""
 
-    spec: Any  # PolicyLoss
-    layout: Layout
+    spec: PolicyAxes
     batch: Batch
     rows: LinearRows
     needs: tuple[bool, bool, bool]
@@ -46,17 +44,17 @@ class _Plan:
     order: None = None
 
     @classmethod
-    def of(cls, spec: Any, layout: Layout, batch: Batch, rows: LinearRows) -> _Plan:
+    def of(cls, spec: PolicyAxes, batch: Batch, rows: LinearRows) -> _Plan:
         """Return the plan of a batch. The host waits for the lengths if the loss couples the tokens of a sequence."""
         grad = torch.is_grad_enabled()
         needs = (grad and rows.needs[0], grad and rows.needs[1], grad and rows.needs[2])
         sums = segment_sum_for(rows.options.backend)
         lengths = None
         if spec.couples_sequences:
-            lengths = sums(batch.mask.to(rows.inv_temperature.dtype), layout.lengths).long()
+            lengths = sums(batch.mask.to(rows.inv_temperature.dtype), batch.layout.lengths).long()
         sizes = None if lengths is None else lengths.tolist()
-        columns = spec.columns(layout, batch, None, sums)
-        return cls(spec, layout, batch, rows, needs, columns, sizes, lengths, SparseStats(rows.hidden.device))
+        columns = batch.columns(spec, None, sums)
+        return cls(spec, batch, rows, needs, columns, sizes, lengths, SparseStats(rows.hidden.device))
 
     @property
     def backend(self) -> str:
@@ -81,13 +79,15 @@ class _Plan:
         columns = self.columns
         if self.group_sizes is not None:
             sums = segment_sum_for(self.backend)
-            columns = reference.pooled_columns(self.spec, logprobs, columns, self.batch.mask, self.layout.lengths, sums)
+            columns = reference.pooled_columns(
+                self.spec, logprobs, columns, self.batch.mask, self.batch.layout.lengths, sums
+            )
         return fused_policy_terms(self.spec, logprobs, entropy, columns, backend=companion_backend(self.backend))
 
     def loss(self, logprobs: Tensor, entropy: Tensor) -> Tensor:
         """Return the loss of all tokens."""
         contribution = self.terms(logprobs, entropy).contribution
-        return reference.total(contribution, self.layout.lengths, segment_sum_for(self.backend))
+        return reference.total(contribution, self.batch.layout.lengths, segment_sum_for(self.backend))
 
     def gemm_units(self, recomputed: int) -> Tensor | float:
         """Return the GEMM units that ran, as a mean over live tokens."""
@@ -95,18 +95,19 @@ class _Plan:
         dense: Tensor | float = 1.0
         if self.rows.options.tail_mass > 0.0:
             dense = (self.stats.dense / self.batch.mask.sum().clamp(min=1)).float()
-        return 1.0 + (self.needs[0] + self.needs[1]) * dense + recomputed / live
+        return gemm_units(self.needs[0], self.needs[1], dense=dense, again=recomputed / live)
 
 
-def fused_from_hidden(spec: Any, layout: Layout, batch: Batch, rows: LinearRows) -> LossOutput:
+def fused_from_hidden(spec: PolicyAxes, batch: Batch, rows: LinearRows) -> LossOutput:
     """Return the loss with its gradient formed in the forward."""
-    plan = _Plan.of(spec, layout, batch, rows)
+    layout = batch.layout
+    plan = _Plan.of(spec, batch, rows)
     loss, logprobs, entropy, recomputed = FusedFromHidden.apply(rows.hidden, rows.weight, rows.bias, plan)
     if rows.allowed is not None:
         check_labels_are_allowed(layout.restore(logprobs))
     with torch.no_grad():
         terms = plan.terms(logprobs, entropy)
-        metrics = policy_metrics(spec, batch, logprobs, entropy, plan.columns, terms)
+        metrics = policy_metrics(batch, logprobs, entropy, plan.columns, terms)
     output = LossOutput(loss, metrics, layout.restore(logprobs), layout.restore(entropy))
     output = with_path(output, plan.gemm_units(recomputed))
     sparse = rows.options.tail_mass > 0.0 and any(plan.needs)
@@ -114,7 +115,7 @@ def fused_from_hidden(spec: Any, layout: Layout, batch: Batch, rows: LinearRows)
 
 
 def policy_gradient_coefficients(
-    spec: Any,  # PolicyLoss
+    spec: PolicyAxes,
     logprobs: Tensor,  # (N,)
     entropy: Tensor,  # (N,)
     columns: reference.TokenColumns,

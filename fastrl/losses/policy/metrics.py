@@ -1,31 +1,37 @@
-"""Metrics of a policy loss as (sum, count) tensors: added over micro-batches and ranks, divided once, no host sync."""
+"""Metrics of a policy loss as (sum, count) tensors, to be added over micro-batches and ranks and divided once."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastrl import reference
+from fastrl.losses.policy.inputs import Batch
 
 
 def policy_metrics(
-    spec: Any,  # PolicyLoss
-    batch: Any,  # flat columns of the call
+    batch: Batch,
     logprobs: Tensor,  # (N,) 0 outside the mask
     entropy: Tensor | None,  # (N,)
     columns: reference.TokenColumns,
     terms: reference.TokenTerms,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return name -> (sum, count) over live tokens.
+    """Return name -> (sum, count) over live tokens, without a host sync.
 
-    policy_loss: the surrogate before weights; ratio; clip_fraction, clip_fraction_low, clip_fraction_high (and
-    dual_clip_fraction): tokens whose gradient the clip removed; approx_kl_old: old - logp; kl: the estimate in the
-    loss; entropy; grad_signal: tokens with a non-zero weight and advantage; rollout_kl: rollout - old, and
-    rollout_abs_diff: |exp(old) - exp(rollout)|, over the tokens whose rollout log-prob is known; rollout_unknown: the
-    others; nonfinite: log-probs, advantages or log-ratios that are NaN or infinite; saturated: log-ratios beyond
-    `reference.EXP_LIMIT`, where exp is linear.
+    | metric | of a token |
+    |---|---|
+    | policy_loss | the surrogate before weights |
+    | ratio | r |
+    | clip_fraction, clip_fraction_low, clip_fraction_high, dual_clip_fraction | whether the clip removed the gradient |
+    | approx_kl_old | old - logp |
+    | kl | the estimate in the loss |
+    | entropy | H |
+    | grad_signal | whether weight and advantage are both not zero |
+    | rollout_kl | rollout - old, over tokens with a known rollout log-prob |
+    | rollout_abs_diff | abs(exp(old) - exp(rollout)), over the same tokens |
+    | rollout_unknown | whether the rollout log-prob is NaN |
+    | nonfinite | whether log-prob, advantage or a log-ratio is NaN or infinite |
+    | saturated | whether a log-ratio is beyond `reference.EXP_LIMIT`, from which exp goes on linearly |
     """
     mask = batch.mask
     dtype = torch.float64 if logprobs.device.type != "mps" else torch.float32

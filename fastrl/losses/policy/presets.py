@@ -1,11 +1,11 @@
-"""Policy losses of the field by name: each is a value of `PolicyLoss`, with its paper and what trainers make of it.
+"""Policy losses of the field by name: each is a value of `PolicyLoss`, with its paper and the trainers' variants.
 
-This is the one place that states a preset's formula, source and defaults: `PolicyLoss.preset` builds from it,
-`describe` prints it, and `scripts/make_docs.py` writes the tables of docs/losses.md from it.
+No other place states a preset's formula, source and defaults. `PolicyLoss.preset` builds from them, `describe` prints
+them, and `scripts/make_docs.py` writes the tables of docs/losses.md.
 
-A style is a trainer's arithmetic and defaults under that name. `Preset.styles` lists every trainer that has the loss;
-an empty entry means that its arithmetic and defaults are those of the preset. Only grpo's styles hold a KL term; to add
-a trainer's to another loss, pass its form: `PolicyLoss.preset("dapo", style="trl", **TRAINER_KL["trl"], kl_coef=0.04)`.
+A style is a trainer's arithmetic and defaults under that name. `Preset.styles` lists every trainer that has the loss.
+An empty entry means that the trainer agrees with the preset. Only grpo's styles hold a KL term. To add a trainer's KL
+to another loss, pass its form: `PolicyLoss.preset("dapo", style="trl", **TRAINER_KL["trl"], kl_coef=0.04)`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastrl.losses.preset import Fields, Preset, shown
+from fastrl.losses.preset import Fields, Preset, described
 
 # Style name -> the trainer and the version or commit whose code was read and run.
 TRAINERS: Mapping[str, str] = {
@@ -89,7 +89,7 @@ _NLL: Mapping[str, Fields] = {
 }
 
 
-# PPO's clip as the trainers' one policy loss computes it; RLOO and others reach the same function through advantages.
+# PPO's clip in the trainers' one policy loss. RLOO and others reach the same function through advantages.
 _CLIP: Mapping[str, Fields] = {
     "verl": _DUAL,
     "openrlhf": _CLAMP,
@@ -409,12 +409,12 @@ def preset_fields(name: str, style: str | None = None, given: Fields | None = No
     Args:
         name: a preset.
         style: None for the preset itself, or a trainer of `TRAINERS` that has the loss.
-        given: the fields that the caller sets, which only decide about fields that qualify them: those of the preset
-            are left out, so that `aggregate="token_mean"` does not meet the `denominator_eps` of another aggregate, and
+        given: the fields that the caller sets. They are not merged here. They remove fields of the preset that qualify
+            a replaced one: `aggregate="token_mean"` drops the `denominator_eps` of another aggregate, and
             `aggregate="sequence_mean"` gets the trainer's.
 
     Raises:
-        ValueError: unknown preset; unknown trainer; a trainer that does not have the loss. The known ones are listed.
+        ValueError: unknown preset, unknown trainer, or a trainer without the loss. The message lists the known ones.
     """
     preset = _found(name)
     fields = dict(preset.fields)
@@ -434,7 +434,7 @@ def preset_fields(name: str, style: str | None = None, given: Fields | None = No
         fields |= preset.styles[style]
     chosen = given or {}
     for owner, dependents in _QUALIFIERS.items():
-        # One divergence in place of another keeps what both have.
+        # One divergence in place of another keeps the fields that both have.
         related = all(str(f.get(owner)).startswith("divergence") for f in (fields, chosen))
         if owner in chosen and not related:
             for dependent in dependents:
@@ -475,19 +475,9 @@ _QUALIFIERS: Mapping[str, frozenset[str]] = {
 
 
 def describe(name: str) -> str:
-    """Return what a preset is, as text: formula, source, fields, and the trainers with what they do differently.
+    """Return a preset as text: formula, source, fields, and each trainer that has it with its differences.
 
     Raises:
-        ValueError: unknown preset, with the known ones.
+        ValueError: unknown preset; the message lists the known ones.
     """
-    preset = _found(name)
-    lines = [
-        name,
-        f"    loss      {preset.formula}",
-        f"    source    {preset.paper}",
-        f"    fields    {shown(preset.fields) or 'the defaults of PolicyLoss'}",
-    ]
-    for style, fields in preset.styles.items():
-        note = f"  ({preset.notes[style]})" if style in preset.notes else ""
-        lines.append(f"    {style:<10}{shown(fields) or 'the same'}{note}")
-    return "\n".join(lines)
+    return described(name, _found(name), "PolicyLoss")

@@ -1,11 +1,11 @@
 """Preference losses of the field by name: each is a value of `PreferenceLoss`, with its paper and its trainers.
 
-This is the one place that states a preset's formula, source and defaults: `PreferenceLoss.preset` builds from it,
-`describe` prints it, and `scripts/make_docs.py` writes the tables of docs/losses.md from it. `Preset` is that of the
-policy losses: an empty style means that a trainer's arithmetic and defaults are those of the preset.
+No other place states a preset's formula, source and defaults. `PreferenceLoss.preset` builds from them, `describe`
+prints them, and `scripts/make_docs.py` writes the tables of docs/losses.md. An empty style means that the trainer
+agrees with the preset.
 
 In the formulas z = beta (u_w - u_l), z_w = beta u_w and z_l = beta u_l, with u = sum_t (logp - ref) of the chosen (w)
-and the rejected (l) completion; logp is the sum over its tokens, |y| their number, e the label_smoothing.
+and the rejected (l) completion. logp is the sum over its tokens, |y| their number, e the label_smoothing.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastrl.losses.preference.terms import Term
-from fastrl.losses.preset import Fields, Preset, shown
+from fastrl.losses.preset import Fields, Preset, described, shown
 
 _SAME: Fields = {}
-# Reference-free losses: mean or sum log-probs, NLL of the chosen completion beside them where the paper has it.
+# Reference-free losses: mean or sum log-probs, with the NLL of the chosen completion if the paper has it.
 _FREE: Fields = {"reference": False}
 _NLL: Fields = {"sft_coef": 1.0, "sft_optional": True, "sft_normalise": "tokens"}
 _TRL: Mapping[str, Fields] = {"trl": _SAME}
@@ -197,40 +197,33 @@ ALIASES = {
 }
 
 
+def _found(name: str) -> Preset:
+    if name not in PRESETS:
+        raise ValueError(f"unknown preference loss {name!r}; known: {', '.join(PRESETS)}; DPO is 'sigmoid'")
+    return PRESETS[name]
+
+
 def preset_fields(name: str, style: str | None = None) -> dict[str, Any]:
     """Return the fields of a preset in a style.
 
     Raises:
         ValueError: unknown preset, or a style that the preset does not have, with the known ones.
     """
-    if name not in PRESETS:
-        raise ValueError(f"unknown preference loss {name!r}; known: {', '.join(PRESETS)}; DPO is 'sigmoid'")
-    preset = PRESETS[name]
+    preset = _found(name)
     if style is not None and style not in preset.styles:
         raise ValueError(f"style of {name!r} must be one of {', '.join(map(repr, preset.styles))}, got {style!r}")
     return {"name": name, **preset.fields, **(preset.styles[style] if style is not None else {})}
 
 
 def shown_fields(fields: Fields) -> str:
-    """Return fields as the arguments one would write; terms are what the formula says."""
+    """Return fields as arguments in a call, without the terms, which the formula states."""
     return shown({key: value for key, value in fields.items() if key not in ("terms", "smoothing", "sft_optional")})
 
 
 def describe(name: str) -> str:
-    """Return what a preset is, as text: formula, source, fields, and the trainers with what they do differently.
+    """Return a preset as text: formula, source, fields, and each trainer that has it with its differences.
 
     Raises:
-        ValueError: unknown preset, with the known ones.
+        ValueError: unknown preset; the message lists the known ones.
     """
-    preset_fields(name)
-    preset = PRESETS[name]
-    lines = [
-        name,
-        f"    loss      {preset.formula}",
-        f"    source    {preset.paper}",
-        f"    fields    {shown_fields(preset.fields) or 'the defaults of PreferenceLoss'}",
-    ]
-    for style, fields in preset.styles.items():
-        note = f"  ({preset.notes[style]})" if style in preset.notes else ""
-        lines.append(f"    {style:<10}{shown_fields(fields) or 'the same'}{note}")
-    return "\n".join(lines)
+    return described(name, _found(name), "PreferenceLoss", shown_fields)

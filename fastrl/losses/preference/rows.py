@@ -1,4 +1,4 @@
-"""What preference losses know of a batch: sums of log-probs over tokens, lengths, weights; and the checks of inputs."""
+"""A batch of preferences as numbers per row: sums of log-probs, lengths, weights, and the checks of the inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastrl.losses.scalars import choose, live
 class PairRows(NamedTuple):
     """The sequence log-probs of P pairs, in the accumulation dtype."""
 
-    chosen: Tensor  # (P,) summed over tokens, or, without lengths, reduced as the loss wants them
+    chosen: Tensor  # (P,) summed over tokens; without lengths, reduced as the loss wants them
     rejected: Tensor  # (P,)
     ref_chosen: Tensor | None  # (P,)
     ref_rejected: Tensor | None  # (P,)
@@ -25,7 +25,7 @@ class PairRows(NamedTuple):
     weights: Tensor | None = None  # (P,)
 
     def reduced(self, reduce: str) -> PairRows:
-        """Return the rows with sums turned into means where `reduce` asks for it and the lengths are known."""
+        """Return the rows with means in place of sums if `reduce` is "mean" and the lengths are known."""
         if reduce == "sum" or self.chosen_lengths is None or self.rejected_lengths is None:
             return self
         over_w, over_l = self.chosen_lengths, self.rejected_lengths
@@ -38,7 +38,7 @@ class PairRows(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """What the sums are divided by."""
+    """The divisors of the sums."""
 
     pairs: float | Tensor
     tokens: float | Tensor | None
@@ -51,7 +51,7 @@ def pair_rows(
     squared: Tensor | None,  # (2P, T) log sum_v p_v^2
     length_desensitisation: float | None,
 ) -> PairRows:
-    """Return the sums over tokens of the rows, length-desensitised where asked for, and the WPO weights."""
+    """Return the sums over tokens of the rows, length-desensitised if wanted, and the WPO weights."""
     if logprobs.shape[0] % 2:
         raise ValueError(f"logprobs must have 2P rows, chosen first, got {logprobs.shape[0]} rows")
     n = logprobs.shape[0] // 2
@@ -135,7 +135,7 @@ def check_rows(tensors: dict[str, Tensor | None], *, same: bool) -> None:
 
 
 def check_like(logprobs: Tensor, **tensors: Tensor | None) -> None:
-    """Raise unless the tensors that are given have the shape and the device of `logprobs`."""
+    """Raise unless the given tensors have the shape and the device of `logprobs`."""
     for name, value in tensors.items():
         if value is not None:
             checks.float_tensor(name, value)
@@ -144,7 +144,7 @@ def check_like(logprobs: Tensor, **tensors: Tensor | None) -> None:
 
 
 def check_one_reference(ref_logprobs: Tensor | None, other: str) -> None:
-    """Raise where the reference is given twice."""
+    """Raise if the reference is given twice."""
     if ref_logprobs is not None:
         raise ValueError(f"the reference comes from ref_logprobs or from {other}, got both")
 

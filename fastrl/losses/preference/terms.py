@@ -1,7 +1,7 @@
 """The parts from which every preference loss is put together: score transforms, features, and links.
 
     score s   log-prob of a completion (sum or mean over its tokens), minus the reference's, through a transform
-    feature   what is compared: the margin s_w - s_l of a pair, one side of it, or a row with its label
+    feature   the number that a link takes: the margin s_w - s_l of a pair, one side of it, or a row with its label
     z         sign * (beta * feature - shift)
     link      the scalar function of z
     loss      mean over pairs (or rows) of the weighted sum of link(z)
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,8 @@ from fastrl.reference import EXP_LIMIT, exp_linear
 
 # log(1 - p) of a completion with p = 1: a mean log-prob above -ODDS_EPS is read as -ODDS_EPS, its gradient kept.
 ODDS_EPS = 1e-30
-# Where the exponentials of scores go on linearly: e^76 x 1e4 is 1e37, which float32 holds; a link that squares it takes
-# e^32, whose square is 6e35.
+# Exponents from which the exponentials of scores go on linearly. e^76 x 1e4 is 1e37, which float32 holds. A link that
+# squares takes e^32, whose square is 6e35.
 SCORE_EXP_LIMIT, SQUARED_EXP_LIMIT = 76.0, EXP_LIMIT
 
 
@@ -89,8 +89,8 @@ def alphapo(s: Tensor, alpha: float, limit: float = SCORE_EXP_LIMIT) -> Tensor:
 
 
 def log_odds(s: Tensor) -> Tensor:
-    """Return log(p / (1 - p)) with p = e^s, s a mean log-prob; finite up to p = 1 (ORPO, arXiv 2403.07691)."""
-    # At p = 1 the value is held just below and the slope kept: the product with the link's slope has a finite limit.
+    """Return log(p / (1 - p)) with p = e^s, s a mean log-prob, finite up to p = 1 (ORPO, arXiv 2403.07691)."""
+    # At p = 1 hold the value just below and keep the slope: its product with the slope of the link has a finite limit.
     s = torch.where(s > -ODDS_EPS, s - s.detach() - ODDS_EPS, s)
     return s - torch.log(-torch.expm1(s))
 
@@ -110,58 +110,77 @@ FEATURES: dict[str, Callable[[Scores], Tensor]] = {
     "sorted_margin": lambda s: _sorted(s.policy_margin) - _sorted(s.ref_margin),
     "sorted_scores": lambda s: _sorted(s.chosen) - _sorted(s.rejected),
 }
-# Features of the transformed and normalised scores; the others are defined on plain log-ratios.
+# Features of the transformed and normalised scores. The others are defined on plain log-ratios.
 MARGIN_FEATURES = ("margin",)
-# Features of which every pair's depends on the whole batch.
+# Features that depend on the whole batch.
 BATCH_FEATURES = ("sorted_margin", "sorted_scores")
+
+
+class LinkNumbers(Protocol):
+    """The fields of a loss that links read."""
+
+    @property
+    def beta(self) -> float:
+        """Scale of the features."""
+        ...
+
+    @property
+    def label_smoothing(self) -> float:
+        """Probability that a pair is labelled the wrong way round."""
+        ...
+
+    @property
+    def tau(self) -> Any:
+        """Modulation temperature: a float for discopop, else None."""
+        ...
 
 
 # --- links ------------------------------------------------------------------------------------------------------------
 
 
-def logistic(z: Tensor, spec: Any) -> Tensor:
+def logistic(z: Tensor, spec: LinkNumbers) -> Tensor:
     """Return -log sigmoid(z) (DPO, arXiv 2305.18290)."""
     return -F.logsigmoid(z)
 
 
-def scaled_logistic(z: Tensor, spec: Any) -> Tensor:
+def scaled_logistic(z: Tensor, spec: LinkNumbers) -> Tensor:
     """Return -beta log sigmoid(z / beta): beta weighs the term instead of sharpening it (ORPO, arXiv 2403.07691)."""
     return -spec.beta * F.logsigmoid(z / spec.beta)
 
 
-def sigmoid(z: Tensor, spec: Any) -> Tensor:
+def sigmoid(z: Tensor, spec: LinkNumbers) -> Tensor:
     """Return 1 - sigmoid(z) (KTO, arXiv 2402.01306; APO, arXiv 2408.06266)."""
     return torch.sigmoid(-z)
 
 
-def hinge(z: Tensor, spec: Any) -> Tensor:
+def hinge(z: Tensor, spec: LinkNumbers) -> Tensor:
     """Return max(0, 1 - z) (SLiC, arXiv 2305.10425; RSO, arXiv 2309.06657)."""
     return torch.relu(1.0 - z)
 
 
-def square(z: Tensor, spec: Any) -> Tensor:
+def square(z: Tensor, spec: LinkNumbers) -> Tensor:
     """Return ((z - 1/2) / beta)^2, i.e. (feature - 1/(2 beta))^2 (IPO, arXiv 2310.12036, eq. 17)."""
     return torch.square((z - 0.5) / spec.beta)
 
 
-def exo(z: Tensor, spec: Any) -> Tensor:
+def exo(z: Tensor, spec: LinkNumbers) -> Tensor:
     """Return KL((q, 1-q) || (1-e, e)) with q = sigmoid(z), e = label_smoothing (EXO, arXiv 2402.00856, eq. 16)."""
     log_chosen, log_rejected = math.log1p(-spec.label_smoothing), math.log(spec.label_smoothing)
     towards = torch.sigmoid(z) * (F.logsigmoid(z) - log_chosen)
     return towards + torch.sigmoid(-z) * (F.logsigmoid(-z) - log_rejected)
 
 
-def discopop(z: Tensor, spec: Any) -> Tensor:
+def discopop(z: Tensor, spec: LinkNumbers) -> Tensor:
     """Return (1 - M)(-log sigmoid(z)) + M e^{-z} with M = sigmoid(z / tau) (DiscoPOP, arXiv 2406.08414, eq. 5).
 
-    M e^{-z} is one exponential: apart, e^{-z} overflows where M is zero.
+    M e^{-z} is one exponential, because e^{-z} alone overflows at z for which M is zero.
     """
     modulation = z / spec.tau
     exponential = exp_linear(F.logsigmoid(modulation) - z)
     return torch.sigmoid(-modulation) * -F.logsigmoid(z) + exponential
 
 
-LINKS: dict[str, Callable[[Tensor, Any], Tensor]] = {
+LINKS: dict[str, Callable[[Tensor, LinkNumbers], Tensor]] = {
     "logistic": logistic,
     "scaled_logistic": scaled_logistic,
     "sigmoid": sigmoid,

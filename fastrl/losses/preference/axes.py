@@ -1,22 +1,111 @@
-"""What a `PreferenceLoss` may be made of: contradictions are refused when the object is built."""
+"""The fields of `PreferenceLoss`, and the combinations that it refuses."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 from fastrl import checks
-from fastrl.losses.preference.terms import F_DIVERGENCES, FEATURES, LINKS, MARGIN_FEATURES, Term
+from fastrl.losses.output import shown
+from fastrl.losses.preference.inputs import PreferenceInputs
+from fastrl.losses.preference.terms import BATCH_FEATURES, F_DIVERGENCES, FEATURES, LINKS, MARGIN_FEATURES, Term
 
 SMOOTHINGS = (None, "conservative", "robust", "target")
 SHIFTS = (None, "reference_point", "baseline", "paired_mean")
 SFT_NORMALISES = (None, "length", "tokens")
 
 
-def _refuse(spec: Any, field: str, why: str) -> None:
+@dataclass(frozen=True, repr=False)
+class PreferenceAxes:
+    """The fields of `PreferenceLoss`; any invalid or contradictory combination raises `ValueError` at construction."""
+
+    name: str = "sigmoid"
+    """For messages. The other fields determine the loss."""
+    terms: tuple[Term, ...] = (Term("margin", "logistic"),)
+    """The summands, listed in `fastrl.losses.preference.terms`."""
+    beta: float = 0.1
+    """Scale of the features, > 0."""
+    smoothing: str | None = "conservative"
+    """The part of `label_smoothing` e: "conservative" (1-e) link(z) + e link(-z), "robust" ((1-e) link(z) - e
+    link(-z)) / (1-2e), "target" (exo), None: none."""
+    label_smoothing: float = 0.0
+    """Probability that a pair is labelled the wrong way round."""
+    margin: float = 0.0
+    """Target margin (SimPO's gamma): z = beta feature - margin."""
+    f_divergence: str = "reverse_kl"
+    """"reverse_kl", "forward_kl", "js_divergence" or "alpha_divergence": the transform of the log-ratio."""
+    alpha: float | None = None
+    """Order of the alpha divergence (None: 0.5). With reference=False AlphaPO's alpha (None or 0.0: log-probs)."""
+    tau: float | None = None
+    """Modulation temperature of discopop."""
+    reduce: str = "sum"
+    """"sum" or "mean" over the tokens of a completion, before everything else."""
+    odds: bool = False
+    """Scores are log-odds of the mean log-prob."""
+    reference: bool = True
+    """Whether the reference's log-prob is subtracted."""
+    score_normalise: str | None = None
+    """"length": transformed scores are divided by the completion's length."""
+    length_desensitisation: float | None = None
+    """LD-DPO's alpha: weight of the tokens beyond the shorter completion's length (arXiv 2409.06411)."""
+    weighting: str | None = None
+    """"wpo": pairs are weighted by exp(mean_t(logp - log sum p^2)) of both rows, detached (arXiv 2406.11827, eq. 2)."""
+    sft_coef: float = 0.0
+    """Weight of the NLL of the chosen rows."""
+    sft_normalise: str | None = None
+    """NLL as the mean over pairs of the sum (None) or of the mean ("length") over tokens, or as one mean over all
+    chosen tokens ("tokens")."""
+    sft_optional: bool = False
+    """Whether calls on sequence log-probs without lengths, where no NLL over tokens can be known, leave it out
+    (cpo and orpo as presets) instead of raising."""
+    desirable_weight: float = 1.0
+    """Weight of desirable rows."""
+    undesirable_weight: float = 1.0
+    """Weight of the other rows."""
+    shift: str | None = None
+    """The number subtracted from the scores of single rows. "paired_mean": the positive part of the mean score of the
+    rows on the other side, its gradient kept. "reference_point": the given one (kto), else as "paired_mean".
+    "baseline": the given one (bco), else the mean reward of the rows."""
+    components: tuple[tuple[PreferenceAxes, float], ...] = ()
+    """A weighted sum of other losses, made by `mixture`."""
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    def __repr__(self) -> str:
+        return shown(self)
+
+    @property
+    def unpaired(self) -> bool:
+        """Whether the loss is of single rows with a label."""
+        return bool(self.terms) and self.terms[0].feature == "label"
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether the loss needs the reference's log-probs."""
+        if self.components:
+            return any(loss.reads_reference for loss, _ in self.components)
+        return self.reference and bool(self.terms)
+
+    @property
+    def couples_pairs(self) -> bool:
+        """Whether a pair's gradient depends on the other pairs of the batch."""
+        parts = [loss for loss, _ in self.components] or [self]
+        return any(term.feature in BATCH_FEATURES for part in parts for term in part.terms)
+
+    def couples(self, inputs: PreferenceInputs) -> bool:
+        """Return whether the gradient of a pair (or row) depends on others, given the inputs of a call."""
+        if self.couples_pairs or self.weighting is not None or self.shift == "paired_mean":
+            return True
+        own_point = inputs.get("reference_point") is None and inputs.get("kl_logprobs") is None
+        own_baseline = inputs.get("baseline") is None
+        return (self.shift == "reference_point" and own_point) or (self.shift == "baseline" and own_baseline)
+
+
+def _refuse(spec: PreferenceAxes, field: str, why: str) -> None:
     raise ValueError(f"{field}={getattr(spec, field)!r} does not go with the loss {spec.name!r}: {why}")
 
 
-def _terms(spec: Any) -> None:
+def _terms(spec: PreferenceAxes) -> None:
     for term in spec.terms:
         if not isinstance(term, Term):
             raise TypeError(f"terms must hold Term objects, got {type(term).__name__}")
@@ -28,7 +117,7 @@ def _terms(spec: Any) -> None:
         _refuse(spec, "terms", "the feature 'label' is of single rows, the others are of pairs")
 
 
-def _smoothing(spec: Any) -> None:
+def _smoothing(spec: PreferenceAxes) -> None:
     checks.one_of("smoothing", spec.smoothing, SMOOTHINGS)
     amount = checks.plain_float("label_smoothing", spec.label_smoothing, low=0.0, high=0.5)
     takers = "sigmoid, sigmoid_norm, robust, exo_pair, aot, aot_unpaired, cpo, simpo, alphapo"
@@ -40,7 +129,7 @@ def _smoothing(spec: Any) -> None:
         _refuse(spec, "label_smoothing", "the target distribution is (1 - e, e); e must be > 0, for example 1e-3")
 
 
-def _score(spec: Any, margin_only: bool) -> None:
+def _score(spec: PreferenceAxes, margin_only: bool) -> None:
     checks.one_of("f_divergence", spec.f_divergence, tuple(F_DIVERGENCES))
     checks.one_of("reduce", spec.reduce, ("sum", "mean"))
     checks.one_of("score_normalise", spec.score_normalise, (None, "length"))
@@ -68,7 +157,7 @@ def _score(spec: Any, margin_only: bool) -> None:
             _refuse(spec, "length_desensitisation", "it weighs the tokens of a sum; use None")
 
 
-def _rows(spec: Any, unpaired: bool) -> None:
+def _rows(spec: PreferenceAxes, unpaired: bool) -> None:
     checks.one_of("shift", spec.shift, SHIFTS)
     for field in ("desirable_weight", "undesirable_weight"):
         if checks.plain_float(field, getattr(spec, field), low=0.0) != 1.0 and not unpaired:
@@ -83,7 +172,7 @@ def _rows(spec: Any, unpaired: bool) -> None:
             _refuse(spec, "reference", "the score of a row is its log-ratio to the reference; use True")
 
 
-def _extras(spec: Any) -> None:
+def _extras(spec: PreferenceAxes) -> None:
     checks.one_of("weighting", spec.weighting, (None, "wpo"))
     checks.one_of("sft_normalise", spec.sft_normalise, SFT_NORMALISES)
     checks.plain_float("sft_coef", spec.sft_coef)
@@ -95,7 +184,7 @@ def _extras(spec: Any) -> None:
         _refuse(spec, "tau", "tau is the modulation temperature of discopop; use None")
 
 
-def _components(spec: Any) -> None:
+def _components(spec: PreferenceAxes) -> None:
     if spec.terms or spec.sft_coef:
         _refuse(spec, "components", "a mixture has no terms and no NLL of its own; make them components")
     for component, weight in spec.components:
@@ -107,8 +196,8 @@ def _components(spec: Any) -> None:
                 _refuse(spec, field, f"the component {component.name!r} has {getattr(component, field)!r}")
 
 
-def validate(spec: Any) -> None:
-    """Raise where the fields of a `PreferenceLoss` contradict each other, naming the field and the alternatives."""
+def validate(spec: PreferenceAxes) -> None:
+    """Raise if the fields of a `PreferenceLoss` contradict each other, naming the field and the alternatives."""
     checks.plain_float("beta", spec.beta, low=0.0, open_low=True)
     _terms(spec)
     _smoothing(spec)
