@@ -163,7 +163,8 @@ def test_rewards_and_outputs_are_checked_before_the_model_is_loaded(
     def load(*arguments: Any, **options: Any) -> None:
         raise AssertionError("the model is loaded")
 
-    monkeypatch.setattr(module, "load_model", load)
+    loader = "load_model" if module in (pairs, constitutional) else "load_policy"
+    monkeypatch.setattr(module, loader, load)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
