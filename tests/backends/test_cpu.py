@@ -411,14 +411,14 @@ def test_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 USE = """
 import torch
-from fastrl import csrc_loader
-print(csrc_loader.cpu_available())
+from fastrl.backends import cpu
+print(cpu.cpu_available())
 try:
-    out = csrc_loader.token_logprobs_fwd(torch.zeros(2, 4), torch.tensor([0, 1]), 1.0)
+    out = cpu.token_logprobs_fwd(torch.zeros(2, 4), torch.tensor([0, 1]), 1.0)
     print("result", out[0].tolist())
 except RuntimeError as error:
     print("refused:", error)
-print(csrc_loader.cpu_available())
+print(cpu.cpu_available())
 """
 
 
@@ -510,14 +510,14 @@ def test_a_forked_child_can_use_the_kernels() -> None:
     """As with torch alone, the child of a threaded parent must run on one thread; it then gets the same bits."""
     script = """
 import os, torch
-from fastrl import csrc_loader
+from fastrl.backends import cpu
 torch.set_num_threads(2)
 x, y = torch.randn(512, 2000), torch.randint(0, 2000, (512,))
-parent = csrc_loader.token_logprobs_fwd(x, y, 1.0)[0] + torch.randn(1000, 1000).exp().sum() * 0
+parent = cpu.token_logprobs_fwd(x, y, 1.0)[0] + torch.randn(1000, 1000).exp().sum() * 0
 pid = os.fork()
 if pid == 0:
     torch.set_num_threads(1)
-    os._exit(0 if torch.equal(csrc_loader.token_logprobs_fwd(x, y, 1.0)[0], parent) else 1)
+    os._exit(0 if torch.equal(cpu.token_logprobs_fwd(x, y, 1.0)[0], parent) else 1)
 print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
     assert output_of(python(script)).splitlines()[-1] == "0"

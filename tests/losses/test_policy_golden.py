@@ -8,9 +8,9 @@ from oracle import assert_as_accurate
 from policy_cases import interpreted
 from torch import Tensor
 
-from fastrl import reference
 from fastrl.losses.policy import loss as policy_loss
 from fastrl.ops.segments import segment_sum
+from fastrl.reference import segments
 
 
 @pytest.mark.parametrize("case", cases("policy"), ids=lambda case: case.id)
@@ -42,7 +42,7 @@ def test_policy_in_float32_is_as_accurate_as_eager(case: Case, backend: str, mon
 
     exact = evaluate(torch.float64)
     with monkeypatch.context() as patched:
-        patched.setattr(reference, "_accumulator", lambda x: x.dtype)
+        patched.setattr(segments, "_accumulator", lambda x: x.dtype)
         eager = evaluate(torch.float32)
     if backend == "triton":
         monkeypatch.setattr(policy_loss, "fused_policy_terms", interpreted)

@@ -111,7 +111,7 @@ def test_a_kill_at_any_moment_of_the_write_leaves_a_whole_checkpoint(
 
 WRITER = """
 import sys, torch
-from fastrl.train.checkpoint import save_checkpoint
+from fastrl.train.run.checkpoint import save_checkpoint
 print("ready", flush=True)
 step = 0
 while True:
