@@ -198,6 +198,15 @@ def test_no_test_module_is_imported() -> None:
     assert found == []
 
 
+def test_the_map_of_the_tests_names_every_helper_and_folder() -> None:
+    text = (ROOT / "tests" / "conftest.py").read_text(encoding="utf-8").split('"""')[1]
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    helpers = {path.name for path in (ROOT / "tests" / "support").glob("*.py")}
+    named = set(re.findall(r"\w+(?=/)|\w+\.py", text))
+    assert folders | helpers <= named
+    assert {name for name in named if name.endswith(".py")} - helpers == {"conftest.py", "tiny_model.py"}
+
+
 def test_the_script_says_which_count_is_above(
     planted: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
