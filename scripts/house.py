@@ -26,6 +26,7 @@ import sys
 import tokenize
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,6 +145,24 @@ def sources() -> list[Path]:
     return tracked("fastrl", "kernels")
 
 
+def text_of(path: Path) -> str:
+    """Return the content of a file, named from the root."""
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+@cache
+def parsed(text: str) -> ast.Module:
+    """Return the syntax tree of a text; it is shared, so nobody may change it."""
+    return ast.parse(text)
+
+
+@cache
+def comments(text: str) -> list[tuple[int, int, str]]:
+    """Return (line, column, comment) of the comments in a text."""
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return [(*token.start, token.string) for token in tokens if token.type == tokenize.COMMENT]
+
+
 def module_name(path: Path) -> tuple[str, ...]:
     """Return the dotted name of a file, in parts."""
     parts = path.with_suffix("").parts
@@ -164,7 +183,7 @@ def typing_only(tree: ast.Module) -> set[int]:
 
 def imports(path: Path, modules: set[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
     """Yield the modules of ours that a file imports when it runs, in functions too."""
-    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    tree = parsed(text_of(path))
     skipped = typing_only(tree)
     own = module_name(path)
     package = own if path.name == "__init__.py" else own[:-1]
@@ -244,7 +263,7 @@ def long_signatures() -> list[tuple[str, int]]:
     """Return ("file function", parameters) of the functions with many; self, cls and ctx do not count."""
     found = []
     for path in sources():
-        for name, given in functions(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        for name, given in functions(parsed(text_of(path))):
             names = [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
             names += [a.arg for a in (given.vararg, given.kwarg) if a is not None]
             count = len([name for name in names if name not in ("self", "cls", "ctx")])
@@ -265,17 +284,15 @@ def stale_names() -> list[str]:
 
 def code_lines(path: Path) -> list[tuple[int, str]]:
     """Return (number, text) of the lines of code: no comments, docstrings, imports or bare punctuation."""
-    text = (ROOT / path).read_text(encoding="utf-8")
+    text = text_of(path)
     dropped: set[int] = set()
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parsed(text)):
         bare = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
         if bare or isinstance(node, ast.Import | ast.ImportFrom):
             dropped.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     lines = dict(enumerate(text.splitlines(), 1))
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row] = lines[row][:column]
+    for row, column, _ in comments(text):
+        lines[row] = lines[row][:column]
     code = ((i, line.strip()) for i, line in lines.items() if i not in dropped)
     return [(i, line) for i, line in code if re.search(r"\w", line)]
 
@@ -302,9 +319,9 @@ def clones() -> tuple[float, list[str]]:
 
 def python_prose(path: Path) -> str:
     """Return the docstrings, field docstrings and comments of a file, without the code set off in them."""
-    text = (ROOT / path).read_text(encoding="utf-8")
+    text = text_of(path)
     parts = []
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parsed(text)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             block = node.value.value
             # Lines indented by four blanks are formulas, tables or code, unless they describe an argument.
@@ -317,21 +334,19 @@ def python_prose(path: Path) -> str:
                 if section or not line.startswith("    "):
                     kept.append(line)
             parts.append("\n".join(kept))
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.COMMENT and not PRAGMA.match(token.string):
-            parts.append(token.string.lstrip("# "))
+    parts += [comment.lstrip("# ") for _, _, comment in comments(text) if not PRAGMA.match(comment)]
     return "\n".join(parts)
 
 
 def device_prose(path: Path) -> str:
     """Return the comments of a C++ or CUDA file."""
-    text = (ROOT / path).read_text(encoding="utf-8")
+    text = text_of(path)
     return "\n".join(line.lstrip("/ ") for line in re.findall(r"//.*", text))
 
 
 def page_prose(path: Path) -> str:
     """Return a page without its fenced and indented code, its links' targets and its generated tables."""
-    text = (ROOT / path).read_text(encoding="utf-8")
+    text = text_of(path)
     text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     text = re.sub(r"<!-- generated.*?<!-- end -->", "", text, flags=re.DOTALL)
     return "\n".join(line for line in re.sub(r"\]\([^)]*\)", "]", text).splitlines() if not line.startswith("    "))
@@ -354,7 +369,7 @@ def counts() -> dict[str, tuple[float, str]]:
     width, folder = widest(sources())
     test_width, test_folder = widest(tracked("tests"))
     unnamed, stale = unnamed_signatures(), stale_names()
-    longest, path = max((len((ROOT / path).read_text(encoding="utf-8").splitlines()), path) for path in sources())
+    longest, path = max((len(text_of(path).splitlines()), path) for path in sources())
     total = sum(prose().values(), Prose(0, 0, 0, 0))
     found = circles()
     values = [
