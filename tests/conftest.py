@@ -1,4 +1,40 @@
-"""Lanes, seeds and the interpreter switch shared by all tests."""
+"""Lanes, seeds and the interpreter switch of all tests. Where things are:
+
+    backends/ kernels/ ops/     a file for each realisation, each kernel and each vocabulary operation
+    losses/                     formulas, presets, released trainers' numbers (golden), planted faults (mutations)
+    train/                      the loops: each against plain PyTorch, resumed to the bit, and learning
+    integrations/               each host library with fastrl in it; hosts/ runs the hosts' own losses
+    house/                      public names, documents, the `fastrl` command, build files, import layers, counts
+    data/                       golden numbers, loss curves, resources of compiled kernels
+    tiny_model.py               a random model with a tokenizer: python tests/tiny_model.py FOLDER
+
+A fixture that several files of a folder need is in the folder's conftest.py. Helpers are in support/:
+
+    oracle.py                   the rule of accuracy: float64 decides, eager PyTorch sets the budget
+    row_oracle.py               rows of logits in eager PyTorch and in long double
+    vocabulary_cases.py         hard rows of logits, heads, upstream gradients
+    sparse_cases.py             rows from flat to peaked, and their lists of entries
+    policy_cases.py             tokens, axes and bounds of the policy loss
+    policy_logits_cases.py      the kernel from logits to the loss's gradient, against its three parts
+    golden.py                   inputs and outputs of released trainers
+    golden_policy.py            the policy loss that a golden case describes
+    mutations.py                faults to plant in the sources
+    device.py                   the device of the Triton kernels, and its lane
+    compile_offline.py          every kernel compiled for every target, without a GPU
+    cluster_rows.py             the CUDA row kernels on a CPU, with csrc/
+    cuda_stand_in.py            tensors that say `cuda` and compute on the CPU
+    distributed.py              checks in groups of processes
+    memory.py                   peak memory of a computation
+    loop_checks.py              settings and metrics of a run, resuming, loss curves
+    run_folder.py               the files of a finished run
+    bandit.py                   a task with a known optimum
+    tiny_families.py            a tiny model of each family
+    trl_runs.py                 TRL's trainers on a tiny model
+    script_loader.py            the files of scripts/ as modules
+
+pytest puts tests/ and tests/support/ on the path: a test writes `from oracle import assert_as_accurate`. No test module
+imports another.
+"""
 
 import os
 import re

@@ -18,6 +18,7 @@ import pytest
 import torch
 from cluster_rows import Plan, cut, plan_of, run
 from oracle import assert_as_accurate
+from row_oracle import SETTINGS, assert_same_bits, extended, with_gradient
 from torch import Tensor
 from vocabulary_cases import patterns
 
@@ -25,7 +26,6 @@ import fastrl
 from fastrl import PolicyLoss, checks, reference
 from fastrl.backends import build, choice, cpu, cuda
 from fastrl.ops import policy_logits
-from tests.backends.test_cpu import SETTINGS, assert_same_bits, extended, with_gradient
 
 ON_CPU, WHY_NOT_ON_CPU = cpu.cpu_available()
 needs_compiler = pytest.mark.skipif(not ON_CPU, reason=WHY_NOT_ON_CPU)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import os
 import re
@@ -14,6 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from script_loader import load_script
 from torch import Tensor
 
 import fastrl
@@ -30,12 +30,7 @@ SECTION = re.search(
 
 @pytest.fixture
 def make_docs() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("make_docs")
 
 
 def test_the_page_of_losses_is_up_to_date(make_docs: ModuleType) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import os
 import re
@@ -14,12 +13,12 @@ import tomllib
 import zipfile
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from script_loader import load_script
 
 import fastrl
 
@@ -219,16 +218,6 @@ def test_ci_runs_the_documented_command() -> None:
     assert "make demo" in readme
 
 
-def load_demo() -> ModuleType:
-    """Return scripts/demo.py as a module."""
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "scripts" / "demo.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_demo_headline_compares_like_with_like() -> None:
     """The headline takes the first and the last held-out evaluation of one mode, and the error of their difference."""
 
@@ -250,9 +239,9 @@ def test_demo_headline_compares_like_with_like() -> None:
         row(40, "train", "sampled", 0.8, 0.01),
         row(20, "held_out", "sampled", 0.3, 0.01),
     ]
-    text = load_demo().headline(rows)
+    text = load_script("demo").headline(rows)
     assert "10.0% +- 4.0% before, 50.0% +- 3.0% after 40 steps; gain +40.0% = 8.0 standard errors" in text
-    assert load_demo().headline(rows[:1]) == "no two held-out evaluations to compare"
+    assert load_script("demo").headline(rows[:1]) == "no two held-out evaluations to compare"
 
 
 def test_demo_keeps_finished_runs(tmp_path: Path) -> None:
@@ -260,7 +249,7 @@ def test_demo_keeps_finished_runs(tmp_path: Path) -> None:
     run = tmp_path / "demo"
     for expected in ("demo-1", "demo-2"):
         run.mkdir()
-        assert load_demo().set_aside(run).name == expected
+        assert load_script("demo").set_aside(run).name == expected
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo-1", "demo-2"]
 
 

@@ -12,19 +12,8 @@ from fastrl_kernels import advantages as module
 from fastrl_kernels.advantages import group_advantages_fwd
 from fastrl_kernels.launch import Tile
 
-pytestmark = LANE
+pytestmark = [*LANE, pytest.mark.usefixtures("poisoned")]
 NAN, INF = float("nan"), float("inf")
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill fresh memory with NaN, so that an element that the kernel leaves out shows."""
-    empty = torch.empty
-
-    def fill(x: Tensor) -> Tensor:
-        return x.fill_(NAN) if x.is_floating_point() else x.fill_(-7)
-
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: fill(empty(*args, **kwargs)))
 
 
 def grouped(group_ids: Tensor) -> tuple[Tensor, Tensor]:

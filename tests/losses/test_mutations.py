@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from golden import cases
+from golden_policy import build, call
 from mutations import KERNEL, LOGITS_KERNEL, REFERENCE, Mutation, load, mutated_source
-from policy_cases import judge_terms, product_of_axes
+from policy_cases import BOUNDS, judge_terms, product_of_axes
+from policy_logits_cases import check_parts
 
 import fastrl_kernels
 from fastrl import reference
@@ -24,9 +26,6 @@ from fastrl.reference import columns, correction, kl, numerics, terms
 from fastrl_kernels import policy as kernel
 from fastrl_kernels import policy_logits as logits_kernel
 from fastrl_kernels import policy_parts as kernel_parts
-from tests.kernels.test_policy import BOUNDS
-from tests.kernels.test_policy_logits import check_parts
-from tests.losses.test_policy_golden import build, call
 
 REFERENCE_MODULES = (terms, columns, kl, correction, numerics)
 

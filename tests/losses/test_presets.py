@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from golden import Case, cases
+from golden_policy import call
 
 from fastrl import PolicyLoss
 from fastrl.losses.policy.presets import PRESETS, TRAINER_KL, TRAINERS, describe, preset_fields
-from tests.losses.test_policy_golden import call
 
 STYLE_OF = {
     "TRL": "trl", "verl": "verl", "OpenRLHF": "openrlhf", "slime": "slime", "NeMo-RL": "nemo", "SkyRL": "skyrl",

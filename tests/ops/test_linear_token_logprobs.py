@@ -7,7 +7,8 @@ import torch
 from memory import MemoryWatch
 from oracle import assert_as_accurate
 from torch import Tensor
-from vocabulary_cases import BACKENDS, upstream
+from vocabulary_cases import BACKENDS, upstream, weighted_sum
+from vocabulary_cases import draw_head as draw
 
 from fastrl import linear_token_logprobs, reference, token_logprobs
 from fastrl.backends.torch_rows import TILE_ROWS
@@ -16,28 +17,12 @@ from fastrl.ops.head import CPU_CHUNK_TOKENS
 NAMES = ("logprobs", "entropy", "logsumexp", "hidden", "weight", "bias")
 
 
-def draw(
-    n: int, dim: int, vocabulary: int, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(n * vocabulary + dim)
-    hidden = torch.randn(n, dim, generator=generator).to(dtype)
-    weight = (torch.randn(vocabulary, dim, generator=generator) * 2 / math.sqrt(dim)).to(dtype)
-    bias = torch.randn(vocabulary, generator=generator).to(dtype)
-    labels = torch.randint(0, vocabulary, (n,), generator=generator)
-    labels[::5] = -100
-    return hidden, weight, bias, labels
-
-
-def total(outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], dtype: torch.dtype) -> Tensor:
-    return sum((g.to(dtype) * x).sum() for g, x in zip(grads, outputs, strict=True) if g is not None)  # type: ignore[return-value]
-
-
 def run(tensors: tuple, grads: tuple, needs: str = "hidden weight bias", **options) -> dict[str, Tensor]:  # type: ignore[no-untyped-def,type-arg]
     hidden, weight, bias, labels = tensors
     leaves = {"hidden": hidden, "weight": weight, "bias": bias}
     leaves = {k: v.detach().clone().requires_grad_(k in needs.split()) for k, v in leaves.items() if v is not None}
     outputs = linear_token_logprobs(leaves["hidden"], leaves["weight"], labels, bias=leaves.get("bias"), **options)
-    total(outputs, grads, torch.float32).backward()
+    weighted_sum(outputs, grads, torch.float32).backward()
     return dict(zip(NAMES, outputs, strict=False)) | {k: v.grad for k, v in leaves.items() if v.requires_grad}
 
 
@@ -46,7 +31,7 @@ def exact(tensors: tuple, grads: tuple, dtype: torch.dtype, **options) -> dict[s
     leaves = {"hidden": hidden, "weight": weight, "bias": bias}
     leaves = {k: v.detach().to(dtype).requires_grad_() for k, v in leaves.items() if v is not None}
     outputs = reference.linear_token_logprobs(leaves["hidden"], leaves["weight"], labels, leaves.get("bias"), **options)
-    total(outputs, grads, dtype).backward()
+    weighted_sum(outputs, grads, dtype).backward()
     return dict(zip(NAMES, outputs, strict=False)) | {k: v.grad for k, v in leaves.items()}
 
 

@@ -17,7 +17,8 @@ from distributed import run_checks
 from memory import MemoryWatch
 from oracle import assert_as_accurate
 from torch import Tensor
-from vocabulary_cases import BACKENDS, patterns, upstream
+from vocabulary_cases import BACKENDS, patterns, upstream, weighted_sum
+from vocabulary_cases import draw_head as draw
 
 from fastrl import PolicyLoss, PreferenceLoss, linear_token_logprobs, reference
 from fastrl.ops.head import HeadOptions
@@ -106,22 +107,8 @@ def test_merge_of_a_row_does_not_depend_on_the_rows_around_it() -> None:
         assert all(torch.equal(a[..., i : i + 1], b) for a, b in zip(whole, alone, strict=True))
 
 
-def draw(n: int, dim: int, vocabulary: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(n * vocabulary + dim)
-    hidden = torch.randn(n, dim, generator=generator).to(dtype)
-    weight = (torch.randn(vocabulary, dim, generator=generator) * 2 / math.sqrt(dim)).to(dtype)
-    bias = torch.randn(vocabulary, generator=generator).to(dtype)
-    labels = torch.randint(0, vocabulary, (n,), generator=generator)
-    labels[::5] = -100
-    return hidden, weight, bias, labels
-
-
 def rows_of(rank: int, sizes: tuple[int, ...]) -> slice:
     return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-
-
-def total(outputs: Any, grads: tuple[Tensor | None, ...], dtype: torch.dtype) -> Tensor:
-    return sum((g.to(dtype) * x).sum() for g, x in zip(grads, outputs, strict=True) if g is not None)  # type: ignore[return-value]
 
 
 def run(
@@ -140,7 +127,7 @@ def run(
     outputs = linear_token_logprobs_parallel(
         leaves["hidden"], leaves["weight"], labels, bias=leaves.get("bias"), group=dist.group.WORLD, **options
     )
-    total(outputs, grads, outputs.logprobs.dtype).backward()
+    weighted_sum(outputs, grads, outputs.logprobs.dtype).backward()
     return dict(zip(NAMES, outputs, strict=False)) | {k: v.grad for k, v in leaves.items() if v.requires_grad}
 
 
@@ -152,7 +139,7 @@ def whole(
     leaves = {"hidden": hidden, "weight": weight, "bias": bias}
     leaves = {k: v.detach().to(dtype).requires_grad_() for k, v in leaves.items() if v is not None}
     outputs = reference.linear_token_logprobs(leaves["hidden"], leaves["weight"], labels, leaves.get("bias"), **options)
-    total(outputs, grads, dtype).backward()
+    weighted_sum(outputs, grads, dtype).backward()
     return dict(zip(NAMES, outputs, strict=False)) | {k: v.grad for k, v in leaves.items()}
 
 
@@ -437,7 +424,7 @@ def check_dtensor_weights(rank: int, world: int) -> None:
     leaf = hidden.clone().requires_grad_()
     result = linear_token_logprobs_parallel(leaf, split, labels, bias=spread, group=mesh.get_group())
     grads = upstream(13)
-    total(result, grads, torch.float32).backward()
+    weighted_sum(result, grads, torch.float32).backward()
     want, eager = (whole((hidden, weight, bias, labels), grads, dtype) for dtype in (torch.float64, torch.float32))
     assert isinstance(split.grad, DTensor)
     for name, got in (("weight", split.grad.full_tensor()), ("bias", spread.grad.full_tensor()), ("hidden", leaf.grad)):

@@ -1,24 +1,60 @@
-"""What the tests of the loops share: the metrics of a run, resuming to the bit, and golden loss curves."""
+"""Helpers of the loops' tests: settings, the metrics of a run, resuming to the bit, and golden loss curves."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_model import tiny_tokenizer
+from torch import Tensor
 
+from fastrl.train.config.grpo import GRPOConfig
 from fastrl.train.run import run as run_module
 
 DATA = Path(__file__).parents[1] / "data"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TOKENIZER = tiny_tokenizer()
+SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+"""Parameters of the task `chain_sum`: sums of two numbers below 100."""
+
+
+def grpo_settings(folder: Path, run_dir: Path, **changes: Any) -> GRPOConfig:
+    """Return the settings of a GRPO run of two steps on the tiny model in `folder`."""
+    values: dict[str, Any] = {
+        "model": str(folder), "run_dir": str(run_dir), "device": "cpu", "task_parameters": SUMS,
+        "rewards": {"tiny_model:digit_share": 1.0}, "steps": 2, "prompts_per_step": 2, "group_size": 4,
+        "max_new_tokens": 6, "kl_coef": 0.0, "learning_rate": 1e-2, "eval_problems": 0, "save_model": False,
+        "reward_timeout_s": None,
+    }  # fmt: skip
+    return GRPOConfig(**{**values, **changes})
+
+
+@dataclass
+class PlainRun:
+    """The part of a Run that an optimiser step uses. The step leaves its gradient in the parameters."""
+
+    config: Any
+    device: str = "cpu"
+    generator: torch.Generator = field(default_factory=torch.Generator)
+    clock: Any = field(default_factory=lambda: SimpleNamespace(lap=lambda name: None))
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def clip_and_step(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {}
 
 
 def metrics_of(run_dir: Path) -> list[dict[str, float]]:
-    """Return the records of metrics.jsonl without what depends on the clock."""
+    """Return the records of metrics.jsonl without the times."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     timed = ("time/", "tokens_per_second")
     return [{name: value for name, value in line.items() if not name.startswith(timed)} for line in lines]

@@ -289,3 +289,39 @@ def pairwise(factors: dict[str, Sequence[Any]], valid: Callable[[dict[str, Any]]
 def ratio_at(u: float) -> float:
     """Return the ratio of a log-ratio beyond the limit, where it is exact in every dtype that holds the tangent."""
     return math.exp(reference.EXP_LIMIT) * (u - (reference.EXP_LIMIT - 1.0))
+
+
+def _open(**fields: object) -> PolicyLoss:
+    return PolicyLoss(**{"clip_low": None, "clip_high": None, **fields})
+
+
+# 65 and 70 lie where the ratio is its tangent, exact in both dtypes: a ratio is then on a bound, not beside it.
+BOUNDS = {
+    "clip low at 1": PolicyLoss(clip_low=0.0),
+    "clip high at 1": PolicyLoss(clip_high=0.0),
+    "clip both at 1": PolicyLoss(clip_low=0.0, clip_high=0.0),
+    "clip low at 0": PolicyLoss(clip_low=1.0),
+    "clip high at 65": PolicyLoss(clip_high=ratio_at(65.0)),
+    "clip open": _open(),
+    "dual clip at 65": _open(dual_clip=ratio_at(65.0)),
+    "max_ratio at 65": _open(max_ratio=ratio_at(65.0)),
+    "max_ratio at 65, clip high at 1": PolicyLoss(clip_high=0.0, max_ratio=ratio_at(65.0)),
+    **{
+        f"{name} {low} {high}": _open(surrogate=name, weight_low=low, weight_high=high)
+        for name in ("clipped_weight", "masked_weight", "topr", "divergence_tv_symmetric")
+        if name != "divergence_tv_symmetric"
+        for low, high in ((1.0, ratio_at(65.0)), (0.0, 1.0), (1.0, 1.0))
+    },
+    "log_ratio_clamp at 1": PolicyLoss(surrogate="importance", log_ratio_clamp=1.0, clip_low=None, clip_high=None),
+    "log_ratio_clamp at 64": PolicyLoss(surrogate="importance", log_ratio_clamp=64.0, clip_low=None, clip_high=None),
+    "kl clamp at 1": PolicyLoss(kl="k3", kl_coef=1.0, kl_log_ratio_clamp=1.0),
+    "kl value at k2(1)": PolicyLoss(kl="k2", kl_coef=1.0, kl_value_clamp=0.5),
+    "kl value at k1(1)": PolicyLoss(kl="k1", kl_coef=1.0, kl_value_clamp=1.0),
+    "kl product at 1": PolicyLoss(
+        kl="k1", kl_coef=1.0, kl_gradient="ratio_weighted", kl_value_clamp=1.0, kl_value_clamp_order="after"
+    ),
+    "abs at 0": PolicyLoss(kl="abs", kl_coef=1.0),
+    "kl ratio at 65": PolicyLoss(
+        kl="k2", kl_coef=1.0, kl_gradient="straight_through_ratio", kl_ratio_max=ratio_at(65.0)
+    ),
+}

@@ -25,6 +25,24 @@ def draw(n: int, vocabulary: int, dtype: torch.dtype = torch.float32, scale: flo
     return logits, labels
 
 
+def draw_head(
+    n: int, dim: int, vocabulary: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return hidden states (n, D), a head (V, D), its bias (V,) and labels (n,); every fifth label is ignored."""
+    generator = torch.Generator().manual_seed(n * vocabulary + dim)
+    hidden = torch.randn(n, dim, generator=generator).to(dtype)
+    weight = (torch.randn(vocabulary, dim, generator=generator) * 2 / math.sqrt(dim)).to(dtype)
+    bias = torch.randn(vocabulary, generator=generator).to(dtype)
+    labels = torch.randint(0, vocabulary, (n,), generator=generator)
+    labels[::5] = -100
+    return hidden, weight, bias, labels
+
+
+def weighted_sum(outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], dtype: torch.dtype) -> Tensor:
+    """Return the sum of grads_i . outputs_i, whose gradient backpropagates `grads`."""
+    return sum((g.to(dtype) * x).sum() for g, x in zip(grads, outputs, strict=True) if g is not None)  # type: ignore[return-value]
+
+
 def upstream(n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return three gradients (n,) for log-prob, entropy and logsumexp."""
     generator = torch.Generator().manual_seed(n)

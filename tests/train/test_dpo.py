@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from loop_checks import assert_golden_curve, assert_resumes_to_the_bit, metrics_of
 from safetensors import safe_open
-from tiny_model import save_tiny_model, tiny_model, tiny_tokenizer
+from tiny_model import tiny_model, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -33,11 +33,6 @@ PAIRS = [
 ]
 UNPAIRED = ("kto", "bco", "apo_zero_unpaired")
 SOME = [("1+1=", "2", "11"), ("what is seven and eight?", "15", "one two three"), ("say", "yes and no", "a")]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture(scope="module")

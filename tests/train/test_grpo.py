@@ -6,15 +6,15 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from loop_checks import interrupt
+from loop_checks import EXAMPLES, TOKENIZER, PlainRun, interrupt, metrics_of
+from loop_checks import grpo_settings as settings
 from safetensors.torch import load_file
-from tiny_model import digit_share, save_tiny_model, tiny_model, tiny_tokenizer
+from tiny_model import digit_share, tiny_model
 from torch import Tensor
 
 from fastrl.train.config.grpo import GRPOConfig
@@ -25,47 +25,6 @@ from fastrl.train.model import Policy
 from fastrl.train.rollouts.evaluate import TaskEvaluation
 from fastrl.train.rollouts.generate import generate
 from fastrl.train.update.batches import RolloutBatch, minibatch_rows
-
-TOKENIZER = tiny_tokenizer()
-EXAMPLES = Path(__file__).parents[2] / "examples"
-SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
-
-
-def settings(folder: Path, run_dir: Path, **changes: Any) -> GRPOConfig:
-    values: dict[str, Any] = {
-        "model": str(folder), "run_dir": str(run_dir), "device": "cpu", "task_parameters": SUMS,
-        "rewards": {"tiny_model:digit_share": 1.0}, "steps": 2, "prompts_per_step": 2, "group_size": 4,
-        "max_new_tokens": 6, "kl_coef": 0.0, "learning_rate": 1e-2, "eval_problems": 0, "save_model": False,
-        "reward_timeout_s": None,
-    }  # fmt: skip
-    return GRPOConfig(**{**values, **changes})
-
-
-def metrics_of(run_dir: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timed = ("time/", "tokens_per_second")
-    return [{name: value for name, value in line.items() if not name.startswith(timed)} for line in lines]
-
-
-@dataclasses.dataclass
-class PlainRun:
-    """The part of a Run that an optimiser step uses. The step leaves its gradient in the parameters."""
-
-    config: GRPOConfig
-    device: str = "cpu"
-    generator: torch.Generator = dataclasses.field(default_factory=torch.Generator)
-    clock: Any = dataclasses.field(default_factory=lambda: SimpleNamespace(lap=lambda name: None))
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-    def clip_and_step(self) -> dict[str, tuple[Tensor, Tensor]]:
-        return {}
 
 
 def random_batch(model: Any, config: GRPOConfig) -> RolloutBatch:

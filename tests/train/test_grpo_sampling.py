@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from loop_checks import interrupt
+from loop_checks import SUMS, TOKENIZER, interrupt
+from loop_checks import grpo_settings as settings
 from safetensors.torch import load_file
-from tiny_model import save_tiny_model, tiny_model, tiny_tokenizer
+from tiny_model import save_tiny_model, tiny_model
 
 from fastrl import PolicyLoss
-from fastrl.train.config.grpo import GRPOConfig
 from fastrl.train.data.encoding import encode_prompts
 from fastrl.train.data.rollout import Rollout, concatenate
 from fastrl.train.grpo import run_grpo
@@ -30,23 +30,6 @@ from fastrl.train.run.run import Clock
 from fastrl.train.update.reference import ReferencePolicy
 
 GOLDEN = Path(__file__).parents[1] / "data" / "grpo_losses.json"
-TOKENIZER = tiny_tokenizer()
-SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
-
-
-def settings(folder: Path, run_dir: Path, **changes: Any) -> GRPOConfig:
-    values: dict[str, Any] = {
-        "model": str(folder), "run_dir": str(run_dir), "device": "cpu", "task_parameters": SUMS,
-        "rewards": {"tiny_model:digit_share": 1.0}, "steps": 2, "prompts_per_step": 2, "group_size": 4,
-        "max_new_tokens": 6, "kl_coef": 0.0, "learning_rate": 1e-2, "eval_problems": 0, "save_model": False,
-        "reward_timeout_s": None,
-    }  # fmt: skip
-    return GRPOConfig(**{**values, **changes})
 
 
 def metrics_of(run_dir: Path) -> list[dict[str, float]]:

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from loop_checks import grpo_settings as settings
+from loop_checks import metrics_of
 from tiny_model import save_tiny_model, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from fastrl.train.grpo import run_grpo
 from fastrl.train.rewards.model import SequenceClassifier, load_reward_model
-from tests.train.test_grpo import metrics_of, run_grpo, settings
 
 PROMPTS = [[5, 6], [7], [8, 9, 10], [5], [6, 6]]
 COMPLETIONS = [[11, 2], [12, 13, 14, 2], [15], [16, 17], [2]]

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loop_checks import assert_golden_curve, assert_resumes_to_the_bit, metrics_of
-from tiny_model import save_tiny_model, tiny_model, tiny_tokenizer
+from tiny_model import tiny_model, tiny_tokenizer
 
 from fastrl import PreferenceLoss
 from fastrl.train.config.dpo import OnlineDPOConfig
@@ -24,11 +24,6 @@ from fastrl.train.run.run import MetricSums
 
 TOKENIZER = tiny_tokenizer()
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
 def settings(folder: Path, run_dir: Path, **changes: Any) -> OnlineDPOConfig:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from loop_checks import metrics_of
-from tiny_model import save_tiny_model, tiny_model, tiny_tokenizer
+from tiny_model import tiny_model, tiny_tokenizer
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 
@@ -26,11 +26,6 @@ from fastrl.train.rollouts.generate import generate
 from fastrl.train.update.critic import Critic
 
 TOKENIZER = tiny_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
 def sampled(model: Any) -> Rollout:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from loop_checks import interrupt
+from loop_checks import EXAMPLES, SUMS, TOKENIZER, PlainRun, interrupt, metrics_of
 from safetensors.torch import load_file
-from tiny_model import save_tiny_model, tiny_model
+from tiny_model import tiny_model
 from torch import Tensor
 
 from fastrl.train import ppo
@@ -28,14 +28,8 @@ from fastrl.train.run.run import MetricSums
 from fastrl.train.update import trust_region
 from fastrl.train.update.critic import Critic
 from fastrl.train.update.trust_region import Measured, StepLength, measure, trust_region_step
-from tests.train.test_grpo import EXAMPLES, SUMS, TOKENIZER, PlainRun, metrics_of
 
 GOLDEN = Path(__file__).parents[1] / "data" / "ppo_losses.json"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
 def settings(folder: Path, run_dir: Path, **changes: Any) -> PPOConfig:

@@ -7,10 +7,11 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from run_folder import write_run
+
 from fastrl import cli
 from fastrl.train.run import record
 from fastrl.train.run.record import MAX_ROWS, summary, write_record
-from tests.train.test_report import write_run
 
 
 def timed(steps: int) -> list[dict]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loop_checks import assert_golden_curve, assert_resumes_to_the_bit, metrics_of
-from tiny_model import save_tiny_model, tiny_tokenizer
+from tiny_model import tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from fastrl.train.config.grpo import GRPOConfig
@@ -35,11 +35,6 @@ PAIRS = [
     for a in range(1, 7)
     for b in (2, 5, 8)
 ]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from loop_checks import assert_golden_curve, assert_resumes_to_the_bit, metrics_of
-from tiny_model import save_tiny_model, tiny_model, tiny_tokenizer
+from tiny_model import tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from fastrl.train.config.sft import SFTConfig
@@ -29,11 +29,6 @@ TOKENIZER = tiny_tokenizer()
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 TALK = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}] * 2
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
 def settings(folder: Path, run_dir: Path, **changes: Any) -> SFTConfig:
