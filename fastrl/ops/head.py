@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -28,6 +28,22 @@ CPU_CHUNK_TOKENS = 256
 
 
 GPU_CHUNK_TOKENS = 2048
+
+
+IGNORED = -100
+"""The label of rows to leave out, unless a caller names another."""
+
+
+class HeadArguments(TypedDict, total=False):
+    """Arguments of `linear_token_logprobs` that `head_options` turns into `HeadOptions`."""
+
+    logit_scale: float
+    softcap: float | None
+    ignore_index: int
+    chunk_tokens: int | None
+    tail_mass: float
+    tp_group: Any
+    backend: str
 
 
 @dataclass(frozen=True)
@@ -71,31 +87,17 @@ class LinearRows:
         labels: Tensor,  # (...)
         *,
         bias: Tensor | None = None,  # (V,)
-        temperature: float | Tensor | None = 1.0,
-        logit_scale: float = 1.0,
-        softcap: float | None = None,
-        ignore_index: int = -100,
-        chunk_tokens: int | None = None,
-        tail_mass: float = 0.0,
-        tp_group: Any = None,
-        backend: str = "auto",
         allowed: Tensor | None = None,
         logits_rounding: str | None = None,
+        temperature: float | Tensor | None = 1.0,
+        **arguments: Unpack[HeadArguments],
     ) -> LinearRows:
         """Return the arguments of `linear_token_logprobs` as rows, hidden states and head in one dtype, or raise."""
         _check_head(hidden, weight, bias)
-        labels = checks.labels("labels", labels, hidden.shape[:-1], hidden.device, weight.shape[0], ignore_index)
+        ignored = arguments.get("ignore_index", IGNORED)
+        labels = checks.labels("labels", labels, hidden.shape[:-1], hidden.device, weight.shape[0], ignored)
         check_savable(hidden, weight)
-        options = head_options(
-            hidden.device,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            ignore_index=ignore_index,
-            chunk_tokens=chunk_tokens,
-            tail_mass=tail_mass,
-            tp_group=tp_group,
-            backend=backend,
-        )
+        options = head_options(hidden.device, **arguments)
         if options.tail_mass > 0.0 and not (allowed is None and logits_rounding is None):
             raise ValueError(
                 "tail_mass > 0 is not supported together with allowed= or logits_rounding=: expected tail_mass=0.0, "
@@ -182,13 +184,13 @@ def check_savable(hidden: Tensor, weight: Tensor) -> None:
 def head_options(
     device: torch.device,
     *,
-    logit_scale: Any,
-    softcap: Any,
-    ignore_index: int,
-    chunk_tokens: int | None,
-    tail_mass: float,
-    tp_group: Any,
-    backend: str,
+    logit_scale: Any = 1.0,
+    softcap: Any = None,
+    ignore_index: int = IGNORED,
+    chunk_tokens: int | None = None,
+    tail_mass: float = 0.0,
+    tp_group: Any = None,
+    backend: str = "auto",
 ) -> HeadOptions:
     """Return the validated `HeadOptions`, or raise."""
     tail_mass = sparse_rows.check_tail_mass(tail_mass)

@@ -39,7 +39,7 @@ import math
 import operator
 import struct
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 import torch.distributed as dist
@@ -49,7 +49,7 @@ from fastrl import checks
 from fastrl.backends import choice
 from fastrl.ops.chunks import Chunks
 from fastrl.ops.gradients import Gradients, _times_weight
-from fastrl.ops.head import HeadOptions, LinearRows, check_savable, head_options
+from fastrl.ops.head import IGNORED, HeadArguments, HeadOptions, LinearRows, check_savable, head_options
 from fastrl.ops.rows import TokenLogprobs, backward_rows, forward_rows, once_differentiable
 
 # Label of the rows that the row kernels leave out: labels within a part are never negative.
@@ -97,13 +97,8 @@ def linear_token_logprobs_parallel(
     group: Any,
     bias: Tensor | None = None,  # (V_r,)
     temperature: float | Tensor | None = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-    chunk_tokens: int | None = None,
-    tail_mass: float = 0.0,
-    backend: str = "auto",
     keep_token_grads: bool = True,
+    **arguments: Unpack[HeadArguments],
 ) -> TokenLogprobs:
     """Return the results of `linear_token_logprobs` for a head whose rows the ranks of `group` hold in rank order.
 
@@ -119,9 +114,10 @@ def linear_token_logprobs_parallel(
         labels: (...) ids of the whole vocabulary, V = sum of V_r.
         group: the `torch.distributed` process group.
         bias: (V_r,) the entries of the bias that belong to `weight`, on every rank or on none.
-        temperature, logit_scale, softcap, ignore_index, chunk_tokens, backend: as `linear_token_logprobs`.
+        temperature: as `linear_token_logprobs`.
+        arguments: `logit_scale`, `softcap`, `ignore_index`, `chunk_tokens`, `backend`: as `linear_token_logprobs`.
+            For `tail_mass`, 0.0, the exact gradient, is the only value offered.
         keep_token_grads: as `linear_token_logprobs`.
-        tail_mass: 0.0, the exact gradient, is the only value offered.
 
     Returns:
         `TokenLogprobs` with the same bits on every rank, differentiable once with respect to `hidden`, `weight` and
@@ -134,17 +130,8 @@ def linear_token_logprobs_parallel(
     rank, ranks = _place(group)
     refused: Exception | None = None
     rows = None
-    options = {
-        "temperature": temperature,
-        "logit_scale": logit_scale,
-        "softcap": softcap,
-        "ignore_index": ignore_index,
-        "chunk_tokens": chunk_tokens,
-        "tail_mass": tail_mass,
-        "backend": backend,
-    }
     try:
-        rows = _checked(group, (hidden, weight, labels, bias), options)
+        rows = _checked(group, (hidden, weight, labels, bias), temperature, arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         refused = error
     # Also with a refused argument: the other ranks wait in this collective.
@@ -154,7 +141,7 @@ def linear_token_logprobs_parallel(
     start, vocabulary = sum(sizes[:rank]), sum(sizes)
     if vocabulary == 0:
         raise ValueError("weight is empty on every rank of tp_group: the parts of the head must add up to V >= 1 rows")
-    checks.labels("labels", labels, labels.shape, rows.hidden.device, vocabulary, ignore_index)
+    checks.labels("labels", labels, labels.shape, rows.hidden.device, vocabulary, rows.options.ignore_index)
     part = Part(start, start + sizes[rank], vocabulary, rank, ranks, group)
     keep = keep_token_grads and torch.is_grad_enabled() and rows.hidden.requires_grad and not rows.trains_head
     plan = _Plan(rows.options, part, keep)
@@ -176,15 +163,14 @@ def _place(group: Any) -> tuple[int, int]:
 
 def _checked(
     group: Any,
-    tensors: tuple[
-        Tensor, Tensor, Tensor, Tensor | None
-    ],  # hidden (..., D), weight (V_r, D), labels (...), bias (V_r,)
-    options: dict[str, Any],
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None],  # hidden, weight, labels, bias
+    temperature: Any,
+    arguments: HeadArguments,
 ) -> LinearRows:
     """Return the rows of this rank, or raise. Label values are checked once the size of the vocabulary is known."""
     hidden, weight, labels, bias = tensors
-    if options["tail_mass"] != 0.0:
-        raise ValueError(f"tail_mass must be 0.0 (the exact gradient) with tp_group, got {options['tail_mass']!r}")
+    if (tail_mass := arguments.get("tail_mass", 0.0)) != 0.0:
+        raise ValueError(f"tail_mass must be 0.0 (the exact gradient) with tp_group, got {tail_mass!r}")
     checks.vocabulary_tensor("hidden", hidden)
     weight = checks.vocabulary_tensor("weight", _local("weight", weight, group))
     if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
@@ -203,10 +189,8 @@ def _checked(
     checks.same_shape("labels", labels, hidden.shape[:-1])
     checks.same_device("labels", labels, hidden.device)
     check_savable(hidden, weight)
-    ignore_index = operator.index(options["ignore_index"])
-    temperature = options["temperature"]
-    others = {name: value for name, value in options.items() if name not in ("temperature", "ignore_index")}
-    chosen = head_options(hidden.device, ignore_index=ignore_index, tp_group=None, **others)
+    ignored = operator.index(arguments.get("ignore_index", IGNORED))
+    chosen = head_options(hidden.device, **{**arguments, "ignore_index": ignored})
     return LinearRows.of(hidden, weight, labels, bias, temperature, chosen)
 
 

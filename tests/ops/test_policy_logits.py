@@ -274,8 +274,8 @@ def test_half_precision_factors_are_not_rounded_first() -> None:
     gradient, factor = torch.linspace(1.0, 2.0, 129).bfloat16().view(43, 3), torch.tensor(1.0 / 3.0)
     exact = (gradient.double() / 3.0).bfloat16()
     for backend in ("torch", "cpu"):
-        assert torch.equal(op.scaled(gradient.clone(), factor, backend, keep=True), exact)
-        assert torch.equal(op.scaled(gradient.clone(), factor, backend, keep=False), exact)
+        assert torch.equal(op.scale_gradient(gradient.clone(), factor, backend, keep=True), exact)
+        assert torch.equal(op.scale_gradient(gradient.clone(), factor, backend, keep=False), exact)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
