@@ -126,7 +126,9 @@ def _surrogate(
         return -logprobs.detach().exp() * logprobs, never, never, None
     if kind == "sapo":
         tau = _by_sign(advantages > 0, spec.tau_pos, spec.tau_neg, ratio)
-        return -(4.0 / tau) * torch.sigmoid(tau * (ratio - 1.0)) * advantages, never, never, None
+        # 4 sigmoid(x) = 2 (1 + tanh(x / 2)). The bits of PyTorch's sigmoid depend on the place of an entry in its tensor:
+        # with AVX2 the last entries of a tensor go through other code than the rest. Those of tanh do not.
+        return -(2.0 / tau) * (1.0 + torch.tanh(0.5 * tau * (ratio - 1.0))) * advantages, never, never, None
     if kind == "geometric":
         assert columns.sequence_log_ratio is not None
         token_u = log_ratio(spec, logprobs.detach(), columns.anchor)

@@ -58,7 +58,7 @@ REFERENCE = [
     Mutation("nll sign flipped", "return -logprobs, never", "return logprobs, never"),
     Mutation("dft weight not detached", "-logprobs.detach().exp() * logprobs", "-logprobs.exp() * logprobs"),
     Mutation("sapo temperatures swapped", "spec.tau_pos, spec.tau_neg, ratio", "spec.tau_neg, spec.tau_pos, ratio"),
-    Mutation("sapo factor dropped", "return -(4.0 / tau) * torch", "return -(1.0 / tau) * torch"),
+    Mutation("sapo factor dropped", "return -(2.0 / tau) * (1.0 + torch", "return -(1.0 / tau) * (1.0 + torch"),
     Mutation("vespo rate sign flipped", "u.detach() - rate * u.detach()", "u.detach() + rate * u.detach()"),
     Mutation("vespo exponents swapped", "spec.k_pos, spec.k_neg, ratio", "spec.k_neg, spec.k_pos, ratio"),
     Mutation("geometric detached", "return -ratio * advantages, below", "return -weight * advantages, below"),
