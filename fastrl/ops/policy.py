@@ -1,6 +1,8 @@
-"""The token arithmetic of the policy loss: one fused kernel where Triton runs, else plain PyTorch.
+"""The token arithmetic of the policy loss: one fused kernel if Triton runs on the device, else plain PyTorch.
 
-N tokens. Both realisations give the same results and gradients; `fastrl.reference.token_terms` states the formulas.
+Both realisations give the same results and gradients. `fastrl.reference.token_terms` states the formulas.
+
+Legend: N tokens.
 """
 
 from __future__ import annotations
@@ -55,18 +57,18 @@ def fused_policy_terms(
     *,
     backend: str = "auto",
 ) -> reference.TokenTerms:
-    """Return what every token adds to the loss; see `fastrl.reference.token_terms`.
+    """Return each token's contribution to the loss, as `fastrl.reference.token_terms` states it.
 
     Args:
         spec: the loss, a `PolicyLoss`.
-        logprobs: (N,) float32 or float64; whatever stood under the mask is already replaced.
-        entropy: (N,) entropies, needed where `columns.entropy_weights` is given.
+        logprobs: (N,) float32 or float64, with values under the mask already replaced.
+        entropy: (N,) entropies, needed with `columns.entropy_weights`.
         columns: the constants of the arithmetic, and the log-ratio of the sequence, through which gradients flow.
-        backend: "auto" takes Triton on GPUs and PyTorch elsewhere; "torch" and "triton" are used or refused.
+        backend: "auto" takes Triton on GPUs and PyTorch elsewhere. "torch" and "triton" are used or refused.
 
     Returns:
         `TokenTerms`. `contribution` carries the gradient with respect to `logprobs`, `entropy` and
-        `columns.sequence_log_ratio`; from the kernel, once (`create_graph=True` is refused).
+        `columns.sequence_log_ratio`. The kernel's gradient is differentiable once: it refuses `create_graph=True`.
     """
     if not choice.kernel_runs(backend, logprobs.device):
         return reference.token_terms(spec, logprobs, entropy, columns)
@@ -109,7 +111,7 @@ def axes_of(spec: Any) -> tuple[str, str, str, str, str, str]:
 
 
 def numbers_of(spec: Any) -> list[float]:
-    """Return `NUMBERS` of a loss; open bounds are infinite."""
+    """Return `NUMBERS` of a loss. Open bounds are infinite."""
     low, high = _bounds(spec)
     limit = reference.LOG_RATIO_LIMIT
     values = {
@@ -149,7 +151,7 @@ def kernel_columns(values: Sequence[Tensor | None]) -> Any:
 
 
 def _bounds(spec: Any) -> tuple[float, float]:
-    """Return what the surrogate clips or drops by: the ratio for "clip", else the log-ratio or the divergence."""
+    """Return the bounds of clipping or dropping: on the ratio for "clip", else on the log-ratio or the divergence."""
     low, high = spec.clip_low, spec.clip_high
     if spec.surrogate == "divergence_tv_symmetric":
         low = high = low if high is None else high
@@ -161,7 +163,8 @@ def _or(value: float | None, otherwise: float) -> float:
     return otherwise if value is None else value
 
 
-# A custom op takes lists of tensors without gaps, hence `names`, and returns tensors only: what is missing is empty.
+# custom_op cannot take None inside a list, so `names` says which columns are present. It returns only tensors:
+# absent outputs are empty.
 @torch.library.custom_op("fastrl::policy_terms", mutates_args=())
 def _policy_terms(
     logprobs: Tensor,

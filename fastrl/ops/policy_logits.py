@@ -1,13 +1,14 @@
 """The policy loss of rows of logits with its gradient formed in the forward, for losses separable over tokens.
 
-One kernel on Triton: one read and one write of the logits; over the logits themselves also in a graph of
-`torch.compile`, whose backward cannot hand out what the forward made and takes another read and write to scale it. One
-in CUDA too, for the losses whose gradient does not wait for the log-prob (`gradient_is_known`). Elsewhere the log-probs
-of all rows, the token arithmetic once, and the gradient of all rows: two reads and one write. Tiles of rows that stay
-in a CPU's cache would save the second read, but not time: at N=1024, V=49152 the two walks took 26 ms at any tile from
-16 rows (27 ms) to all of them, and each tile's token arithmetic another 0.5 ms.
+    backend        passes over the logits
+    triton         1 read, 1 write, in one kernel
+    cuda           the same, for losses whose gradient is known before the log-prob (`gradient_is_known`)
+    elsewhere      2 reads, 1 write: log-probs of all rows, token arithmetic once, gradient of all rows
 
-Legend: N tokens, V vocabulary.
+In a graph of `torch.compile` the backward cannot return the forward's gradient as it is. It reads and writes it
+once more to scale it.
+
+Legend: N tokens, V vocabulary, S sequences.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from fastrl.ops.policy import (
 )
 from fastrl.ops.rows import LogitRows, backward_rows, forward_rows, once_differentiable, row_blocks
 
-# Surrogates whose derivative does not depend on the log-prob, and those in which it depends on the ratio alone.
+# Surrogates with a derivative that does not depend on the log-prob, or depends on the ratio alone.
 LINEAR = ("reinforce", "nll")
 FUNCTIONS_OF_THE_RATIO = ("clip", "importance", "clipped_weight", "masked_weight", "topr", "sapo", "square")
 
@@ -49,20 +50,20 @@ def policy_logits(
     *,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, reference.TokenTerms]:
-    """Return (loss, logprobs (N,), entropy (N,), terms); the gradient of the loss is formed here, not in the backward.
+    """Return (loss, logprobs (N,), entropy (N,), terms) and form the gradient of the loss here, not in the backward.
 
     Args:
         spec: a loss in which a token's gradient depends on its own row alone.
-        logits: of any strides; not float16, whose gradient must see the loss scale before it is rounded.
-        rows: what belongs to them.
+        logits: of any strides. Not float16: its gradient must meet the loss scale before it is rounded.
+        rows: labels, temperature and options of the logits' rows.
         columns: the constants of the token arithmetic, without `sequence_log_ratio`.
         lengths: tokens of each sequence, which decide the order of the loss's sum.
-        inplace: write the gradient over the logits; see `check_inplace`. Inside `torch.compile` only True, on Triton.
+        inplace: write the gradient over the logits, see `check_inplace`. In `torch.compile` only True, on Triton.
 
     Returns:
-        The loss is differentiable once with respect to `logits`. The backward of a graph that is not kept hands out
-        the gradient itself, scaled in place unless the upstream gradient is 1: no further pass and no allocation. That
-        of a kept graph (`retain_graph=True`) scales into new memory, so that the next backward is right as well.
+        The loss is differentiable once with respect to `logits`. Without `retain_graph=True`, the backward returns the
+        gradient itself: no allocation, and no further pass if the upstream gradient is 1, else one pass to scale it in
+        place. With `retain_graph=True` it scales into new memory, so that the next backward is right as well.
     """
     if inplace:
         check_inplace(logits)
@@ -74,7 +75,7 @@ def policy_logits(
 
 
 def check_inplace(logits: Tensor) -> None:
-    """Raise `ValueError` where the gradient cannot be written over the logits."""
+    """Raise `ValueError` if the gradient cannot be written over the logits."""
     # A graph has no inference tensors, and asking would break it.
     if not torch.compiler.is_compiling() and torch.is_inference(logits):
         raise ValueError("inplace=True needs logits made outside inference mode; pass logits.clone() or inplace=False")
@@ -106,7 +107,7 @@ def _rows_apart(logits: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What `_PolicyLogits` needs beside the logits."""
+    """Inputs of `_PolicyLogits` beside the logits."""
 
     spec: Any  # PolicyLoss
     rows: LogitRows
@@ -116,13 +117,13 @@ class _Plan:
 
 
 class _PolicyLogits(torch.autograd.Function):
-    """logits -> loss, with the gradient formed in the forward; the other results have none."""
+    """logits -> loss, with the gradient formed in the forward. The other results have no gradient."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, plan: _Plan) -> tuple[Tensor | None, ...]:
         if plan.inplace:
             logprobs, entropy, terms = loss_and_gradient(plan.spec, logits, plan.rows, plan.columns, None)
-            # Whoever saved the logits for a backward of theirs must find out that they are gone.
+            # An operation that saved the logits for its backward must notice that they are overwritten.
             torch.autograd.graph.increment_version(logits)
             gradient = logits.detach()
         else:
@@ -156,6 +157,8 @@ def loss_and_gradient(
         return _in_one_kernel(spec, logits, rows, columns, gradients)
     if rows.backend == "cuda" and gradient_is_known(spec, columns):
         return _in_a_cluster(spec, logits, rows, columns, gradients)
+    # Tiles of rows that stay in a CPU's cache would save the second read, but no time. At N=1024, V=49152 the two walks
+    # took 27 ms in tiles of 16 rows and 26 ms in larger ones. The token arithmetic took another 0.5 ms for each tile.
     blocks = list(row_blocks(logits.detach(), rows.labels, rows.inv_temperature_rows))
     found = [
         forward_rows(
@@ -203,7 +206,7 @@ def _terms_and_coefficients(
 def gradient_is_known(spec: Any, columns: reference.TokenColumns) -> bool:
     """Return whether dL/dlogprobs and dL/dentropy of every token are known before its log-prob is.
 
-    So they are where the loss is linear in the log-prob, and on-policy, where every ratio is 1; not with a KL term.
+    They are for a loss that is linear in the log-prob, and on-policy, with every ratio 1. Not with a KL term.
     """
     if spec.kl is not None:
         return False
@@ -213,10 +216,10 @@ def gradient_is_known(spec: Any, columns: reference.TokenColumns) -> bool:
 def _in_a_cluster(
     spec: Any, logits: Tensor, rows: LogitRows, columns: reference.TokenColumns, gradients: Tensor | None
 ) -> tuple[Tensor, Tensor, reference.TokenTerms]:
-    """Return what `loss_and_gradient` returns, through the CUDA kernel that reads and writes the logits once."""
+    """Do `loss_and_gradient` with the CUDA kernel that reads and writes the logits once."""
     from fastrl.backends import cuda
 
-    # Any finite log-prob gives the gradient: it does not depend on it.
+    # The gradient does not depend on the log-prob: any finite number serves.
     anything = torch.zeros_like(columns.advantages)
     _, g, h = _terms_and_coefficients(spec, anything, anything, columns)
     found = []
@@ -239,7 +242,7 @@ def _in_a_cluster(
 def _in_one_kernel(
     spec: Any, logits: Tensor, rows: LogitRows, columns: reference.TokenColumns, gradients: Tensor | None
 ) -> tuple[Tensor, Tensor, reference.TokenTerms]:
-    """Return what `loss_and_gradient` returns, through the Triton kernel."""
+    """Do `loss_and_gradient` with the Triton kernel."""
     values = [getattr(columns, name) for name in CONSTANTS]
     return _through_kernel(kernel_axes(spec), kernel_numbers(spec), logits, rows, values, gradients)
 
@@ -286,7 +289,7 @@ def _through_kernel(
 def _in_a_graph(
     spec: Any, logits: Tensor, rows: LogitRows, columns: reference.TokenColumns, lengths: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, reference.TokenTerms]:
-    """Return what `policy_logits` returns with `inplace`, inside `torch.compile`."""
+    """Do `policy_logits` with `inplace` inside `torch.compile`."""
     gradient = logits.detach()
     constants = {name: getattr(columns, name) for name in CONSTANTS if getattr(columns, name) is not None}
     results = _policy_logits_(
@@ -341,7 +344,7 @@ def _backward(ctx: Any, factor: Tensor) -> tuple[Tensor, None, None]:
 _with_known_gradient.register_autograd(_backward, setup_context=_setup_context)
 
 
-# As `policy_terms`: what a loss lacks is left out of the lists of tensors, and empty in what is returned.
+# As in `policy_terms`, the lists of tensors leave out absent columns, and absent outputs are empty tensors.
 @torch.library.custom_op("fastrl::policy_logits_", mutates_args=("logits",))
 def _policy_logits_(
     logits: Tensor,  # (..., V)

@@ -37,8 +37,8 @@ def group_advantages(
 
     baseline "group_mean" (GRPO, arXiv 2402.03300), "leave_one_out" n/(n-1) (R - mean) (RLOO, arXiv 2402.14740),
     "length_weighted" sum L R / sum L (OPO, arXiv 2505.23585), "given" (ReMax, arXiv 2310.10505), "none".
-    scale "group": unbiased std of the group; "batch": of all known rewards; "leave_one_out": of the other rewards of
-    the group, no division where that is 0 (NeMo-RL); "group_mean": mean of the group (MaxRL, arXiv 2602.02710);
+    scale "group": unbiased std of the group, "batch": of all known rewards, "leave_one_out": of the other rewards of
+    the group, no division if that std is 0 (NeMo-RL), "group_mean": mean of the group (MaxRL, arXiv 2602.02710),
     "none" (Dr. GRPO, arXiv 2503.20783).
 
     Missing rewards are left out of every statistic and get advantage 0. Groups of one and of equal rewards get
@@ -100,14 +100,14 @@ def group_advantages(
 
 
 def batch_std(rewards: Tensor) -> Tensor:
-    """Return the unbiased standard deviation () of the known (not NaN) rewards (B,); 0 for fewer than two of them."""
+    """Return the unbiased standard deviation () of the known (not NaN) rewards (B,), 0 for fewer than two of them."""
     known = ~rewards.isnan()
     wide = torch.where(known, rewards, 0.0).to(_accumulator(rewards))
     n = known.sum()
     if rewards.numel() == 0:
         return wide.sum()
     from_mean = torch.where(known, wide - wide.sum() / n.clamp(min=1), 0.0)
-    # Equal rewards give exactly 0, also where their mean is rounded; infinite ones have no difference.
+    # Equal rewards give exactly 0, also if their mean is rounded. Infinite rewards have no difference.
     spread = torch.where(known, wide, -math.inf).amax() - torch.where(known, wide, math.inf).amin()
     return torch.where(spread == 0, 0.0, (from_mean.square().sum() / (n - 1).clamp(min=1)).sqrt())
 
@@ -117,8 +117,8 @@ def leave_one_out_std(
     squares: Tensor,  # (B,) sum of (R - group mean)^2 over the group
     count: Tensor,  # (B,) size of the group
 ) -> Tensor:
-    """Return the unbiased standard deviation (B,) of the group's other rewards; 0 where fewer than two are left."""
+    """Return the unbiased standard deviation (B,) of the group's other rewards, 0 if fewer than two are left."""
     rest = squares - from_mean.square() * count / (count - 1.0).clamp(min=1.0)
-    # What cancellation leaves of equal rewards is zero, not a tiny deviation to divide by.
+    # Equal rewards leave a rounding error by cancellation. It counts as 0: as a tiny deviation it would be a divisor.
     rest = torch.where(rest > 8.0 * torch.finfo(rest.dtype).eps * squares, rest, 0.0)
     return torch.where(count > 2, (rest / (count - 2.0).clamp(min=1.0)).sqrt(), 0.0)

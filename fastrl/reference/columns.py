@@ -26,15 +26,15 @@ VESPO_LOG_WEIGHT_MIN, VESPO_LOG_WEIGHT_MAX = math.log(1e-8), 20.0
 
 
 class TokenColumns(NamedTuple):
-    """What the token arithmetic needs beside log-prob and entropy: (N,) tensors without gradient, or None."""
+    """Inputs of the token arithmetic beside log-prob and entropy: (N,) tensors without gradient, or None."""
 
     advantages: Tensor
     weights: Tensor  # s_t keep_t w_t: weight of the policy term
     kl_weights: Tensor | None  # s_t kl_coef
     entropy_weights: Tensor | None  # entropy_coef / n_tokens
-    anchor: Tensor | None  # log-prob in the denominator of the ratio; None: the detached log-prob itself
-    kl_anchor: Tensor | None  # log-prob that the KL is taken to; None: the detached log-prob itself
-    kl_ratio_anchor: Tensor | None  # denominator of the ratio in ratio-weighted KL, where it is not `anchor`
+    anchor: Tensor | None  # log-prob in the denominator of the ratio, None for the detached log-prob itself
+    kl_anchor: Tensor | None  # log-prob on the other side of the KL, None for the detached log-prob itself
+    kl_ratio_anchor: Tensor | None  # denominator of the ratio in ratio-weighted KL, if not `anchor`
     positive: Tensor | None  # bool: sign that TOPR splits on
     log_correction: Tensor | None  # log of the correction, for VESPO's sequence weight
     sequence_log_ratio: Tensor | None = None  # per-token copy of the sequence's log-ratio, with its gradient
@@ -64,7 +64,7 @@ def policy_columns(
     logprobs: Tensor | None = None,  # (N,) stands for the old log-probs in the correction when they are absent
     sums: SegmentSum = segment_sum,
 ) -> TokenColumns:
-    """Return the columns of the token arithmetic; everything under the mask has been replaced by zero."""
+    """Return the columns of the token arithmetic, with zero in place of every value under the mask."""
     dtype = advantages.dtype
 
     def clean(x: Tensor | None) -> Tensor | None:
@@ -145,9 +145,14 @@ def aggregate_weights(
 ) -> Tensor:
     """Return s_t (N,), zero outside the mask, such that the aggregated loss is sum_t s_t l_t.
 
-    token_mean 1/n_tokens; sequence_mean 1/(n_sequences (|y| + denominator_eps)); sequence_sum 1/n_sequences; constant
-    1/(n_sequences constant); token_sum 1; prompt_mean 1/(P tokens of the prompt). Counts that are not given are
-    counted from the mask (sequences and prompts with at least one live token), and are at least 1.
+        token_mean      1 / n_tokens
+        sequence_mean   1 / (n_sequences (|y| + denominator_eps))
+        sequence_sum    1 / n_sequences
+        constant        1 / (n_sequences constant)
+        token_sum       1
+        prompt_mean     1 / (P tokens of the prompt)
+
+    Missing counts are counted from the mask: sequences and prompts with at least one live token, at least 1.
     """
     n = mask.numel()
     wide = torch.float64 if mask.device.type != "mps" else torch.float32
@@ -184,7 +189,7 @@ def _vespo_log_correction(
     lengths: Tensor,  # (S,)
     sums: SegmentSum,
 ) -> Tensor:
-    """Return what each token adds to VESPO's sequence log-weight (N,); a sequence's weight enters once, in shares."""
+    """Return each token's addend to VESPO's sequence log-weight (N,). A sequence's weight enters once, in shares."""
     found = weights.log().clamp(VESPO_LOG_WEIGHT_MIN, VESPO_LOG_WEIGHT_MAX)
     if correction.level != "token" and correction.op != "gate":
         live = sums(mask.to(found.dtype), lengths).clamp(min=1.0)
@@ -226,8 +231,11 @@ def sequence_log_ratio(
 ) -> Tensor | None:
     """Return the sequence's log-ratio spread over its tokens (N,), or None for token-level ratios.
 
-    "sequence": mean over live tokens (GSPO, arXiv 2507.18071); "sequence_token": the same value with the gradient of
-    the token's own log-prob; "sequence_sum": the sum (RLOO, arXiv 2402.14740). VESPO and GMPO form their own.
+        "sequence"        mean over live tokens (GSPO, arXiv 2507.18071)
+        "sequence_token"  the same value with the gradient of the token's own log-prob
+        "sequence_sum"    sum over live tokens (RLOO, arXiv 2402.14740)
+
+    VESPO and GMPO form their own.
     """
     if spec.ratio_level in ("token", "none"):
         return None
@@ -291,7 +299,7 @@ def top_covariance(logprobs: Tensor, advantages: Tensor, mask: Tensor, fraction:
 
 
 def covariances(logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """Return (A - mean A)(logp - mean logp) per token (N,), the means over live tokens; 0 outside the mask."""
+    """Return (A - mean A)(logp - mean logp) per token (N,), the means over live tokens, and 0 outside the mask."""
     count = mask.sum().clamp(min=1)
 
     def centred(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from fastrl.reference.segments import SegmentSum, segment_mean, segment_sum, spr
 
 
 def _gate_statistic(spec: Any, delta: Tensor, old: Tensor, rollout: Tensor) -> Tensor:
-    """Return the per-token statistic that a gate bounds; `delta` = old - rollout."""
+    """Return the per-token statistic that a gate bounds, with `delta` = old - rollout."""
     if spec.statistic == "tv":
         return (old.exp() - rollout.exp()).abs()
     if spec.statistic == "binary_kl":
@@ -32,10 +32,10 @@ def correction_weights(
     lengths: Tensor,  # (S,)
     sums: SegmentSum = segment_sum,
 ) -> Tensor:
-    """Return the detached weights (N,) that multiply the policy term; 1 outside the mask and at NaN `rollout`.
+    """Return the detached weights (N,) that multiply the policy term, 1 outside the mask and at NaN `rollout`.
 
-    w = exp(old - rollout) per token, exp(mean) or exp(sum) per sequence. "truncate" clamps w to [low, high]; "mask"
-    sets it to zero outside; "gate" keeps the token weights where the statistic of the level lies inside.
+    w = exp(old - rollout) per token, exp(mean) or exp(sum) per sequence. "truncate" clamps w to [low, high]. "mask"
+    sets w to zero outside. "gate" keeps the token weights if the statistic of the level lies inside.
     """
     n = old.numel()
     known = mask & ~rollout.isnan()

@@ -16,7 +16,7 @@ BINARY_KL_EPS = 1e-8
 def kl_value(x: Tensor, estimator: str) -> Tensor:
     """Return the KL estimate of the log-ratio x = logp - logp_other (Schulman 2020, "Approximating KL divergence").
 
-    k1 = x; k2 = x^2/2; k3 = exp(-x) - 1 + x; abs = |x|. k3 is accurate relative to itself for every x, exactly 0 at 0.
+    k1 = x, k2 = x^2/2, k3 = exp(-x) - 1 + x, abs = |x|. k3 is accurate relative to itself for every x, exactly 0 at 0.
     """
     if estimator == "k1":
         return x
@@ -43,10 +43,15 @@ def kl_estimate(
 ) -> Tensor:
     """Return the per-token KL estimate, of the shape of `logprobs`.
 
-    gradient: "plain" differentiates the clamped estimate; "ratio_weighted" multiplies it by `ratio`, which is not
-    detached; "straight_through" has the value of the estimate and the gradient of k2; "straight_through_ratio" the
-    gradient of sg(min(ratio, ratio_max)) k2. `value_clamp` bounds the estimate, or with value_clamp_order "after" the
-    estimate times the ratio of "ratio_weighted".
+    The choices of `gradient`:
+
+        "plain"                   differentiates the clamped estimate
+        "ratio_weighted"          multiplies the estimate by `ratio`, with the gradient of both
+        "straight_through"        value of the estimate, gradient of k2
+        "straight_through_ratio"  value of the estimate, gradient of sg(min(ratio, ratio_max)) k2
+
+    `value_clamp` bounds the estimate, or with value_clamp_order "after" the estimate times the ratio of
+    "ratio_weighted".
     """
     raw = (logprobs - other).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     low, high = log_ratio_clamp if isinstance(log_ratio_clamp, tuple) else _symmetric(log_ratio_clamp)

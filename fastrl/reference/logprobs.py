@@ -37,8 +37,8 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (logprobs, entropy, logsumexp), each of the shape of `labels`, 0 where ignored.
 
-    logp = z_y - logsumexp(z); H = logsumexp(z) - sum_v p_v z_v with the terms of z_v = -inf left out.
-    With `allowed`, z_v = -inf outside it; the log-prob of a label outside is the constant -inf.
+    logp = z_y - logsumexp(z) and H = logsumexp(z) - sum_v p_v z_v without the terms of z_v = -inf.
+    With `allowed`, z_v = -inf outside it, and the log-prob of a label outside is the constant -inf.
     """
     z = scaled_logits(logits, temperature, logit_scale, softcap)
     live = labels != ignore_index

@@ -23,7 +23,7 @@ SERIES_REACH, SERIES_ORDER = 0.5, 16
 
 
 def exp_linear(x: Tensor, limit: float = EXP_LIMIT) -> Tensor:
-    """Return exp(x), continued linearly beyond `limit`; NaN stays NaN, +inf is held at `LOG_RATIO_LIMIT`."""
+    """Return exp(x), continued linearly beyond `limit`. NaN stays NaN, +inf is held at `LOG_RATIO_LIMIT`."""
     x = x.clamp(max=LOG_RATIO_LIMIT)
     return torch.where(x > limit, math.exp(limit) * (x - (limit - 1.0)), x.clamp(max=limit).exp())
 

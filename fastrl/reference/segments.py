@@ -22,12 +22,12 @@ def segment_sum(
 
 
 SegmentSum = Callable[[Tensor, Tensor], Tensor]
-"""(values (N,), lengths (S,)) -> sums (S,): what the functions that pool over sequences take, so that a kernel may
-stand in for `segment_sum`."""
+"""(values (N,), lengths (S,)) -> sums (S,). Functions that pool over sequences take one, so that a kernel may replace
+`segment_sum`."""
 
 
 def segment_mean(x: Tensor, mask: Tensor, lengths: Tensor, sums: SegmentSum = segment_sum) -> Tensor:
-    """Return the (S,) means of `x` over the live tokens of each segment; 0 where a segment has none."""
+    """Return the (S,) means of `x` over the live tokens of each segment, 0 for a segment without any."""
     count = sums(mask.to(x.dtype), lengths).clamp(min=1.0)
     return sums(torch.where(mask, x, 0.0), lengths) / count
 

@@ -26,8 +26,8 @@ from fastrl.reference.segments import total
 class TokenTerms(NamedTuple):
     """Results of the token arithmetic, each (N,)."""
 
-    contribution: Tensor  # what the token adds to the loss; carries the gradient
-    surrogate: Tensor  # l(r, A), before any weight; detached
+    contribution: Tensor  # the token's addend to the loss, with the gradient
+    surrogate: Tensor  # l(r, A) before any weight, detached
     kl: Tensor | None  # detached
     ratio: Tensor  # detached
     clipped_low: Tensor  # bool
@@ -37,11 +37,11 @@ class TokenTerms(NamedTuple):
 
 def token_terms(
     spec: Any,  # PolicyLoss
-    logprobs: Tensor,  # (N,) with gradient; anything under the mask already replaced
+    logprobs: Tensor,  # (N,) with gradient, zero under the mask
     entropy: Tensor | None,  # (N,)
     columns: TokenColumns,
 ) -> TokenTerms:
-    """Return what every token adds to the loss, and what the metrics need.
+    """Return each token's contribution to the loss, and the terms of the metrics.
 
     Surrogates (A advantage, r ratio, sg stop-gradient, c = spec values):
         clip             -min(r A, clip(r, 1-low, 1+high) A), r capped by max_ratio, A < 0 floored by dual_clip
@@ -175,7 +175,7 @@ def _clip_bounds(spec: Any) -> tuple[float | None, float | None]:
 def _divergence_keep(spec: Any, logprobs: Tensor, anchor: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
     """Return (dropped_low, dropped_high): tokens that DPPO's trust region removes, by direction.
 
-    divergence_tv: A > 0 keeps p - q <= clip_high, A <= 0 keeps p - q >= -clip_low; with one bound only, that bound
+    divergence_tv: A > 0 keeps p - q <= clip_high, A <= 0 keeps p - q >= -clip_low. A single bound
     holds for every token. divergence_tv_symmetric: |p - q| <= clip_high for every token. divergence_kl: binary
     KL(q || p) at most the bound, only where the move is away from q in the direction of A.
     """
@@ -217,7 +217,7 @@ def policy_loss(
     entropy: Tensor | None = None,  # (N,)
     **inputs: Any,
 ) -> tuple[Tensor, TokenTerms, TokenColumns]:
-    """Return (loss, terms, columns) of flat tokens; `inputs` are those of `policy_columns`."""
+    """Return (loss, terms, columns) of flat tokens. `inputs` go to `policy_columns`."""
     live = torch.where(mask, logprobs, 0.0)
     columns = policy_columns(spec, advantages=advantages, mask=mask, lengths=lengths, logprobs=live, **inputs)
     columns = pooled_columns(spec, live, columns, mask, lengths)
