@@ -75,7 +75,6 @@ LONG_SIGNATURES = {
     "fastrl/losses/policy/loss.py PolicyLoss.__call__": PUBLIC,
     "fastrl/losses/policy/loss.py PolicyLoss.from_hidden": PUBLIC,
     "fastrl/losses/preference/loss.py PreferenceLoss.from_hidden": PUBLIC,
-    "fastrl/losses/preference/loss.py PreferenceLoss.from_logits": PUBLIC,
     "fastrl/losses/preference/loss.py PreferenceLoss.from_logprobs": PUBLIC,
     "fastrl/losses/value.py value_loss": PUBLIC,
     "fastrl/ops/linear_token_logprobs.py _linear_token_logprobs": CUSTOM_OP,
@@ -95,7 +94,8 @@ LONG_SIGNATURES = {
     "kernels/fastrl_kernels/sparse_rows.py list_entries": BACKEND,
     "kernels/fastrl_kernels/token_logprobs.py _token_logprobs_bwd_kernel": KERNEL,
     "kernels/fastrl_kernels/token_logprobs.py _token_logprobs_fwd_kernel": KERNEL,
-    "kernels/fastrl_kernels/token_logprobs.py grad_block": KERNEL_PART,
+    "kernels/fastrl_kernels/token_logprobs.py row_gradient": KERNEL_PART,
+    "kernels/fastrl_kernels/token_logprobs.py write_gradient": KERNEL_PART,
     "kernels/fastrl_kernels/token_logprobs.py token_logprobs_bwd": BACKEND,
 }
 

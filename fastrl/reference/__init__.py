@@ -18,6 +18,7 @@ from fastrl.reference.advantages import GroupAdvantages as GroupAdvantages
 from fastrl.reference.advantages import batch_std as batch_std
 from fastrl.reference.advantages import group_advantages as group_advantages
 from fastrl.reference.advantages import leave_one_out_std as leave_one_out_std
+from fastrl.reference.columns import TokenBatch as TokenBatch
 from fastrl.reference.columns import TokenColumns as TokenColumns
 from fastrl.reference.columns import aggregate_weights as aggregate_weights
 from fastrl.reference.columns import covariances as covariances

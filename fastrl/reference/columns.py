@@ -45,77 +45,83 @@ class TokenColumns(NamedTuple):
         return self._replace(**present)
 
 
+class TokenBatch(NamedTuple):
+    """The inputs of a policy loss beside its log-probs and entropy, as flat tokens and sequences."""
+
+    advantages: Tensor  # (N,)
+    mask: Tensor  # (N,) bool
+    lengths: Tensor  # (S,) tokens of each sequence, masked ones included
+    old_logprobs: Tensor | None = None  # (N,)
+    ref_logprobs: Tensor | None = None  # (N,)
+    rollout_logprobs: Tensor | None = None  # (N,)
+    selection: Tensor | None = None  # (N,) bool
+    positive: Tensor | None = None  # (N,) bool
+    kl_tokens: Tensor | None = None  # (N,) bool: tokens that carry the KL term
+    group_ids: Tensor | None = None  # (S,)
+    n_tokens: float | Tensor | None = None
+    n_sequences: float | Tensor | None = None
+    constant: float | None = None  # length in the denominator of aggregate="constant"
+
+
 def policy_columns(
     spec: Any,  # PolicyLoss
+    batch: TokenBatch,
     *,
-    advantages: Tensor,  # (N,)
-    mask: Tensor,  # (N,) bool
-    lengths: Tensor,  # (S,)
-    old_logprobs: Tensor | None = None,  # (N,)
-    ref_logprobs: Tensor | None = None,  # (N,)
-    rollout_logprobs: Tensor | None = None,  # (N,)
-    selection: Tensor | None = None,  # (N,) bool
-    positive: Tensor | None = None,  # (N,) bool
-    kl_tokens: Tensor | None = None,  # (N,) bool: tokens that carry the KL term
-    group_ids: Tensor | None = None,  # (S,)
-    n_tokens: float | Tensor | None = None,
-    n_sequences: float | Tensor | None = None,
-    constant: float | None = None,  # length in the denominator of aggregate="constant"
     logprobs: Tensor | None = None,  # (N,) stands for the old log-probs in the correction when they are absent
     sums: SegmentSum = segment_sum,
 ) -> TokenColumns:
     """Return the columns of the token arithmetic, with zero in place of every value under the mask."""
-    dtype = advantages.dtype
+    mask, lengths, dtype = batch.mask, batch.lengths, batch.advantages.dtype
 
     def clean(x: Tensor | None) -> Tensor | None:
         return None if x is None else torch.where(mask, x.detach().to(dtype), 0.0)
 
-    given = {"old": old_logprobs, "rollout": rollout_logprobs, "ref": ref_logprobs, "self": None}
+    given = {"old": batch.old_logprobs, "rollout": batch.rollout_logprobs, "ref": batch.ref_logprobs, "self": None}
     named = {name: clean(given[name]) for name in _anchors(spec)}
     scale = aggregate_weights(
         spec.aggregate,
         mask,
         lengths,
         dtype=dtype,
-        n_tokens=n_tokens,
-        n_sequences=n_sequences,
-        constant=constant,
+        n_tokens=batch.n_tokens,
+        n_sequences=batch.n_sequences,
+        constant=batch.constant,
         denominator_eps=spec.denominator_eps,
-        group_ids=group_ids,
+        group_ids=batch.group_ids,
         sums=sums,
     )
     weights, log_correction = scale, None
     if spec.correction is not None:
         rollout = named["rollout"]
         assert rollout is not None
-        before = named["old"] if old_logprobs is not None else clean(logprobs)
+        before = named["old"] if batch.old_logprobs is not None else clean(logprobs)
         assert before is not None
         correction = correction_weights(spec.correction, before, rollout, mask, lengths, sums)
         if spec.surrogate == "vespo":
             log_correction = _vespo_log_correction(spec.correction, correction, mask, lengths, sums)
         else:
             weights = weights * correction
-    if selection is not None:
-        weights = torch.where(selection, weights, 0.0)
+    if batch.selection is not None:
+        weights = torch.where(batch.selection, weights, 0.0)
     kl_weights = None
     if spec.kl is not None and spec.kl_coef != 0.0:
         kl_weights = spec.kl_coef * scale
-        if kl_tokens is not None:
-            kl_weights = torch.where(kl_tokens, kl_weights, 0.0)
+        if batch.kl_tokens is not None:
+            kl_weights = torch.where(batch.kl_tokens, kl_weights, 0.0)
     entropy_weights = None
     if spec.entropy_coef != 0.0:
         entropy_weights = spec.entropy_coef * aggregate_weights(
-            "token_mean", mask, lengths, dtype=dtype, n_tokens=n_tokens, sums=sums
+            "token_mean", mask, lengths, dtype=dtype, n_tokens=batch.n_tokens, sums=sums
         )
     return TokenColumns(
-        advantages=torch.where(mask, advantages.detach(), 0.0),
+        advantages=torch.where(mask, batch.advantages.detach(), 0.0),
         weights=weights,
         kl_weights=kl_weights,
         entropy_weights=entropy_weights,
         anchor=named[spec.ratio_anchor],
         kl_anchor=named[spec.kl_to] if spec.kl is not None else None,
         kl_ratio_anchor=named[spec.kl_ratio_anchor] if spec.kl_ratio_anchor is not None else None,
-        positive=positive,
+        positive=batch.positive,
         log_correction=log_correction,
     )
 

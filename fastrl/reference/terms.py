@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.reference.columns import TokenColumns, log_ratio, policy_columns, pooled_columns
+from fastrl.reference.columns import TokenBatch, TokenColumns, log_ratio, policy_columns, pooled_columns
 from fastrl.reference.kl import binary_kl, kl_estimate
 from fastrl.reference.numerics import exp_linear, one_sided
 from fastrl.reference.segments import total
@@ -126,8 +126,8 @@ def _surrogate(
         return -logprobs.detach().exp() * logprobs, never, never, None
     if kind == "sapo":
         tau = _by_sign(advantages > 0, spec.tau_pos, spec.tau_neg, ratio)
-        # 4 sigmoid(x) = 2 (1 + tanh(x / 2)). The bits of PyTorch's sigmoid depend on the place of an entry in its tensor:
-        # with AVX2 the last entries of a tensor go through other code than the rest. Those of tanh do not.
+        # 4 sigmoid(x) = 2 (1 + tanh(x / 2)). PyTorch's sigmoid gives the last entries of a tensor other bits than the
+        # rest, on processors with AVX2 as the widest set. Its tanh does not.
         return -(2.0 / tau) * (1.0 + torch.tanh(0.5 * tau * (ratio - 1.0))) * advantages, never, never, None
     if kind == "geometric":
         assert columns.sequence_log_ratio is not None
@@ -211,15 +211,14 @@ def policy_loss(
     spec: Any,  # PolicyLoss
     logprobs: Tensor,  # (N,)
     *,
-    advantages: Tensor,  # (N,)
-    mask: Tensor,  # (N,) bool
-    lengths: Tensor,  # (S,) tokens of each sequence, masked ones included
     entropy: Tensor | None = None,  # (N,)
     **inputs: Any,
 ) -> tuple[Tensor, TokenTerms, TokenColumns]:
-    """Return (loss, terms, columns) of flat tokens. `inputs` go to `policy_columns`."""
+    """Return (loss, terms, columns) of flat tokens. `inputs` are the fields of `TokenBatch`."""
+    batch = TokenBatch(**inputs)
+    mask, lengths = batch.mask, batch.lengths
     live = torch.where(mask, logprobs, 0.0)
-    columns = policy_columns(spec, advantages=advantages, mask=mask, lengths=lengths, logprobs=live, **inputs)
+    columns = policy_columns(spec, batch, logprobs=live)
     columns = pooled_columns(spec, live, columns, mask, lengths)
     live_entropy = None if entropy is None else torch.where(mask, entropy, 0.0)
     terms = token_terms(spec, live, live_entropy, columns)

@@ -24,10 +24,12 @@ REFERENCE = [
     Mutation("correction inverted", "torch.where(known, old - rollout, 0.0)", "torch.where(known, rollout - old, 0.0)"),
     Mutation("correction not normalised", "weights = weights / mean.clamp(", "weights = weights * mean.clamp("),
     Mutation("correction bounds open", "weights = one_sided(weights, spec.low, spec.high)", "weights = weights * 1.0"),
-    Mutation("selection ignored", "weights = torch.where(selection, weights, 0.0)", "weights = weights * 1.0"),
+    Mutation("selection ignored", "weights = torch.where(batch.selection, weights, 0.0)", "weights = weights * 1.0"),
     Mutation("kl_coef dropped", "kl_weights = spec.kl_coef * scale", "kl_weights = scale"),
     Mutation(
-        "kl_tokens ignored", "kl_weights = torch.where(kl_tokens, kl_weights, 0.0)", "kl_weights = kl_weights * 1.0"
+        "kl_tokens ignored",
+        "kl_weights = torch.where(batch.kl_tokens, kl_weights, 0.0)",
+        "kl_weights = kl_weights * 1.0",
     ),
     Mutation(
         "entropy sign flipped",

@@ -151,8 +151,7 @@ class Batch:
         if spec.kl_fraction is not None:
             assert logprobs is not None
             kl_tokens = reference.top_covariance(logprobs.detach(), self.advantages, self.mask, spec.kl_fraction)
-        return reference.policy_columns(
-            spec,
+        tokens = reference.TokenBatch(
             advantages=self.advantages,
             mask=self.mask,
             lengths=self.layout.lengths,
@@ -166,8 +165,9 @@ class Batch:
             n_tokens=self.n_tokens,
             n_sequences=self.n_sequences,
             constant=spec.constant if spec.constant is not None else self.layout.shape[-1],
-            logprobs=None if logprobs is None else logprobs.detach(),
-            sums=sums,
+        )
+        return reference.policy_columns(
+            spec, tokens, logprobs=None if logprobs is None else logprobs.detach(), sums=sums
         )
 
 
