@@ -282,13 +282,17 @@ def stale_names() -> list[str]:
     return sorted(set(LONG_SIGNATURES) - {name for name, _ in long_signatures()})
 
 
+def is_text(node: ast.Expr) -> bool:
+    """Return whether a statement is a string alone: a docstring or a text under a field."""
+    return isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
 def code_lines(path: Path) -> list[tuple[int, str]]:
     """Return (number, text) of the lines of code: no comments, docstrings, imports or bare punctuation."""
     text = text_of(path)
     dropped: set[int] = set()
     for node in ast.walk(parsed(text)):
-        bare = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-        if bare or isinstance(node, ast.Import | ast.ImportFrom):
+        if isinstance(node, ast.Import | ast.ImportFrom) or (isinstance(node, ast.Expr) and is_text(node)):
             dropped.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     lines = dict(enumerate(text.splitlines(), 1))
     for row, column, _ in comments(text):
