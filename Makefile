@@ -1,6 +1,7 @@
 # fastrl: everything runs in $(VENV), made from nothing with plain pip and the pins of constraints.txt.
 #
 #   make test      lint, then every test with coverage
+#   make test-ptx  the kernels' tests on compiled code: an interpreter runs the PTX, no GPU needed
 #   make demo      train a small real model on arithmetic with GRPO and write a report
 #   make lint      ruff, pyright and the import layers
 #   make format    rewrite the sources with ruff
@@ -39,7 +40,7 @@ MODEL := $(VENV)/.stamp-model-$(DEPS_KEY)
 # The pins without torch and triton, which the first stage has settled.
 OTHER_PINS := $(VENV)/constraints.txt
 
-.PHONY: help test demo lint format venv clean
+.PHONY: help test test-ptx demo lint format venv clean
 .DELETE_ON_ERROR:
 
 help:
@@ -48,6 +49,11 @@ help:
 test: lint
 	$(SAY) "tests, with coverage of fastrl"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov=fastrl --cov-report=term $(PYTEST_ARGS)
+
+# Compiled, with all approximate instructions as far off as they may be, warps in random order, and a look for races.
+test-ptx: $(TEST)
+	$(SAY) "the kernels' tests on PTX for sm_90"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --ptx=sm_90 --ptx-check tests/ptx tests/kernels $(PYTEST_ARGS)
 
 lint: $(TEST)
 	$(SAY) "ruff check"

@@ -20,7 +20,7 @@ from fastrl.losses.policy.axes import SURROGATES
 from fastrl.ops import policy as op
 from fastrl_kernels import policy as kernels
 from fastrl_kernels import policy_parts
-from fastrl_kernels.launch import on_device_of
+from fastrl_kernels.launch import COMPILE_OPTIONS, on_device_of
 
 pytestmark = LANE
 DTYPES = [torch.float32, torch.float64]
@@ -40,7 +40,8 @@ def exp_terms(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x = x.to(DEVICE)
     exp, expm1, tail = (torch.full_like(x, math.nan) for _ in range(3))
     with on_device_of(x):
-        _exp_terms_kernel[(triton.cdiv(x.numel(), 4096),)](x, exp, expm1, tail, x.numel(), BLOCK=4096)
+        grid = (triton.cdiv(x.numel(), 4096),)
+        _exp_terms_kernel[grid](x, exp, expm1, tail, x.numel(), BLOCK=4096, **COMPILE_OPTIONS)
     return exp.cpu(), expm1.cpu(), tail.cpu()
 
 

@@ -326,7 +326,11 @@ def test_strides(layout: str, seed: int) -> None:
         assert bool(whole[:, 1::2].isnan().all())
 
 
-def test_expanded_rows_and_inputs(seed: int) -> None:
+def test_expanded_rows_and_inputs(seed: int, request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("ptx"):
+        # Triton specialises a kernel on strides that 16 divides, and then adds the entries of a row in another order.
+        reason = "compiled, the bits of a row depend on its stride"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     logits, labels, _ = make(4, 40)
     one = logits[:1].expand(4, 40)
     number = torch.tensor(0.3, device=DEVICE)
