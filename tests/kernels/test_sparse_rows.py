@@ -226,7 +226,12 @@ TORCH = [
 ]
 TRITON = [
     replaced("residual mass dropped", "left = tl.sum(rest.to(tl.float64), 0)", "= tl", "= 0 * tl"),
-    replaced("limit without the scale", "size *= tl.abs(gradient.scale).to(tl.float64)", "tl.abs(scale).to(tl.float64)", "1.0"),
+    replaced(
+        "limit without the scale",
+        "size *= tl.abs(gradient.scale).to(tl.float64)",
+        "tl.abs(gradient.scale).to(tl.float64)",
+        "1.0",
+    ),
     replaced("what is cut is not counted", "left += tl.sum(tl.where(listed & (magnitudes <= cut)", "<= cut", "< 0"),
     replaced("cut on the other side", "kept = listed & (magnitudes > cut)", ">", "<="),
     replaced("threshold is the limit", "(limit * tl.full((), share, tl.float64))", "share", "1.0"),
