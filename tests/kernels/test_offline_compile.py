@@ -20,7 +20,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Run the script in a process of its own: here the kernels may be interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    root = SCRIPT.parent.parent
+    root = SCRIPT.parents[2]
     environment["PYTHONPATH"] = os.pathsep.join((str(root / "kernels"), str(root)))
     done = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True, timeout=590)
     assert done.returncode == 0, done.stderr[-4000:]

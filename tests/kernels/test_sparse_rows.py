@@ -219,7 +219,12 @@ TORCH = [
 ]
 TRITON = [
     replaced("residual mass dropped", "left = tl.sum(rest.to(tl.float64), 0)", "= tl", "= 0 * tl"),
-    replaced("limit without the scale", "size *= tl.abs(scale).to(tl.float64)", "tl.abs(scale).to(tl.float64)", "1.0"),
+    replaced(
+        "limit without the scale",
+        "size *= tl.abs(gradient.scale).to(tl.float64)",
+        "tl.abs(gradient.scale).to(tl.float64)",
+        "1.0",
+    ),
     replaced("what is cut is not counted", "left += tl.sum(tl.where(listed & (magnitudes <= cut)", "<= cut", "< 0"),
     replaced("cut on the other side", "kept = listed & (magnitudes > cut)", ">", "<="),
     replaced("threshold is the limit", "(limit * tl.full((), share, tl.float64))", "share", "1.0"),
@@ -258,7 +263,7 @@ def use(monkeypatch: pytest.MonkeyPatch, module) -> None:  # type: ignore[no-unt
 def test_a_fault_in_the_plain_rows_is_noticed(
     mutation: Mutation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(monkeypatch, load(mutated_source(torch_rows, mutation), "faulty_sparse_rows_torch", tmp_path))
+    use(monkeypatch, load(mutated_source(mutation, (torch_rows,))[1], "faulty_sparse_rows_torch", tmp_path))
     assert all_checks("torch")
 
 
@@ -266,5 +271,5 @@ def test_a_fault_in_the_plain_rows_is_noticed(
 def test_a_fault_in_the_triton_rows_is_noticed(
     mutation: Mutation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(monkeypatch, load(mutated_source(triton_kernels, mutation), "faulty_sparse_rows_triton", tmp_path))
+    use(monkeypatch, load(mutated_source(mutation, (triton_kernels,))[1], "faulty_sparse_rows_triton", tmp_path))
     assert all_checks("triton")
