@@ -5,6 +5,7 @@
     train/                      the loops: each against plain PyTorch, resumed to the bit, and learning
     integrations/               each host library with fastrl in it; hosts/ runs the hosts' own losses
     house/                      public names, documents, the `fastrl` command, build files, import layers, counts
+    ptx/                        the interpreter that runs compiled kernels (support/ptx/), and faults planted in them
     data/                       golden numbers, loss curves, resources of compiled kernels
     tiny_model.py               a random model with a tokenizer: python tests/tiny_model.py FOLDER
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -34,3 +35,12 @@ def stand_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandFor]:
     yield use
     for proofs in forgotten:
         proofs.forget()
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator_state() -> None:
+    """Forget the settings of an earlier test's Accelerator: they hold for a process, whatever order tests run in."""
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state()
