@@ -4,8 +4,11 @@
     logp = z_y - lse,    lse = log sum_v e^(z_v),    entropy = -sum_v p_v log p_v
     dz_v = g (1[v = y] - p_v) - h p_v (log p_v + entropy) + l p_v
 
-One program per row, so a row's bits depend on nothing but the row. The callers of the host functions have validated
-the arguments. The kernels protect memory: they never use a label outside [0, V) as an address.
+One program per row, so a row's bits do not depend on the rows around it. Compiled, they depend on its layout: if 16
+divides stride and address, Triton loads vectors and adds the entries in another order than if not.
+
+The callers of the host functions have validated the arguments. The kernels protect memory: they never use a label
+outside [0, V) as an address.
 
 Legend: N tokens (rows), V vocabulary entries.
 """

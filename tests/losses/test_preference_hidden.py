@@ -112,6 +112,26 @@ def test_float32_is_as_accurate_as_the_path_of_log_probs(name: str) -> None:
         assert_as_accurate(key, got[key], exact[key], eager[key])
 
 
+@pytest.mark.parametrize(("name", "units"), [("sigmoid", 2.0), ("aot", 3.0)])
+def test_frozen_states_save_the_product_of_their_gradient(name: str, units: float) -> None:
+    """The head alone trains: its gradient, and for a loss of sorted pairs the logits a second time."""
+    x = batch()
+    given = {"labels": x["labels"], "mask": x["mask"], "ref_logprobs": x["ref_logprobs"], "backend": "torch"}
+    weight = x["weight"].clone().requires_grad_()
+    output = LOSSES[name][0].from_hidden(x["hidden"].detach(), weight, **given)
+    assert output.metrics["path/gemm_units"][0].item() == units
+
+
+def test_a_sum_of_squares_that_would_be_replaced_is_refused() -> None:
+    x = batch()
+    loss = PreferenceLoss.preset("sigmoid", weighting="wpo")
+    given = {"ref_logprobs": x["ref_logprobs"], "log_sum_squared_probs": torch.zeros_like(x["ref_logprobs"])}
+    with pytest.raises(TypeError, match="log_sum_squared_probs= is computed here"):
+        loss.from_hidden(x["hidden"], x["weight"], x["labels"], x["mask"], **given)
+    with pytest.raises(TypeError, match="log_sum_squared_probs= is computed here"):
+        loss.from_logits(x["hidden"] @ x["weight"].T, x["labels"], x["mask"], **given)
+
+
 @pytest.mark.parametrize("name", ["sigmoid", "aot", "kto"])
 def test_a_frozen_head_takes_two_units_and_evaluation_one(name: str) -> None:
     loss, given, _ = LOSSES[name]

@@ -1,7 +1,7 @@
 // Checked tensor views, for the entry points of every backend.
 //
-// The Python wrapper has validated shapes, strides and dtypes; what is checked again here are the assumptions that
-// would otherwise read or write out of bounds.
+// The public operations have validated shapes, strides and dtypes. Checked again here are the assumptions that would
+// otherwise read or write out of bounds.
 #pragma once
 
 #include <tvm/ffi/container/tensor.h>

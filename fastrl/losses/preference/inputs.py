@@ -44,6 +44,12 @@ def check_names(inputs: Mapping[str, Any]) -> None:
         raise TypeError(f"unexpected argument {', '.join(unknown)}; known: {', '.join(_NAMES)}")
 
 
+def check_no_squares(inputs: Mapping[str, Any]) -> None:
+    """Raise `TypeError` if the caller passes sum p^2 to an entrance that computes it."""
+    if inputs.get("log_sum_squared_probs") is not None:
+        raise TypeError("log_sum_squared_probs= is computed here from the logits; pass it only to from_logprobs")
+
+
 def either_name(desirable: Tensor | None, labels: Tensor | None) -> Tensor | None:
     """Return the argument, given under its name or under its old name. Raise `ValueError` if both are given."""
     if desirable is not None and labels is not None:

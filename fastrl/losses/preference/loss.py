@@ -24,7 +24,7 @@ from fastrl import checks
 from fastrl.losses.output import LossOutput, gemm_units, with_path, with_sparse_stats
 from fastrl.losses.preference.axes import PreferenceAxes
 from fastrl.losses.preference.fused import fused_preference, policy_rows
-from fastrl.losses.preference.inputs import PreferenceInputs, check_names, either_name
+from fastrl.losses.preference.inputs import PreferenceInputs, check_names, check_no_squares, either_name
 from fastrl.losses.preference.pairs import loss_of_pairs
 from fastrl.losses.preference.presets import ALIASES, PRESETS, describe, preset_fields
 from fastrl.losses.preference.rows import PairRows, check_one_reference, check_rows, checked_lengths, halved
@@ -275,6 +275,7 @@ class PreferenceLoss(PreferenceAxes):
             "ignore_index": checks.MASKED_LABEL,
         }
         check_names(inputs)
+        check_no_squares(inputs)
         ids, kept = checks.masked_labels(labels, mask, logits, "logits")
         policy = token_logprobs(logits, ids, **head)
         with torch.no_grad():
@@ -362,6 +363,7 @@ class PreferenceLoss(PreferenceAxes):
         if (ref_hidden is None and ref_weight is not None) or (ref_weight is None and ref_bias is not None):
             raise ValueError("ref_bias goes with ref_weight, and ref_weight with ref_hidden")
         check_names(inputs)
+        check_no_squares(inputs)
         ids, kept = checks.masked_labels(labels, mask, hidden, "hidden")
         with torch.no_grad():
             if ref_hidden is not None:
@@ -370,7 +372,8 @@ class PreferenceLoss(PreferenceAxes):
                 ref_logprobs = linear_token_logprobs(ref_hidden, ref_head[0], ids, bias=ref_head[1], **exact).logprobs
         extra = float(ref_hidden is not None)
         trains_head = any(isinstance(x, Tensor) and x.requires_grad for x in (weight, bias))
-        training = torch.is_grad_enabled() and (trains_head or (isinstance(hidden, Tensor) and hidden.requires_grad))
+        trains_hidden = isinstance(hidden, Tensor) and hidden.requires_grad
+        training = torch.is_grad_enabled() and (trains_head or trains_hidden)
         if training and trains_head and tp_group is None and not self.couples(inputs):
             keep, poison = kept
             rows = policy_rows(hidden, weight, ids, bias=bias, tail_mass=tail_mass, **exact)
@@ -388,7 +391,8 @@ class PreferenceLoss(PreferenceAxes):
         output = self._with_tokens(policy, kept, ref_logprobs, inputs)
         output = output if stats is None else with_sparse_stats(output, stats)
         # With a frozen head the forward keeps dlogp/dhidden. With one that trains the backward forms the logits again.
-        units = gemm_units(training, training and trains_head, again=float(training and trains_head), before=extra)
+        trains_head = training and trains_head
+        units = gemm_units(training and trains_hidden, trains_head, again=float(trains_head), before=extra)
         return with_path(output, units)
 
     def _with_tokens(
