@@ -702,3 +702,30 @@ def test_numpy_scalars_are_numbers(number):
 def test_a_group_of_strings_is_refused_by_name():
     with pytest.raises(TypeError, match="group_ids must be an int, got str 'a'"):
         fastrl.group_advantages(torch.randn(2), group_ids=["a", "b"])
+
+
+@pytest.mark.parametrize("entrance", ["logprobs", "logits", "hidden"])
+@pytest.mark.parametrize("family", ["policy", "preference"])
+def test_an_invalid_mask_that_nobody_may_read_makes_the_loss_nan(
+    entrance: str, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device the values of a mask are not read, as the host would wait: a mask of 2 must not pass for one of 1."""
+    hidden, weight = torch.randn(4, 3, 5), torch.randn(7, 5)
+    labels, mask = torch.randint(0, 7, (4, 3)), torch.ones(4, 3)
+    logits = hidden @ weight.T
+    logprobs = fastrl.token_logprobs(logits, labels).logprobs
+    given = {"advantages": torch.ones(4)} if family == "policy" else {"ref_logprobs": logprobs - 0.1}
+    loss = PolicyLoss.preset("dapo") if family == "policy" else fastrl.PreferenceLoss.preset("sigmoid")
+    trained = weight.clone().requires_grad_()
+
+    def value(mask: Tensor) -> Tensor:
+        if entrance == "hidden":
+            return loss.from_hidden(hidden, trained, labels, mask=mask, **given).loss
+        if entrance == "logits":
+            return loss.from_logits(logits.clone().requires_grad_(), labels, mask=mask, **given).loss
+        call = loss if family == "policy" else loss.from_logprobs
+        return call(logprobs, mask=mask, **given).loss
+
+    monkeypatch.setattr(fastrl.checks, "checks_values", lambda *tensors: False)
+    assert value(mask).isfinite()
+    assert value(2 * mask).isnan()

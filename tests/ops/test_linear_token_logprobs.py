@@ -69,6 +69,14 @@ def test_a_float32_bias_of_a_half_precision_head_is_not_rounded(dtype: torch.dty
     judge((hidden, weight, bias, labels), "hidden weight bias", backend, chunk_tokens=8)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("needs", ["hidden", "hidden weight bias"])
+def test_a_temperature_for_each_token(needs: str, backend: str) -> None:
+    """In both passes, with a frozen head and with one that trains."""
+    temperature = torch.linspace(0.4, 2.5, 20)
+    judge(draw(20, 16, 300), needs, backend, temperature=temperature, softcap=5.0, chunk_tokens=8)
+
+
 @pytest.mark.parametrize("needs", ["hidden", "weight", "bias", "hidden weight", "weight bias"])
 def test_partial_requires_grad(needs: str) -> None:
     judge(draw(20, 16, 300), needs, "torch", chunk_tokens=8)
