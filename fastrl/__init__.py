@@ -73,6 +73,10 @@ from fastrl.losses.regression import sequence_square_loss as sequence_square_los
 from fastrl.losses.reward import process_reward_loss as process_reward_loss
 
 # isort: split
+# Old names of modules.
+from fastrl import moved as _moved
+
+# isort: split
 # The engine beside token_logprobs: statistics of rows of logits, sampling sets, and checks of values.
 from fastrl.checks import checked as checked
 from fastrl.ops.row_statistics import RowStatistics as RowStatistics
@@ -147,3 +151,5 @@ __all__ = [  # noqa: RUF022
     "row_statistics",
     "top_k_top_p_allowed",
 ]
+
+_moved.install()
