@@ -1,7 +1,7 @@
 """Modules that have moved: the old name still imports, with a DeprecationWarning that names the new one.
 
-Reward files and scripts of users name modules such as `fastrl.train.tasks`. Python asks this finder only for a name that
-no file has, so it costs nothing elsewhere.
+Reward files and scripts of users name modules such as `fastrl.train.tasks`. Python asks this finder only for a name
+that no file has, so it costs nothing elsewhere.
 """
 
 from __future__ import annotations
