@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,10 @@ from torch import Tensor
 from fastrl import reference
 from fastrl.backends import choice
 from fastrl.ops.rows import once_differentiable
+
+if TYPE_CHECKING:
+    from fastrl.losses.policy.axes import PolicyAxes
+    from fastrl_kernels import policy as kernels
 
 CONSTANTS = (
     "advantages",
@@ -50,7 +54,7 @@ NUMBERS = (
 
 
 def fused_policy_terms(
-    spec: Any,  # PolicyLoss
+    spec: PolicyAxes,
     logprobs: Tensor,  # (N,)
     entropy: Tensor | None,  # (N,)
     columns: reference.TokenColumns,
@@ -100,7 +104,7 @@ def fused_policy_terms(
     )
 
 
-def axes_of(spec: Any) -> tuple[str, str, str, str, str, str]:
+def axes_of(spec: PolicyAxes) -> tuple[str, str, str, str, str, str]:
     """Return (surrogate, carrier, kl, kl_gradient, kl_ratio, kl_clamp) as the kernel names them."""
     kl_ratio = "loss"
     if spec.kl_ratio_anchor is not None:
@@ -110,7 +114,7 @@ def axes_of(spec: Any) -> tuple[str, str, str, str, str, str]:
     return spec.surrogate, spec.carrier or "", spec.kl or "", spec.kl_gradient, kl_ratio, spec.kl_value_clamp_order
 
 
-def numbers_of(spec: Any) -> list[float]:
+def numbers_of(spec: PolicyAxes) -> list[float]:
     """Return `NUMBERS` of a loss. Open bounds are infinite."""
     low, high = _bounds(spec)
     limit = reference.LOG_RATIO_LIMIT
@@ -129,28 +133,28 @@ def numbers_of(spec: Any) -> list[float]:
     return [float(values[name] if name in values else getattr(spec, name)) for name in NUMBERS]
 
 
-def kernel_axes(spec: Any) -> Any:
+def kernel_axes(spec: PolicyAxes) -> kernels.PolicyAxes:
     """Return the kernels' `PolicyAxes` of a loss."""
     from fastrl_kernels import policy
 
     return policy.PolicyAxes(*axes_of(spec))
 
 
-def kernel_numbers(spec: Any) -> Any:
+def kernel_numbers(spec: PolicyAxes) -> kernels.PolicyNumbers:
     """Return the kernels' `PolicyNumbers` of a loss."""
     from fastrl_kernels import policy
 
     return policy.PolicyNumbers(*numbers_of(spec))
 
 
-def kernel_columns(values: Sequence[Tensor | None]) -> Any:
+def kernel_columns(values: Sequence[Tensor | None]) -> kernels.PolicyColumns:
     """Return the kernels' `PolicyColumns` from the columns named by `CONSTANTS`, in that order."""
     from fastrl_kernels import policy
 
     return policy.PolicyColumns(*values)  # pyright: ignore[reportArgumentType]  # the first two are always there
 
 
-def _bounds(spec: Any) -> tuple[float, float]:
+def _bounds(spec: PolicyAxes) -> tuple[float, float]:
     """Return the bounds of clipping or dropping: on the ratio for "clip", else on the log-ratio or the divergence."""
     low, high = spec.clip_low, spec.clip_high
     if spec.surrogate == "divergence_tv_symmetric":

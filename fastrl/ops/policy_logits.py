@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,13 +36,17 @@ from fastrl.ops.policy import (
 )
 from fastrl.ops.rows import LogitRows, backward_rows, forward_rows, once_differentiable, row_blocks
 
+if TYPE_CHECKING:
+    from fastrl.losses.policy.axes import PolicyAxes
+    from fastrl_kernels import policy as kernels
+
 # Surrogates with a derivative that does not depend on the log-prob, or depends on the ratio alone.
 LINEAR = ("reinforce", "nll")
 FUNCTIONS_OF_THE_RATIO = ("clip", "importance", "clipped_weight", "masked_weight", "topr", "sapo", "square")
 
 
 def policy_logits(
-    spec: Any,  # PolicyLoss
+    spec: PolicyAxes,
     logits: Tensor,  # (..., V)
     rows: LogitRows,
     columns: reference.TokenColumns,
@@ -109,7 +113,7 @@ def _rows_apart(logits: Tensor) -> bool:
 class _Plan:
     """Inputs of `_PolicyLogits` beside the logits."""
 
-    spec: Any  # PolicyLoss
+    spec: PolicyAxes
     rows: LogitRows
     columns: reference.TokenColumns
     lengths: Tensor
@@ -145,7 +149,7 @@ class _PolicyLogits(torch.autograd.Function):
 
 
 def loss_and_gradient(
-    spec: Any,  # PolicyLoss
+    spec: PolicyAxes,
     logits: Tensor,  # (..., V)
     rows: LogitRows,
     columns: reference.TokenColumns,
@@ -191,7 +195,7 @@ def _joined(blocks: Sequence[Tensor]) -> Tensor:
 
 
 def _terms_and_coefficients(
-    spec: Any, logprobs: Tensor, entropy: Tensor, columns: reference.TokenColumns, backend: str = "auto"
+    spec: PolicyAxes, logprobs: Tensor, entropy: Tensor, columns: reference.TokenColumns, backend: str = "auto"
 ) -> tuple[reference.TokenTerms, Tensor, Tensor | None]:
     """Return (detached terms, dL/dlogprobs, dL/dentropy or None), each (N,)."""
     with torch.enable_grad():
@@ -203,7 +207,7 @@ def _terms_and_coefficients(
     return terms._replace(contribution=terms.contribution.detach()), g, h[0] if h else None
 
 
-def gradient_is_known(spec: Any, columns: reference.TokenColumns) -> bool:
+def gradient_is_known(spec: PolicyAxes, columns: reference.TokenColumns) -> bool:
     """Return whether dL/dlogprobs and dL/dentropy of every token are known before its log-prob is.
 
     They are for a loss that is linear in the log-prob, and on-policy, with every ratio 1. Not with a KL term.
@@ -214,7 +218,7 @@ def gradient_is_known(spec: Any, columns: reference.TokenColumns) -> bool:
 
 
 def _in_a_cluster(
-    spec: Any, logits: Tensor, rows: LogitRows, columns: reference.TokenColumns, gradients: Tensor | None
+    spec: PolicyAxes, logits: Tensor, rows: LogitRows, columns: reference.TokenColumns, gradients: Tensor | None
 ) -> tuple[Tensor, Tensor, reference.TokenTerms]:
     """Do `loss_and_gradient` with the CUDA kernel that reads and writes the logits once."""
     from fastrl.backends import cuda
@@ -240,7 +244,7 @@ def _in_a_cluster(
 
 
 def _in_one_kernel(
-    spec: Any, logits: Tensor, rows: LogitRows, columns: reference.TokenColumns, gradients: Tensor | None
+    spec: PolicyAxes, logits: Tensor, rows: LogitRows, columns: reference.TokenColumns, gradients: Tensor | None
 ) -> tuple[Tensor, Tensor, reference.TokenTerms]:
     """Do `loss_and_gradient` with the Triton kernel."""
     values = [getattr(columns, name) for name in CONSTANTS]
@@ -248,8 +252,8 @@ def _in_one_kernel(
 
 
 def _through_kernel(
-    axes: Any,  # PolicyAxes
-    numbers: Any,  # PolicyNumbers
+    axes: kernels.PolicyAxes,
+    numbers: kernels.PolicyNumbers,
     logits: Tensor,  # (..., V)
     rows: LogitRows,
     values: Sequence[Tensor | None],  # (N,) each, named by `CONSTANTS`
@@ -287,7 +291,7 @@ def _through_kernel(
 
 
 def _in_a_graph(
-    spec: Any, logits: Tensor, rows: LogitRows, columns: reference.TokenColumns, lengths: Tensor
+    spec: PolicyAxes, logits: Tensor, rows: LogitRows, columns: reference.TokenColumns, lengths: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, reference.TokenTerms]:
     """Do `policy_logits` with `inplace` inside `torch.compile`."""
     gradient = logits.detach()

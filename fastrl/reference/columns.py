@@ -12,7 +12,7 @@ Legend: N tokens, S sequences, P prompts.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,10 @@ from fastrl.reference.correction import _reduce, correction_weights
 from fastrl.reference.kl import _symmetric
 from fastrl.reference.numerics import LOG_RATIO_LIMIT, one_sided
 from fastrl.reference.segments import SegmentSum, segment_mean, segment_sum, spread
+
+if TYPE_CHECKING:
+    from fastrl.losses.policy.axes import PolicyAxes
+    from fastrl.losses.policy.correction import RolloutCorrection
 
 VESPO_LOG_WEIGHT_MIN, VESPO_LOG_WEIGHT_MAX = math.log(1e-8), 20.0
 
@@ -64,7 +68,7 @@ class TokenBatch(NamedTuple):
 
 
 def policy_columns(
-    spec: Any,  # PolicyLoss
+    spec: PolicyAxes,
     batch: TokenBatch,
     *,
     logprobs: Tensor | None = None,  # (N,) stands for the old log-probs in the correction when they are absent
@@ -126,7 +130,7 @@ def policy_columns(
     )
 
 
-def _anchors(spec: Any) -> set[str]:
+def _anchors(spec: PolicyAxes) -> set[str]:
     """Return which other log-probs a loss reads: "old", "rollout", "ref" or "self"."""
     read = {spec.ratio_anchor}
     if spec.kl is not None:
@@ -189,7 +193,7 @@ def aggregate_weights(
 
 
 def _vespo_log_correction(
-    correction: Any,  # RolloutCorrection
+    correction: RolloutCorrection,
     weights: Tensor,  # (N,)
     mask: Tensor,  # (N,) bool
     lengths: Tensor,  # (S,)
@@ -204,7 +208,7 @@ def _vespo_log_correction(
 
 
 def pooled_columns(
-    spec: Any,
+    spec: PolicyAxes,
     logprobs: Tensor,
     columns: TokenColumns,
     mask: Tensor,
@@ -221,14 +225,14 @@ def pooled_columns(
     return columns._replace(sequence_log_ratio=pooled)
 
 
-def log_ratio(spec: Any, logprobs: Tensor, anchor: Tensor | None) -> Tensor:
+def log_ratio(spec: PolicyAxes, logprobs: Tensor, anchor: Tensor | None) -> Tensor:
     """Return log pi(y) - log pi_anchor(y) per token, clamped as the loss says."""
     u = logprobs - (logprobs.detach() if anchor is None else anchor)
     return one_sided(u, *_symmetric(spec.log_ratio_clamp)).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
 def sequence_log_ratio(
-    spec: Any,
+    spec: PolicyAxes,
     logprobs: Tensor,
     anchor: Tensor | None,
     mask: Tensor,
@@ -257,7 +261,7 @@ def sequence_log_ratio(
 
 
 def vespo_log_weight(
-    spec: Any,
+    spec: PolicyAxes,
     logprobs: Tensor,
     columns: TokenColumns,
     mask: Tensor,
@@ -273,7 +277,7 @@ def vespo_log_weight(
 
 
 def geometric_log_ratio(
-    spec: Any,
+    spec: PolicyAxes,
     logprobs: Tensor,
     columns: TokenColumns,
     mask: Tensor,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,8 +12,11 @@ from fastrl.reference.kl import _symmetric, binary_kl, kl_value
 from fastrl.reference.numerics import LOG_RATIO_LIMIT, exp_linear, one_sided
 from fastrl.reference.segments import SegmentSum, segment_mean, segment_sum, spread, total
 
+if TYPE_CHECKING:
+    from fastrl.losses.policy.correction import RolloutCorrection
 
-def _gate_statistic(spec: Any, delta: Tensor, old: Tensor, rollout: Tensor) -> Tensor:
+
+def _gate_statistic(spec: RolloutCorrection, delta: Tensor, old: Tensor, rollout: Tensor) -> Tensor:
     """Return the per-token statistic that a gate bounds, with `delta` = old - rollout."""
     if spec.statistic == "tv":
         return (old.exp() - rollout.exp()).abs()
@@ -25,7 +28,7 @@ def _gate_statistic(spec: Any, delta: Tensor, old: Tensor, rollout: Tensor) -> T
 
 
 def correction_weights(
-    spec: Any,  # RolloutCorrection
+    spec: RolloutCorrection,
     old: Tensor,  # (N,) log-probs of the trainer's own forward before the update
     rollout: Tensor,  # (N,) log-probs that the inference engine reported
     mask: Tensor,  # (N,) bool

@@ -12,7 +12,7 @@ Legend: N tokens, S sequences, A advantage.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from fastrl.reference.columns import TokenBatch, TokenColumns, log_ratio, policy
 from fastrl.reference.kl import binary_kl, kl_estimate
 from fastrl.reference.numerics import exp_linear, one_sided
 from fastrl.reference.segments import total
+
+if TYPE_CHECKING:
+    from fastrl.losses.policy.axes import PolicyAxes
 
 
 class TokenTerms(NamedTuple):
@@ -36,7 +39,7 @@ class TokenTerms(NamedTuple):
 
 
 def token_terms(
-    spec: Any,  # PolicyLoss
+    spec: PolicyAxes,
     logprobs: Tensor,  # (N,) with gradient, zero under the mask
     entropy: Tensor | None,  # (N,)
     columns: TokenColumns,
@@ -96,7 +99,7 @@ def token_terms(
 
 
 def _surrogate(
-    spec: Any, logprobs: Tensor, ratio: Tensor, u: Tensor, columns: TokenColumns
+    spec: PolicyAxes, logprobs: Tensor, ratio: Tensor, u: Tensor, columns: TokenColumns
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return (l, clipped_low, clipped_high, dual_clipped) for `token_terms`."""
     advantages, kind = columns.advantages, spec.surrogate
@@ -166,13 +169,13 @@ def _by_sign(positive: Tensor, if_positive: float, otherwise: float, like: Tenso
     return torch.where(positive, like.new_tensor(if_positive), like.new_tensor(otherwise))
 
 
-def _clip_bounds(spec: Any) -> tuple[float | None, float | None]:
+def _clip_bounds(spec: PolicyAxes) -> tuple[float | None, float | None]:
     low = None if spec.clip_low is None else 1.0 - spec.clip_low
     high = None if spec.clip_high is None else 1.0 + spec.clip_high
     return low, high
 
 
-def _divergence_keep(spec: Any, logprobs: Tensor, anchor: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+def _divergence_keep(spec: PolicyAxes, logprobs: Tensor, anchor: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
     """Return (dropped_low, dropped_high): tokens that DPPO's trust region removes, by direction.
 
     divergence_tv: A > 0 keeps p - q <= clip_high, A <= 0 keeps p - q >= -clip_low. A single bound
@@ -184,6 +187,7 @@ def _divergence_keep(spec: Any, logprobs: Tensor, anchor: Tensor, advantages: Te
     never = torch.zeros_like(positive)
     if spec.surrogate == "divergence_tv_symmetric":
         bound = high if high is not None else low
+        assert bound is not None  # the loss refuses this surrogate without a bound
         return (p - q < -bound), (p - q > bound)
     if spec.surrogate == "divergence_tv":
         every = (low is None) != (high is None)
@@ -201,14 +205,14 @@ def square_residual(u: Tensor, target: Tensor, tau: float) -> Tensor:
     return tau * u - target
 
 
-def kl_ratio_per_token(spec: Any) -> bool:
+def kl_ratio_per_token(spec: PolicyAxes) -> bool:
     """Whether the ratio of a ratio-weighted KL is the token's own, not the one that the surrogate works with."""
     own = spec.surrogate in ("vespo", "geometric") and spec.ratio_level == "token"
     return own or spec.ratio_level == "none"
 
 
 def policy_loss(
-    spec: Any,  # PolicyLoss
+    spec: PolicyAxes,
     logprobs: Tensor,  # (N,)
     *,
     entropy: Tensor | None = None,  # (N,)

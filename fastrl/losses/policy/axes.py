@@ -86,27 +86,27 @@ class PolicyAxes:
     """c > 1: for A < 0 the clip loss is at most -c A (arXiv 1912.09729)."""
     max_ratio: float | None = None
     """delta > 1 + clip_high: cap of the unclipped ratio (INTELLECT-2, arXiv 2505.07291)."""
-    tau_pos: float | None = 1.0
+    tau_pos: float = 1.0
     """SAPO temperature for A > 0."""
-    tau_neg: float | None = 1.05
+    tau_neg: float = 1.05
     """SAPO temperature for A <= 0."""
-    k_pos: float | None = 2.0
+    k_pos: float = 2.0
     """VESPO exponent for A >= 0."""
-    k_neg: float | None = 3.0
+    k_neg: float = 3.0
     """VESPO exponent for A < 0."""
-    lambda_pos: float | None = 3.0
+    lambda_pos: float = 3.0
     """VESPO rate for A >= 0."""
-    lambda_neg: float | None = 2.0
+    lambda_neg: float = 2.0
     """VESPO rate for A < 0."""
-    square_tau: float | None = 0.1
+    square_tau: float = 0.1
     """tau of surrogate "square", which pulls tau times the log-ratio (of `ratio_level`) to A."""
     kl: str | None = None
     """KL estimate in the loss: None, "k1", "k2", "k3", "abs"."""
     kl_coef: float = 0.0
     """Coefficient of the KL. 0 with an estimator set only measures."""
-    kl_to: str | None = "ref"
+    kl_to: str = "ref"
     """The other policy of the KL: "ref", "old", "rollout"."""
-    kl_gradient: str | None = "plain"
+    kl_gradient: str = "plain"
     """"plain", "ratio_weighted", "straight_through", "straight_through_ratio", as in `fastrl.reference.kl_estimate`."""
     kl_log_ratio_clamp: float | None = None
     """Bound of logp - logp_other inside the estimate."""
@@ -137,6 +137,7 @@ class PolicyAxes:
 
     def __post_init__(self) -> None:
         """Raise `ValueError` for anything outside the axes."""
+        # A trainer's settings say None where they leave a field alone.
         for field in ("kl_to", "kl_gradient", *OWNERS):
             if getattr(self, field) is None:
                 object.__setattr__(self, field, _DEFAULTS[field])
@@ -208,7 +209,7 @@ class PolicyAxes:
             "kl_log_ratio_clamp": self.kl is not None,
             "kl_value_clamp": self.kl is not None,
             "kl_ratio_max": self.kl_gradient == "straight_through_ratio",
-            "kl_ratio_anchor": self.kl is not None and "ratio" in str(self.kl_gradient),
+            "kl_ratio_anchor": self.kl is not None and "ratio" in self.kl_gradient,
             "kl_fraction": self.kl is not None,
             "sequence_log_ratio_max": self.ratio_level in ("sequence", "sequence_token", "sequence_sum"),
         }
@@ -246,7 +247,7 @@ class PolicyAxes:
             and (self.clip_high if self.clip_high is not None else self.clip_low) is None
         ):
             raise ValueError("surrogate='divergence_tv_symmetric' needs clip_high, the bound on |p - q|")
-        weighted = "ratio" in str(self.kl_gradient) and self.kl_ratio_anchor is None
+        weighted = "ratio" in self.kl_gradient and self.kl_ratio_anchor is None
         if self.surrogate in OWN_SEQUENCE_RATIO and weighted and self.ratio_level not in ("token", "none"):
             raise ValueError(
                 f"surrogate={self.surrogate!r} with kl_gradient={self.kl_gradient!r} needs ratio_level='token' or "
