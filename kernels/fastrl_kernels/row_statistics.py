@@ -29,7 +29,16 @@ from fastrl_kernels.launch import (
     slope_and_factor,
     tile_for,
 )
-from fastrl_kernels.rowmath import LOG2E, entry, exponent, log1p_unit, lowest, row_factor
+from fastrl_kernels.rowmath import (
+    LOG2E,
+    entry,
+    exponent,
+    log1p_unit,
+    lowest,
+    ordered_sum,
+    ordered_sum_of_signs,
+    row_factor,
+)
 
 # Bytes per logit -> (largest V, tile): 16-byte loads and no spills with three sums per entry. Not tuned on a device.
 TILES: TileTable = {
@@ -167,12 +176,12 @@ def _row_statistics_fwd_kernel(
         m, u_top, best, s, q, w = _take_block(v, whole, mask_v, m, u_top, best, s, q, w, slope, k, HAS_SOFTCAP, True)
 
     # Sums over the row without the max.
-    others = tl.sum(s, 0)
-    log_sum_squared = _log1p(tl.sum(q, 0)) - 2.0 * _log1p(others)
+    others = ordered_sum(s)
+    log_sum_squared = _log1p(ordered_sum(q)) - 2.0 * _log1p(others)
     # NaN anywhere is NaN in the sums, +inf is NaN in the differences to it unless it stands alone.
     valid = in_vocab & (best >= 0) & (u_top < float("inf")) & (log_sum_squared == log_sum_squared) & (c == c)
     nan = float("nan")
-    mean = tl.sum(w, 0) / V * c
+    mean = ordered_sum_of_signs(w) / V * c
     tl.store(top1_ptr + row, (valid & (v_label >= m)).to(tl.int8))
     tl.store(log_sum_squared_ptr + row, tl.where(valid, log_sum_squared, nan))
     tl.store(argmax_ptr + row, tl.where(valid, best, -1).to(tl.int64))

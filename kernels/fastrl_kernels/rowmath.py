@@ -114,6 +114,32 @@ def online_softmax_update(u, m, s, w, k):
 
 
 @triton.jit
+def ordered_sum(x):
+    """Return the sum of a vector of one sign, 2^n entries long, in the same bits for any layout over threads.
+
+    `tl.sum` adds a thread's own entries first. Which entries these are depends on the width of the loads, and so on
+    the address and the stride of the row. Here each level adds neighbours, and two numbers add up the same either way.
+    """
+    for _ in tl.static_range(16):
+        if x.shape[0] > 1:
+            x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2)), 1)
+    return tl.sum(x, 0)
+
+
+@triton.jit
+def ordered_sum_of_signs(x):
+    """Return `ordered_sum` of a vector of both signs.
+
+    It adds the two halves of the vector at each level: neighbours in a rising row have one sign, and their sums would
+    grow and be rounded before they cancel. The price is an exchange between warps at three levels.
+    """
+    for _ in tl.static_range(16):
+        if x.shape[0] > 1:
+            x = tl.sum(tl.reshape(x, (2, x.shape[0] // 2)), 0)
+    return tl.sum(x, 0)
+
+
+@triton.jit
 def row_frame(logsumexp, c):
     """Return the log-sum-exp in units of u. Forward and backward must agree on its bits, hence the IEEE division."""
     if logsumexp.dtype == tl.float64:

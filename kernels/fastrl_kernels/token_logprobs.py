@@ -4,8 +4,8 @@
     logp = z_y - lse,    lse = log sum_v e^(z_v),    entropy = -sum_v p_v log p_v
     dz_v = g (1[v = y] - p_v) - h p_v (log p_v + entropy) + l p_v
 
-One program per row, so a row's bits do not depend on the rows around it. Compiled, they depend on its layout: if 16
-divides stride and address, Triton loads vectors and adds the entries in another order than if not.
+One program per row, so a row's bits do not depend on the rows around it. Nor do they depend on its address and stride,
+for which Triton compiles different code: `ordered_sum` adds the entries in one order.
 
 The callers of the host functions have validated the arguments. The kernels protect memory: they never use a label
 outside [0, V) as an address.
@@ -41,6 +41,7 @@ from fastrl_kernels.rowmath import (
     lowest,
     one_minus_exp,
     online_softmax_update,
+    ordered_sum,
     row_factor,
     row_frame,
     tanh_and_slope,
@@ -110,7 +111,7 @@ def scan_row(
         u = tl.where(mask_v & (whole + offs_v != label), u, float("-inf"))
         m, s, w = online_softmax_update(u, m, s, w, k)
 
-    logp, entropy, logsumexp, log_total = finish_row(u_label, m, tl.sum(s, 0), tl.sum(w, 0), c, k)
+    logp, entropy, logsumexp, log_total = finish_row(u_label, m, ordered_sum(s), ordered_sum(w), c, k)
     return logp, entropy, logsumexp, (m - row_frame(logsumexp, c)) * c + log_total
 
 

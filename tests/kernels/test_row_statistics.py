@@ -8,6 +8,7 @@ import pytest
 import torch
 from device import DEVICE, LANE
 from oracle import assert_as_accurate
+from row_placements import placements
 from torch import Tensor
 
 from fastrl_kernels import row_statistics
@@ -17,6 +18,7 @@ from fastrl_kernels.row_statistics import row_statistics_fwd
 pytestmark = [*LANE, pytest.mark.usefixtures("poisoned")]
 NAN, INF = float("nan"), float("inf")
 BLOCK = 32
+TILES = row_statistics.TILES
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +58,20 @@ def test_many_blocks(v: int, dtype: torch.dtype, seed: int) -> None:
     judge(logits, labels)
     judge(logits, labels.int(), 1 / 0.7, -0.5, 30.0)
     judge(logits, labels, torch.linspace(0.5, 2.0, 5, device=DEVICE), 0.35)
+
+
+@pytest.mark.parametrize("v", [40, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_do_not_depend_on_address_and_stride(
+    dtype: torch.dtype, v: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_statistics, "TILES", TILES)
+    logits = (torch.randn(2, v, device=DEVICE) * 4).to(dtype)
+    labels = torch.tensor([v - 1, 3], device=DEVICE)
+    wanted = row_statistics_fwd(logits, labels, 0.9)
+    for place, moved in placements(logits):
+        results = row_statistics_fwd(moved, labels, 0.9)
+        assert all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True)), place
 
 
 @pytest.mark.parametrize("gap", [0.25, 25.0])

@@ -341,6 +341,23 @@ def test_maxima_beside_nan(name: str) -> None:
     np.testing.assert_array_equal(found, [function(x, y) for x, y in pairs])
 
 
+@pytest.mark.parametrize("name", ["max", "min", "max.NaN", "min.NaN"])
+def test_maxima_of_three(name: str) -> None:
+    triples = [(x, y, z) for x in FLOATS for y in FLOATS for z in FLOATS]
+    columns = [[int(v.view(np.uint32)) for v in column] for column in zip(*triples, strict=True)]
+    kinds = ("f32", "f32", "f32")
+    found = np.array(results(f"{name}.f32 %o, %a, %b, %c;", kinds, columns, "f32"), np.uint32).view(np.float32)
+    function = {"max": np.fmax, "min": np.fmin, "max.NaN": np.maximum, "min.NaN": np.minimum}[name]
+    np.testing.assert_array_equal(found, [function(function(x, y), z) for x, y, z in triples])
+
+
+def test_an_operand_that_nothing_reads_is_a_fault() -> None:
+    with pytest.raises(Fault, match=r"not implemented: add\.rn\.f32 with the operands %r13 of"):
+        results("add.rn.f32 %o, %a, %b, %c;", ("f32", "f32", "f32"), [[0], [0], [0]], "f32")
+    with pytest.raises(Fault, match=r"not implemented: add\.s32 with the operands %r13 of"):
+        results("add.s32 %o, %a, %b, %c;", ("u32", "u32", "u32"), [[0], [0], [0]], "u32")
+
+
 @pytest.mark.parametrize("target", ["s8", "u8", "s16", "u16", "s32", "u32", "s64", "u64"])
 @pytest.mark.parametrize("source", ["s16", "u16", "s32", "u32", "s64", "u64"])
 def test_conversions_of_integers(source: str, target: str) -> None:

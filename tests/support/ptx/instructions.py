@@ -6,8 +6,10 @@ operand is a view of one, or an array without dimensions for a constant. `FAMILI
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,6 +61,29 @@ def assign(dst: np.ndarray, function: Callable[..., Any], *sources: np.ndarray) 
                 np.copyto(dst, result, where=mask, casting="unsafe")
 
     return run
+
+
+# Operands that cannot matter here: how long a line stays in the cache, which lanes of a warp wait.
+WITHOUT_EFFECT = ("createpolicy", "bar.warp.sync", "fence", "membar", "griddepcontrol")
+
+
+class _Read(list[str]):
+    """The operands of an instruction, which remember the ones that were looked at."""
+
+    def __init__(self, operands: list[str]) -> None:
+        super().__init__(operands)
+        self.seen: set[int] = set()
+
+    def __getitem__(self, key: Any) -> Any:
+        places = range(len(self))[key]
+        self.seen.update(places if isinstance(key, slice) else (places,))
+        return super().__getitem__(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self[:])
+
+    def __reversed__(self) -> Iterator[str]:
+        return reversed(self[:])
 
 
 def rounding_of(mods: list[str]) -> str:
@@ -118,10 +143,14 @@ class Builder:
 
     def compile(self, ins: Instruction) -> Step:
         """Return the step of an instruction, under its guard."""
+        read = _Read(ins.operands)
         try:
-            run = self.build(ins)
+            run = self.build(dataclasses.replace(ins, operands=read))
         except (KeyError, ValueError, IndexError, TypeError) as error:
             raise Fault(f"not implemented: {ins.op} {ins.operands} ({error!r})") from error
+        left = [op for i, op in enumerate(ins.operands) if i not in read.seen]
+        if left and not ins.op.startswith(WITHOUT_EFFECT) and "cache_hint" not in ins.op:
+            raise Fault(f"not implemented: {ins.op} with the operands {', '.join(left)} of {', '.join(ins.operands)}")
         if ins.guard is None:
             return run
         negated = ins.guard.startswith("!")
@@ -146,7 +175,7 @@ class Builder:
         if kind == "f32x2":
             return self.pairs(ins.operands, base)
         if base in ("add", "sub", "mul", "min", "max") and kind in ("f32", "f64"):
-            return self.float_arithmetic(base, ins.operands, mods, kind)
+            return self.float_arithmetic(ins, base, mods, kind)
         if base not in FAMILIES:
             raise Fault(f"not implemented: {ins.op}")
         return FAMILIES[base](self, ins, base, mods, kind)
@@ -165,7 +194,8 @@ class Builder:
         both = assign(views[0], function, *views[1:])
         return lambda mask: both(None if mask is None else np.repeat(mask, 2))
 
-    def float_arithmetic(self, base: str, ops: list[str], mods: list[str], kind: str) -> Step:
+    def float_arithmetic(self, ins: Instruction, base: str, mods: list[str], kind: str) -> Step:
+        ops = ins.operands
         d, a, b = self.dst(ops[0], kind), self.src(ops[1], kind), self.src(ops[2], kind)
         mode = rounding_of(mods)
         if mode != "rn" and kind == "f32":
@@ -176,9 +206,15 @@ class Builder:
         exact: dict[str, Any] = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
         exact |= {"max": np.maximum, "min": np.minimum} if "NaN" in mods else {"max": np.fmax, "min": np.fmin}
         function = exact[base]
+        # sm_100 has the max and the min of three numbers.
+        rest = [self.src(op, kind) for op in ops[3:]] if base in ("max", "min") else []
+
+        def joined(*values: Any) -> Any:
+            return functools.reduce(function, values)
+
         if "ftz" in mods:
-            return assign(d, lambda x, y: flush(function(flush(x), flush(y))), a, b)
-        return assign(d, function, a, b)
+            return assign(d, lambda *values: flush(joined(*map(flush, values))), a, b, *rest)
+        return assign(d, joined if rest else function, a, b, *rest)
 
     def integer_arithmetic(self, ins: Instruction, base: str, mods: list[str], kind: str) -> Step:
         ops = ins.operands
@@ -377,6 +413,12 @@ class Builder:
             if (here.any(1) & ~here.all(1)).any():
                 raise WarpIncomplete
 
+    def all_lanes(self, ins: Instruction, members: np.ndarray, mask: Any) -> None:
+        """Refuse an exchange between some lanes of a warp."""
+        if not ((members if mask is None or members.ndim == 0 else members[mask]) == -1).all():
+            raise Fault(f"not implemented: {ins.op} between some lanes")
+        self.whole_warps(mask)
+
     def shuffle(self, ins: Instruction, base: str, mods: list[str], kind: str) -> Step:
         ops, machine = ins.operands, self.machine
         names = [name.strip() for name in ops[0].split("|")]
@@ -385,9 +427,7 @@ class Builder:
         members, mode = self.src(ops[4], "s32"), mods[1]
 
         def run(mask: Any) -> None:
-            if not ((members if mask is None or members.ndim == 0 else members[mask]) == -1).all():
-                raise Fault(f"shfl of some lanes: {ins}")
-            self.whole_warps(mask)
+            self.all_lanes(ins, members, mask)
             by, clamp, segment = (
                 (b & U32(31)).astype(I64),
                 (c & U32(31)).astype(I64),
@@ -408,7 +448,11 @@ class Builder:
 
     def reduction(self, ins: Instruction, base: str, mods: list[str], kind: str) -> Step:
         """redux.sync over the lanes of a warp."""
-        d, a = self.dst(ins.operands[0], kind), self.src(ins.operands[1], kind)
+        d, a, members = (
+            self.dst(ins.operands[0], kind),
+            self.src(ins.operands[1], kind),
+            self.src(ins.operands[2], "s32"),
+        )
         if kind == "f32":
             # NaN counts only where it is asked for.
             function: Any = (
@@ -420,7 +464,7 @@ class Builder:
             function = table[mods[-1]]
 
         def run(mask: Any) -> None:
-            self.whole_warps(mask)
+            self.all_lanes(ins, members, mask)
             values = np.broadcast_to(a, self.threads).reshape(-1, 32)
             values = np.abs(values) if "abs" in mods else values
             result = np.repeat(function.reduce(values, axis=1, dtype=a.dtype), 32)
