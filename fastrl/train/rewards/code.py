@@ -2,43 +2,82 @@
 
 A test is an input for stdin and the expected output, the form of APPS (Hendrycks et al., arXiv 2105.09938) and
 CodeContests (Li et al., arXiv 2203.07814). The training side compares the outputs, outside the process that runs the
-program. A program can exit early or search its own process for the tests, but only printing the expected text passes.
+program, and the program cannot reach the memory of that side. So only printing the expected text passes.
 
-| the process (Linux on x86_64, enforced by the kernel) | |
+| the process (Linux on x86_64, enforced by the kernel, as root too) | |
 |---|---|
-| cannot | start a process or a thread, run another program, use the network or any socket, signal another process |
-| cannot | write, create, rename or remove a file |
+| cannot | start a process or run another program, use the network or a socket, signal or trace another process |
+| cannot | open any file but the standard library and shared libraries, and these only to read |
 | cannot | use more CPU time, wall time, memory or output than granted |
-| can | read the files that this user can read, and import the standard library |
+| can | start threads, use an asyncio loop, and read stdin in every way: input(), sys.stdin, open(0), /dev/stdin |
 
-This is no virtual machine: the process shares the kernel. A program can read secrets on the disk. It can send them only
-to its output, which is compared and discarded.
+`fastrl.train.rewards.confine` states by which means. This is no virtual machine: the process shares the kernel.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import platform
+import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from fastrl.train.rewards import confine
 from fastrl.train.rewards.tasks import Problem
 
-_BLOCK = re.compile(r"^```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# A fence opens at the start of a line, perhaps in a quotation, as an item of a list or behind a tag such as <answer>.
+_OPENING = re.compile(
+    r"(?P<indent>[ \t>]*(?:(?:[-*+]|\d{1,3}[.)])[ \t]+)?)(?:</?\w+>[ \t]*)*"
+    r"(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`\n]*)"
+)
+_CLOSING = re.compile(r"[ \t>]*(?P<fence>`{3,}|~{3,})[ \t]*(?:</?\w+>.*)?")
+_PYTHON = ("python", "python3", "py", "py3", "python-3", "ipython", "ipython3")
 _RUNNER = Path(__file__).with_name("code_runner.py")
 
 
 def extract_program(completion: str) -> str | None:
-    """Return the last closed code block (three backquotes, with or without `python`) after the last `</think>`."""
-    blocks = _BLOCK.findall(completion.rpartition("</think>")[2])
-    return blocks[-1] if blocks else None
+    """Return the program of a completion: its last closed code block after the last `</think>`.
+
+    A block stands between fences of three or more backquotes or tildes. If a block is marked as Python (`python`,
+    `python3`, `py`, `{.python}`, in any case), only such blocks count. Otherwise blocks without a mark do. A block in a
+    list or a quotation loses its indentation. None if no block counts, or if no fence closes it.
+    """
+    marked: list[str] = []
+    plain: list[str] = []
+    lines = iter(completion.rpartition("</think>")[2].splitlines())
+    for line in lines:
+        opening = _OPENING.fullmatch(line)
+        if opening is None:
+            continue
+        body = _body(lines, opening)
+        language = re.split(r"[\s{},:=.]+", opening["info"].strip().strip("{}. ").lower())[0]
+        if body is not None and language in _PYTHON:
+            marked.append(body)
+        elif body is not None and not language:
+            plain.append(body)
+    found = marked or plain
+    return found[-1] if found else None
+
+
+def _body(lines: Iterator[str], opening: re.Match[str]) -> str | None:
+    """Return the text up to the closing fence, or None if there is none."""
+    quoted, width, body = ">" in opening["indent"], len(opening["indent"].expandtabs(4)), []
+    for line in lines:
+        closing = _CLOSING.fullmatch(line)
+        if closing and closing["fence"].startswith(opening["fence"]):
+            return "\n".join([*body, ""])
+        if quoted:
+            line = re.sub(r"^[ \t]*(?:> ?)+", "", line)
+        elif width:
+            line = line.expandtabs(4) if line.startswith("\t") else line
+            line = line[min(width, len(line) - len(line.lstrip(" "))) :]
+        body.append(line)
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +105,14 @@ class CodeTests:
         for name in ("timeout_s", "memory_mb", "output_kb"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and greater than 0, got {getattr(self, name)}")
-        if not (sys.platform == "linux" and platform.machine() == "x86_64"):
-            raise RuntimeError(f"code tests need Linux on x86_64, got {sys.platform} on {platform.machine()}")
-        if self._output("print(input())", "confined", 30.0) != "confined\n":
-            raise RuntimeError(
-                "code tests cannot confine a process on this system: the kernel refuses a seccomp filter"
-            )
+        reason = confine.why_not()
+        if reason is None:
+            try:
+                reason = None if self._output("print(input())", "confined", 30.0) == "confined\n" else "a trial failed"
+            except OSError as error:
+                reason = str(error)
+        if reason is not None:
+            raise RuntimeError(f"code tests cannot confine a process on this system: {reason}")
 
     def __call__(self, problem: Problem, completion: str) -> float | None:
         """Return the reward, or None for a problem without tests."""
@@ -93,20 +134,21 @@ class CodeTests:
         return passed / len(tests)
 
     def _output(self, program: str, given: str, seconds: float) -> str | None:
-        """Return the program's output, or None if it fails or takes too long."""
-        with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout:
-            source.write(program.encode(errors="replace"))
-            stdin.write(given.encode(errors="replace"))
-            source.seek(0)
-            stdin.seek(0)
-            limits = (math.ceil(seconds), self.memory_mb * 2**20, self.output_kb * 2**10, source.fileno())
+        """Return the program's output, or None if it fails or takes too long.
+
+        Raises:
+            OSError: the kernel refuses a part of the confinement.
+        """
+        with _memory(program) as source, _memory(given) as stdin, _memory("") as stdout, _memory("") as failure:
+            limits = (math.ceil(seconds), self.memory_mb * 2**20, self.output_kb * 2**10)
+            inherited = (source.fileno(), failure.fileno())
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(_RUNNER), *map(str, limits)],
+                [sys.executable, "-I", "-S", str(_RUNNER), *map(str, limits), *map(str, inherited)],
                 stdin=stdin,
                 stdout=stdout,
                 stderr=subprocess.DEVNULL,
-                pass_fds=[source.fileno()],
-                env={"PYTHONIOENCODING": "utf-8"},
+                pass_fds=inherited,
+                env={"PYTHONIOENCODING": "utf-8", "PYTHONHASHSEED": "0"},
                 cwd="/",
             )
             try:
@@ -116,10 +158,22 @@ class CodeTests:
             finally:
                 process.kill()
                 process.wait()
+            failure.seek(0)
+            if reason := failure.read().decode(errors="replace"):
+                raise OSError(reason)
             if code != 0:
                 return None
             stdout.seek(0)
-            return stdout.read().decode(errors="replace")
+            return stdout.read(self.output_kb * 2**10).decode(errors="replace")
+
+
+def _memory(text: str) -> BinaryIO:
+    """Return a file in memory, without a name that another process could find."""
+    file = os.fdopen(os.memfd_create("fastrl"), "w+b")
+    file.write(text.encode(errors="replace"))
+    file.flush()
+    file.seek(0)
+    return file
 
 
 def _lines(text: str) -> list[str]:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrl.train.rewards import functions
 from fastrl.train.rewards.code import CodeTests
 from fastrl.train.rewards.functions import (
     Accuracy,
@@ -44,6 +45,9 @@ from fastrl.train.rewards.worker import RewardWorker, Score, call_reward
 logger = logging.getLogger(__name__)
 
 RewardFunction = Callable[[Problem, str], float | None]
+
+# A reward that fails on all completions of so many batches in a row stops the run: nothing can be learnt from it.
+DEAD_BATCHES = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,7 +270,17 @@ class RewardSet:
             if task is None:
                 raise ValueError(f"rewards of lengths ({', '.join(self._length_rewards)}) need a task, got None")
             self._functions[_CORRECT] = Exact(task)
-        self._worker = None if timeout_s is None else RewardWorker(list(self._functions.values()), timeout_s)
+        # The project's own functions need no rights. A function of the user is the user's code: it may call a judge
+        # over the network, and CodeTests starts the programs that it confines.
+        kinds = {name: _needs_no_rights(function) for name, function in self._functions.items()}
+        self._groups = [names for wanted in (True, False) if (names := [n for n in kinds if kinds[n] == wanted])]
+        self._workers = [
+            None
+            if timeout_s is None
+            else RewardWorker([self._functions[name] for name in names], timeout_s, confined=kinds[names[0]])
+            for names in self._groups
+        ]
+        self._dead_batches = dict.fromkeys(self._functions, 0)
 
     def __call__(
         self, problems: Sequence[Problem], completions: Sequence[str], lengths: Sequence[int] | Tensor | None = None
@@ -302,9 +316,10 @@ class RewardSet:
         self.close()
 
     def close(self) -> None:
-        """End the worker process. A later call would start a new one."""
-        if self._worker is not None:
-            self._worker.close()
+        """End the worker processes. A later call would start new ones."""
+        for worker in self._workers:
+            if worker is not None:
+                worker.close()
 
     def _evaluate(
         self, problems: Sequence[Problem], completions: Sequence[str]
@@ -312,21 +327,35 @@ class RewardSet:
         n = len(completions)
         if not n or not self._functions:
             return {name: torch.zeros(n) for name in self._functions}, 0, ()
-        if self._worker is None:
-            scores = [
-                call_reward(function, problem, completion)
-                for function in self._functions.values()
-                for problem, completion in zip(problems, completions, strict=True)
-            ]
-        else:
-            scores = self._worker.evaluate(problems, completions, len(self._functions))
         columns: dict[str, Tensor] = {}
         reasons: dict[str, None] = {}
-        for position, name in enumerate(self._functions):
-            column: list[Score] = scores[position * n : (position + 1) * n]
-            columns[name] = torch.tensor([score.value for score in column], dtype=torch.float32)
-            reasons |= {f"{name} {score.failure}": None for score in column if score.failure is not None}
-        return columns, sum(score.failure is not None for score in scores), tuple(reasons)[:5]
+        failures = 0
+        for names, worker in zip(self._groups, self._workers, strict=True):
+            if worker is None:
+                scores = [
+                    call_reward(self._functions[name], problem, completion)
+                    for name in names
+                    for problem, completion in zip(problems, completions, strict=True)
+                ]
+            else:
+                scores = worker.evaluate(problems, completions, len(names))
+            for position, name in enumerate(names):
+                column: list[Score] = scores[position * n : (position + 1) * n]
+                columns[name] = torch.tensor([score.value for score in column], dtype=torch.float32)
+                reasons |= {f"{name} {score.failure}": None for score in column if score.failure is not None}
+                failed = sum(score.failure is not None for score in column)
+                failures += failed
+                self._watch(name, failed, column)
+        return columns, failures, tuple(reasons)[:5]
+
+    def _watch(self, name: str, failed: int, column: Sequence[Score]) -> None:
+        """Stop the run if a reward has failed on all completions of `DEAD_BATCHES` batches in a row."""
+        self._dead_batches[name] = self._dead_batches[name] + 1 if failed == len(column) else 0
+        if self._dead_batches[name] >= DEAD_BATCHES:
+            raise RuntimeError(
+                f"reward {name!r} failed on every completion of {DEAD_BATCHES} batches in a row, the last time because "
+                f"it {column[-1].failure}; expected a number for some of them: mend the reward, then resume the run"
+            )
 
     def _lengths(
         self, problems: Sequence[Problem], correct: Tensor, lengths: Sequence[int] | Tensor | None
@@ -340,6 +369,11 @@ class RewardSet:
         prompts: dict[str, int] = {}
         group = torch.tensor([prompts.setdefault(problem.prompt, len(prompts)) for problem in problems])
         return {name: part.function(counts, correct, group) for name, part in self._length_rewards.items()}
+
+
+def _needs_no_rights(function: RewardFunction) -> bool:
+    """Whether a function reads a text and computes a number, and nothing else."""
+    return getattr(function, "__module__", "") == functions.__name__
 
 
 # Not a name that `build_rewards` takes, so no reward can have it.

@@ -18,6 +18,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from fastrl.train.rewards import evaluated
+
 Split = Literal["train", "held_out"]
 Extraction = Literal["marked", "last_number"]
 
@@ -142,9 +144,17 @@ class Task:
         """Return the generator's own score of the answer in `completion`, 1.0 for a right answer.
 
         Most generators of reasoning-gym give part of the score to a text that contains the answer among other
-        things: `len(answer) / len(text)`. Use `is_correct` if only a right answer counts.
+        things: `len(answer) / len(text)`. Use `is_correct` if only a right answer counts. A text that makes the
+        scorer raise is no answer: 0. No text is evaluated as a program (`fastrl.train.rewards.evaluated`), but a
+        scorer may take long. The rewards and evaluations of a run call it in a confined process with a time limit.
         """
-        return float(self._scorer.score_answer(extract_answer(completion, self.extraction), dict(problem.entry)))
+        answer = evaluated.readable(self.name, extract_answer(completion, self.extraction))
+        with evaluated.literals_only(self.name, self._scorer):
+            try:
+                score = float(self._scorer.score_answer(answer, dict(problem.entry)))
+            except Exception:  # scorers parse answers without checking them: any error means that they could not
+                return 0.0
+        return score
 
     def is_correct(self, problem: Problem, completion: str) -> bool:
         """Return whether the answer in `completion` gets the full score."""

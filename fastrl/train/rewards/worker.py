@@ -2,6 +2,13 @@
 
     this process --- socket pair ---> supervisor (imports, forks, waits) ---> scorer (answers over the same socket)
 
+A message of the scorer names the process that sent it and the call that it answers. So a process that a reward has
+started cannot answer in its place, and rewards cannot shift.
+
+A confined worker also gives up, after its imports, every right that scoring a text does not need
+(`fastrl.train.rewards.confine`): it starts no process, reaches no network, writes no file and reads Python's files
+only. Where the kernel cannot do that, a line says so once.
+
 The supervisor starts once and imports the reward functions. It then forks the scorer, which calls them. If a call hangs
 or crashes, the scorer is killed, and the supervisor forks a new one within milliseconds. When the process that started
 the supervisor is gone, for whatever reason, the supervisor ends the scorer and itself.
@@ -13,6 +20,7 @@ return to the interpreter, so the interpreter never sees the signal. Some reward
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import pickle
@@ -28,6 +36,10 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+from fastrl.train.rewards import confine
+
+logger = logging.getLogger(__name__)
+
 # Importing torch and a reward library takes a second or two on a quiet machine.
 STARTUP_TIMEOUT_S = 120.0
 # Seconds between the supervisor's checks that the scorer and the calling process are alive.
@@ -35,6 +47,12 @@ SUPERVISE_S = 0.02
 MAX_REASON = 300
 
 VALUE, FAILED, INTERRUPTED, READY, BROKEN = b"V", b"F", b"I", b"R", b"B"
+# Kind, process that sends, call that is answered.
+HEADER = struct.Struct("<cIQ")
+# The largest reward: batches are float32.
+LARGEST = 3.4028234663852886e38
+# Address space that a confined scorer may take beyond its imports.
+SCORING_BYTES = 2 * 2**30
 
 
 class Score(NamedTuple):
@@ -50,13 +68,27 @@ Scorer = Callable[[Any, str], Any]
 
 
 def call_reward(function: Scorer, item: Any, completion: str) -> Score:
-    """Return the score that `function` gives. Any exception except `KeyboardInterrupt` makes a failed score."""
+    """Return the score that `function` gives. Any exception except `KeyboardInterrupt` makes a failed score.
+
+    A process that the function has forked, and that comes back here, ends: it must not go on in the caller's place.
+    """
+    caller = os.getpid()
     try:
-        return _as_score(function(item, completion))
-    except KeyboardInterrupt:
-        raise
+        score = _as_score(function(item, completion))
     except BaseException as error:  # a library's time-out or SystemExit must not end the worker
-        return Score(math.nan, f"raised {type(error).__name__}: {error}"[:MAX_REASON])
+        if os.getpid() == caller and isinstance(error, KeyboardInterrupt):
+            raise
+        score = Score(math.nan, f"raised {type(error).__name__}: {_text_of(error)}"[:MAX_REASON])
+    if os.getpid() != caller:
+        os._exit(0)
+    return score
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # an exception may fail to describe itself
+        return "(no text)"
 
 
 def _as_score(value: Any) -> Score:
@@ -67,14 +99,21 @@ def _as_score(value: Any) -> Score:
     number = float(value)
     if not math.isfinite(number):
         return Score(math.nan, f"returned {number}, expected a finite number")
+    if abs(number) > LARGEST:
+        return Score(math.nan, f"returned {number}, expected a number within float32, at most {LARGEST:.4g}")
     return Score(number, None)
 
 
 class RewardWorker:
     """The caller's side: evaluates reward functions in the worker, each call within `timeout_s` seconds."""
 
-    def __init__(self, functions: Sequence[Scorer], timeout_s: float) -> None:
+    def __init__(self, functions: Sequence[Scorer], timeout_s: float, *, confined: bool = False) -> None:
         """Start the worker. It imports in the background, and the first call waits for it.
+
+        Args:
+            functions: the reward functions.
+            timeout_s: seconds that one call may take.
+            confined: whether the worker gives up the rights that it does not need.
 
         Raises:
             TypeError: a function cannot be sent to another process.
@@ -85,7 +124,11 @@ class RewardWorker:
                 "rewards with a time limit need a POSIX system; pass timeout_s=None to call them directly"
             )
         self.timeout_s = timeout_s
-        self._payload = pickle.dumps([_portable(function) for function in functions])
+        reason = confine.why_not() if confined else None
+        if reason is not None:
+            logger.warning("rewards run in a process with a time limit, but not confined: %s", reason)
+        self.confined = confined and reason is None
+        self._payload = pickle.dumps((self.confined, [_portable(function) for function in functions]))
         self._lock = threading.Lock()
         self._start()
 
@@ -145,20 +188,24 @@ class RewardWorker:
 
     def _collect(self, scores: list[Score], calls: int) -> str | None:
         """Append arriving scores. Return None when all are in, or the reason why a new scorer took over."""
+        deadline = time.monotonic() + self.timeout_s
         while len(scores) < calls:
-            if not self._connection.poll(self.timeout_s):
+            if not self._connection.poll(max(0.0, deadline - time.monotonic())):
                 _kill_group(self._scorer)
                 self._await_scorer(STARTUP_TIMEOUT_S)
                 return f"took more than {self.timeout_s:g} s"
-            kind, body = self._receive()
+            kind, sender, call, body = self._receive()
             if kind == READY:
-                self._scorer = int(body)
+                self._scorer = sender
                 return "ended the process that it ran in"
+            if sender != self._scorer or call != len(scores):
+                continue  # a process that a reward has started
             if kind == INTERRUPTED:
                 raise KeyboardInterrupt
             scores.append(
                 Score(struct.unpack("<d", body)[0], None) if kind == VALUE else Score(math.nan, body.decode())
             )
+            deadline = time.monotonic() + self.timeout_s
         return None
 
     def _await_scorer(self, timeout_s: float) -> None:
@@ -166,20 +213,20 @@ class RewardWorker:
         self._scorer = None
         deadline = time.monotonic() + timeout_s
         while self._connection.poll(max(0.0, deadline - time.monotonic())):
-            kind, body = self._receive()
+            kind, sender, _, body = self._receive()
             if kind == READY:
-                self._scorer = int(body)
+                self._scorer = sender
                 return
             if kind == BROKEN:
                 raise RuntimeError(f"the reward worker could not load the reward functions: {body.decode()}")
         raise RuntimeError(f"the reward worker did not start within {timeout_s:g} s")
 
-    def _receive(self) -> tuple[bytes, bytes]:
+    def _receive(self) -> tuple[bytes, int, int, bytes]:
         try:
             message = self._connection.recv_bytes()
         except (EOFError, ConnectionResetError) as error:
             raise RuntimeError(f"the reward worker ended by itself (exit status {self._process.wait()})") from error
-        return message[:1], message[1:]
+        return *HEADER.unpack_from(message), message[HEADER.size :]
 
 
 def _portable(function: Scorer) -> Scorer:
@@ -216,14 +263,20 @@ def supervise(descriptor: int, caller: int) -> None:
     """Load the functions, then keep one scorer alive until the caller closes the connection or disappears."""
     connection = Connection(descriptor)
     try:
-        functions = pickle.loads(connection.recv_bytes())
+        confined, functions = pickle.loads(connection.recv_bytes())
     except Exception as error:
-        connection.send_bytes(BROKEN + _encoded(f"{type(error).__name__}: {error}"[:MAX_REASON]))
+        connection.send_bytes(_message(BROKEN, 0, _encoded(f"{type(error).__name__}: {error}"[:MAX_REASON])))
         return
     while True:
         scorer = os.fork()
         if scorer == 0:
             os.setpgid(0, 0)  # a group of its own: killing it also kills processes that a reward started
+            try:
+                if confined:
+                    _confine()
+            except OSError as error:
+                connection.send_bytes(_message(BROKEN, 0, _encoded(f"they cannot be confined: {error}"[:MAX_REASON])))
+                os._exit(1)
             _answer(connection, functions, os.getppid())
             os._exit(0)
         while os.waitpid(scorer, os.WNOHANG)[0] == 0:
@@ -233,10 +286,19 @@ def supervise(descriptor: int, caller: int) -> None:
             time.sleep(SUPERVISE_S)
 
 
+def _confine() -> None:
+    """Give up the rights that scoring does not need. Libraries that are imported may still read their own files."""
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    folders = [path for path in sys.path if path] + [sys.prefix, sys.base_prefix]
+    # No file may grow. The scorer's own messages go through a socket, which this limit does not touch.
+    confine.confine(folders, memory_bytes=used + SCORING_BYTES, file_bytes=0, open_files=256)
+
+
 def _answer(connection: Connection, functions: Sequence[Scorer], supervisor: int) -> None:
     """Serve requests until the connection closes. Then kill the supervisor."""
     try:
-        connection.send_bytes(READY + str(os.getpid()).encode())
+        connection.send_bytes(_message(READY, 0, b""))
         while True:
             first, items, completions = pickle.loads(connection.recv_bytes())
             for message in _messages(functions, first, items, completions):
@@ -254,9 +316,16 @@ def _messages(
         try:
             score = call_reward(functions[which], items[row], completions[row])
         except KeyboardInterrupt:
-            yield INTERRUPTED
+            yield _message(INTERRUPTED, call, b"")
             return
-        yield VALUE + struct.pack("<d", score.value) if score.failure is None else FAILED + _encoded(score.failure)
+        if score.failure is None:
+            yield _message(VALUE, call, struct.pack("<d", score.value))
+        else:
+            yield _message(FAILED, call, _encoded(score.failure))
+
+
+def _message(kind: bytes, call: int, body: bytes) -> bytes:
+    return HEADER.pack(kind, os.getpid(), call) + body
 
 
 def _encoded(reason: str) -> bytes:

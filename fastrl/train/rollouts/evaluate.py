@@ -56,7 +56,13 @@ class TaskEvaluation:
         }
 
     def samples(self, problems: Sequence[Problem], task: Task, count: int) -> list[dict[str, Any]]:
-        """Return the first completions for `samples.json`, to be read."""
+        """Return the first completions for `samples.json`, to be read.
+
+        Their rewards are the ones that the worker gave: nothing scores a completion in this process. None stands for
+        a reward that failed or was not asked for.
+        """
+        del task
+        correct = self.rewards[CORRECT].tolist() if CORRECT in self.rewards else [math.nan] * len(self.completions)
         return [
             {
                 "step": self.step,
@@ -64,9 +70,9 @@ class TaskEvaluation:
                 "prompt": problem.prompt,
                 "completion": completion,
                 "answer": problem.answer,
-                "reward": float(task.is_correct(problem, completion)),
+                "reward": None if math.isnan(reward) else reward,
             }
-            for problem, completion in list(zip(problems, self.completions, strict=True))[:count]
+            for problem, completion, reward in list(zip(problems, self.completions, correct, strict=True))[:count]
         ]
 
 
