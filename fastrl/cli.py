@@ -13,7 +13,10 @@
 | 0 | success |
 | 1 | the work or a check failed, or settings do not fit the model, the data or each other |
 | 2 | the command line or a field of the configuration is wrong |
-| 130 | interrupted |
+| 130 | interrupted (Ctrl-C) |
+| 143 | terminated (SIGTERM) |
+
+A run that is interrupted or terminated goes on from its last checkpoint with --resume.
 
 An error is one line. With the environment variable FASTRL_DEBUG set, it comes with its traceback.
 """
@@ -21,21 +24,24 @@ An error is one line. With the environment variable FASTRL_DEBUG set, it comes w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import fastrl
 
-OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, FAILURE, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 # Loop -> the class of its settings, and the function that trains.
 ALGORITHMS = {
@@ -64,11 +70,22 @@ class UsageError(Exception):
     """The command line or the configuration is wrong."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived: the parts of a run that close on Ctrl-C close on it too."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _dispatch(arguments)
+        with _terminable():
+            return _dispatch(arguments)
+    except Terminated:
+        print("fastrl: terminated", file=sys.stderr)
+        return TERMINATED
+    except BrokenPipeError:  # `fastrl losses | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
     except KeyboardInterrupt:
         print("fastrl: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -80,6 +97,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"fastrl: error: {message}", file=sys.stderr)
         return USAGE if isinstance(error, UsageError) else FAILURE
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """While this is open, SIGTERM ends the command as Ctrl-C does, in the main thread."""
+
+    def end(number: int, frame: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _dispatch(arguments: list[str]) -> int:

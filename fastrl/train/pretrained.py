@@ -57,6 +57,7 @@ def load_model(
 
     Raises ValueError for an unknown name or dtype and for a model without a chat or padding token that can be set.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     resolved_dtype = _resolve_dtype(dtype)
@@ -65,6 +66,8 @@ def load_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=resolved_dtype)
+    except SafetensorError as error:
+        raise ValueError(f"the weights of the model {name_or_path!r} are damaged: {error}") from error
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model must be a folder with a saved model, a name on the Hugging Face hub, or {SMOLLM2!r}; "

@@ -91,8 +91,8 @@ def test_scores_of_awkward_completions(answer, completion, right):
         ("so 12 + 30 = 42.", "so 12 + 30 = 42.", "42"),
         ("<answer>a <answer>b</answer> c", "b", ""),
         ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}", "2"),
-        ("\\boxed{{1}", "\\boxed{{1}", "1"),
-        ("<answer></answer>3", "<answer></answer>3", "3"),
+        ("\\boxed{{1}", "", ""),  # a box that does not end
+        ("<answer></answer>3", "", ""),  # an empty answer
         ("it is 1,234.50!", "it is 1,234.50!", "1,234.50"),
         ("12-5", "12-5", "5"),
         ("is -5", "is -5", "-5"),
@@ -143,7 +143,9 @@ def test_unknown_names_list_close_ones():
         load_task("chain_sum", min_terms=0)
     with pytest.raises(ValueError, match="'size' of task 'chain_sum' is set by load_task"):
         load_task("chain_sum", size=10)
-    with pytest.raises(ValueError, match="extraction must be one of marked, last_number, got 'first'"):
+    with pytest.raises(
+        ValueError, match="extraction must be one of marked, boxed, tagged, last_number, choice, got 'first'"
+    ):
         load_task("chain_sum", extraction="first")  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="seed must be an int, got float"):
         load_task("chain_sum", seed=1.5)  # pyright: ignore[reportArgumentType]

@@ -39,8 +39,9 @@ def _groups(name: str, index: Any, rewards: Tensor) -> Tensor:
     return torch.tensor(ids, device=rewards.device)
 
 
-def _scores(token_level_rewards: Tensor) -> Tensor:
-    return token_level_rewards.sum(dim=-1)
+def _scores(token_level_rewards: Tensor, response_mask: Tensor) -> Tensor:
+    """Return (B,) sums of the live tokens' rewards: a number on padding moves no other completion's advantage."""
+    return torch.where(response_mask != 0, token_level_rewards, 0.0).sum(dim=-1)
 
 
 def _by_std(config: Any) -> str:
@@ -59,7 +60,7 @@ def _per_sequence(name: str, scalar: Callable[[Tensor, Tensor, Any, Tensor], Ten
     ) -> tuple[Tensor, Tensor]:
         _refuse(name, kwargs)
         groups = _groups(name, index, token_level_rewards)
-        value = scalar(_scores(token_level_rewards), groups, config, response_mask)
+        value = scalar(_scores(token_level_rewards, response_mask), groups, config, response_mask)
         advantages = torch.where(response_mask != 0, value.unsqueeze(-1), 0.0)
         return advantages, advantages
 
@@ -97,7 +98,7 @@ def _reinforce_plus_plus_baseline(
     _refuse("reinforce_plus_plus_baseline", kwargs)
     groups = _groups("reinforce_plus_plus_baseline", index, token_level_rewards)
     advantages = reinforce_plus_plus_baseline_advantages(
-        _scores(token_level_rewards), response_mask, group_ids=groups, singleton="reward"
+        _scores(token_level_rewards, response_mask), response_mask, group_ids=groups, singleton="reward"
     )
     return advantages, advantages
 

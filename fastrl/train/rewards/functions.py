@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from fastrl.losses.masks import soft_overlong_punishment
-from fastrl.train.rewards.tasks import Problem, Task, extract_answer
+from fastrl.train.rewards.answers import chosen_letter, extract_answer, is_marked, latex_of
+from fastrl.train.rewards.tasks import Problem, Task
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _INTEGER_OR_DECIMAL = re.compile(r"[-+]?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.[0-9]+)?")
@@ -52,6 +53,8 @@ class Exact:
 class MathVerify:
     """1 if math-verify finds the completion's expression equal to the answer, else 0.
 
+    The reference, and an answer in a tag or a box, are read as LaTeX, with dollars or without. In running text
+    math-verify looks for the expression itself. A reference of one letter A to J is a choice, and letters are compared.
     None if the reference answer itself cannot be parsed. The project's own time limits are off: they use the process's
     one alarm, and turn a time-out into a wrong answer.
     Source: https://github.com/huggingface/Math-Verify.
@@ -71,20 +74,44 @@ class MathVerify:
 
     def __call__(self, problem: Problem, completion: str) -> float | None:
         """Return 1.0, 0.0 or None."""
-        gold = self._parse(problem.answer, parsing_timeout=None)
+        reference = extract_answer(problem.answer)
+        if letter := chosen_letter(reference) if len(reference) < MOST_OF_A_CHOICE else "":
+            return float(extract_answer(completion, "choice") == letter)
+        gold = self._parse(latex_of(reference), parsing_timeout=None)
         if not gold:
             return None
-        answer = self._parse(extract_answer(completion), parsing_timeout=None)
+        text = extract_answer(completion)
+        if not text or len(text) > MOST_CHARACTERS or _huge(text):
+            return 0.0
+        answer = self._parse(latex_of(text) if is_marked(completion) else text, parsing_timeout=None)
         return float(self._verify(gold, answer, timeout_seconds=None))
+
+
+# A longer answer is no expression, and parsing it would take the time of the whole batch.
+MOST_CHARACTERS = 4000
+MOST_OF_A_CHOICE = 12
+MOST_DEPTH = 30
+_POWER = re.compile(r"\^\s*\{?\s*(?:[0-9]{6,}|[^{}]*\^)|!\s*!|[0-9]{5,}\s*!|\*\*\s*[0-9]{6,}")
+
+
+def _huge(text: str) -> bool:
+    """Whether a text writes a power of a power, an exponent or a factorial that no computer holds, or is too deep."""
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, depth)
+    return deepest > MOST_DEPTH or _POWER.search(text) is not None
 
 
 def format_reward(problem: Problem, completion: str) -> float:
     """Return 1 for `<think>...</think> <answer>...</answer>` and nothing else, each tag once and in order. Otherwise 0.
 
+    `<think>` may be missing: many chat templates write it at the end of the prompt.
+
     Source: the format reward of DeepSeek-R1 (arXiv 2501.12948, section 2.2.2) with its template.
     """
     del problem
-    text = completion.strip()
+    text = _with_opening(completion.strip())
     if not (text.startswith("<think>") and text.endswith("</answer>")) or any(text.count(tag) != 1 for tag in _TAGS):
         return 0.0
     thought_end, answer_start = text.index("</think>"), text.index("<answer>")
@@ -95,11 +122,19 @@ def format_reward(problem: Problem, completion: str) -> float:
 def tag_count_reward(problem: Problem, completion: str) -> float:
     """Return a quarter for each of the four think and answer tags that occurs exactly once.
 
+    A missing `<think>` before `</think>` counts as there: many chat templates write it at the end of the prompt.
+
     A smoother form of the format reward for models that do not know the tags yet.
     Source: the tag count reward of open-r1 (https://github.com/huggingface/open-r1).
     """
     del problem
-    return sum(completion.count(tag) == 1 for tag in _TAGS) / len(_TAGS)
+    text = _with_opening(completion)
+    return sum(text.count(tag) == 1 for tag in _TAGS) / len(_TAGS)
+
+
+def _with_opening(text: str) -> str:
+    """Return a text with the opening tag of its thought, if only the closing one is there."""
+    return f"<think>{text}" if "</think>" in text and "<think>" not in text else text
 
 
 def number_only_reward(problem: Problem, completion: str) -> float:
@@ -124,9 +159,10 @@ def last_number_reward(problem: Problem, completion: str) -> float | None:
 
 
 def _number(text: str) -> float | int | None:
-    text = text.strip().replace(",", "")
+    text = re.sub(r"^([-+]?)\.(?=[0-9])", r"\g<1>0.", text.strip())
     if len(text) > _MAX_NUMBER_LENGTH or not _INTEGER_OR_DECIMAL.fullmatch(text):
         return None
+    text = text.replace(",", "")
     return float(text) if "." in text else int(text)
 
 

@@ -19,9 +19,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from fastrl.train.rewards import evaluated
+from fastrl.train.rewards.answers import Extraction as Extraction
+from fastrl.train.rewards.answers import extract_answer as extract_answer
 
 Split = Literal["train", "held_out"]
-Extraction = Literal["marked", "last_number"]
 
 # One question in this many is held out.
 HELD_OUT_SHARE = 8
@@ -30,8 +31,6 @@ CHUNK = 512
 # Number of unusable draws (of the other split, or repeated) after which the question space counts as too small.
 MAX_DRAWS = 400
 
-# A sign after an operand is an operator: the last number of "12-5" is 5.
-_NUMBER = re.compile(r"(?:(?<![0-9A-Za-z)])[-+])?[0-9](?:[0-9,]*[0-9])?(?:\.[0-9]+)?")
 _PLAIN_NUMBER = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+)?")
 
 
@@ -45,43 +44,6 @@ class Problem:
     """The reference answer as text."""
     entry: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
     """The generator's own record of this question, for the task's scorer."""
-
-
-def extract_answer(completion: str, extraction: Extraction = "marked") -> str:
-    """Return the part of a completion that is its answer.
-
-    Args:
-        completion: the text that the model wrote.
-        extraction: both ways first drop everything up to the last `</think>`. `"marked"` takes the last
-            `<answer>...</answer>`, else the last `\\boxed{...}`, else the whole text. `"last_number"` takes the last
-            number of the marked text, or the empty string if it has none.
-    """
-    text = completion.rpartition("</think>")[2]
-    text = _last_tagged(text) or _last_boxed(text) or text.strip()
-    if extraction == "last_number":
-        numbers = _NUMBER.findall(text)
-        return numbers[-1] if numbers else ""
-    return text
-
-
-def _last_tagged(text: str) -> str | None:
-    before, closing, _ = text.rpartition("</answer>")
-    if not closing:
-        return None
-    _, opening, inside = before.rpartition("<answer>")
-    return inside.strip() if opening else None
-
-
-def _last_boxed(text: str) -> str | None:
-    _, marker, rest = text.rpartition("\\boxed{")
-    if not marker:
-        return None
-    depth = 1
-    for position, character in enumerate(rest):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return rest[:position].strip()
-    return None
 
 
 class Task:

@@ -8,6 +8,7 @@ Shapes: P prompts, G completions of each, B = P * G completions, T time, V vocab
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,11 +107,30 @@ def generate(
 
 
 def decode(tokenizer: Any, rollout: Rollout) -> list[str]:
-    """Return the text of each completion, without special tokens."""
+    """Return the text of each completion, without special tokens other than tags such as `</think>`.
+
+    Rewards and readers need the tags, also where the tokenizer has made them special. Tokens with a role of their own
+    (end, padding, ...) and those of chat templates (`<|im_end|>`) are left out.
+    """
+    hidden = set(tokenizer.all_special_ids)
+    tags = {i for i in hidden if _TAG.fullmatch(tokenizer.convert_ids_to_tokens(i))} - _roles(tokenizer)
+    rows = zip(rollout.completion_ids, rollout.completion_mask, strict=True)
+    if not tags:
+        return [tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True) for ids, mask in rows]
+    left_out = hidden - tags
     return [
-        tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True)
-        for ids, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)
+        tokenizer.decode([i for i in ids[mask].tolist() if i not in left_out], skip_special_tokens=False)
+        for ids, mask in rows
     ]
+
+
+_TAG = re.compile(r"</?[A-Za-z][A-Za-z_-]*>")
+
+
+def _roles(tokenizer: Any) -> set[int]:
+    """Return the ids of tokens with a role of their own, such as the end of a text."""
+    roles = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+    return {i for role in roles if (i := getattr(tokenizer, f"{role}_token_id", None)) is not None}
 
 
 def _choose(

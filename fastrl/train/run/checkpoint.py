@@ -1,6 +1,7 @@
 """Checkpoints that survive a kill at any moment and restore a run to the bit.
 
-A checkpoint is a folder `step_00000010` with safetensors files and one `state.json`. Nothing is pickled. A save
+A checkpoint is a folder `step_00000010` with safetensors files, one `state.json`, and `digests.json` with the size and
+SHA-256 of the others, which a load compares. Nothing is pickled. A save
 
 1. writes the folder under a temporary name on the same filesystem, and syncs every file,
 2. renames the folder, and then
@@ -25,8 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastrl.train.run.folder import damage, write_digests
+
 LATEST = "latest"
 STATE = "state.json"
+DIGESTS = "digests.json"
 PARTIAL = ".partial-"
 
 
@@ -44,7 +48,7 @@ class Checkpoint:
 def save_checkpoint(
     root: str | Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *, keep: int
 ) -> Path:
-    """Write the checkpoint of `step` under `root` atomically, make it the latest, and keep the newest `keep` only.
+    """Write the checkpoint of `step` under `root` atomically, make it the latest, and keep the `keep` youngest only.
 
     Raises ValueError if the latest checkpoint is already at `step`, and OSError if it cannot be written.
     """
@@ -53,7 +57,7 @@ def save_checkpoint(
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     target = root / f"step_{step:08d}"
-    if latest_checkpoint(root) == target:
+    if _named_latest(root) == target and (target / STATE).is_file():
         raise ValueError(f"the checkpoint of step {step} is already there: {target}")
     for leftover in root.glob(f"{PARTIAL}*"):
         shutil.rmtree(leftover)
@@ -66,13 +70,14 @@ def save_checkpoint(
         with disk_errors(root):
             save_file(values, partial / f"{name}.safetensors")
     (partial / STATE).write_text(json.dumps({**state, "step": step}, indent=1))
+    write_digests(partial, DIGESTS)
     for file in partial.iterdir():
         _sync(file)
     _sync(partial)
     partial.rename(target)
     _sync(root)
     _replace_text(root / LATEST, target.name)
-    _drop_old(root, keep)
+    _drop_old(root, keep, target)
     return target
 
 
@@ -88,25 +93,75 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def latest_checkpoint(root: str | Path) -> Path | None:
-    """Return the folder of the newest complete checkpoint under `root`, or None."""
-    pointer = Path(root) / LATEST
-    if not pointer.is_file():
-        return None
-    path = Path(root) / pointer.read_text().strip()
+    """Return the folder of the newest complete checkpoint under `root`, or None.
+
+    It is the one that the file `latest` names. Without that file it is the youngest one.
+
+    Raises:
+        ValueError: `latest` names no complete checkpoint.
+    """
+    root = Path(root)
+    path = _named_latest(root)
+    if path is None:
+        found = _by_age(root)
+        return found[-1] if found else None
     if not (path / STATE).is_file():
-        raise ValueError(f"{pointer} names {path.name!r}, which is not a complete checkpoint under {root}")
+        raise ValueError(
+            f"{root / LATEST} names {path.name!r}, which is not a complete checkpoint under {root}{_way_back(path)}"
+        )
     return path
 
 
+def _named_latest(root: Path) -> Path | None:
+    pointer = root / LATEST
+    if pointer.is_dir():
+        raise ValueError(f"expected the file {pointer} with the name of a checkpoint, got a folder: remove it")
+    if not pointer.is_file():
+        return None
+    name = pointer.read_text(errors="replace").strip()
+    if not name or Path(name).name != name or "\0" in name:
+        raise ValueError(f"{pointer} must hold the name of a checkpoint beside it, got {name[:80]!r}")
+    return root / name
+
+
+def _by_age(root: Path) -> list[Path]:
+    """Return the complete checkpoints under `root`, the oldest first."""
+    found = [path for path in root.glob("step_*") if (path / STATE).is_file()]
+    return sorted(found, key=lambda path: ((path / STATE).stat().st_mtime_ns, path.name))
+
+
+def _way_back(path: Path) -> str:
+    """Return how to go on from the youngest whole checkpoint beside a damaged one."""
+    for other in reversed(_by_age(path.parent)):
+        if other != path and damage(other, DIGESTS) is None:
+            return f"; {other.name} is whole: write its name into {path.parent / LATEST} to resume from there"
+    return "; there is no other whole checkpoint beside it"
+
+
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Return the checkpoint in the folder `path`."""
+    """Return the checkpoint in the folder `path`.
+
+    Raises:
+        ValueError: it is no checkpoint, or a file of it is missing or damaged. The message names the file and a whole
+            checkpoint beside it.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = Path(path)
     if not (path / STATE).is_file():
-        raise ValueError(f"expected a checkpoint folder with {STATE}, got {path}")
-    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-    return Checkpoint(path, tensors, json.loads((path / STATE).read_text()))
+        raise ValueError(f"expected a checkpoint folder with {STATE}, got {path}{_way_back(path)}")
+    if (reason := damage(path, DIGESTS)) is not None:
+        raise ValueError(f"the checkpoint {path} is damaged: {reason}{_way_back(path)}")
+    file = path / STATE
+    try:
+        state = json.loads(file.read_text())
+        tensors = {}
+        for file in sorted(path.glob("*.safetensors")):
+            tensors[file.stem] = load_file(file)
+    except (SafetensorError, ValueError) as error:  # of a checkpoint without digests
+        raise ValueError(f"the checkpoint {path} is damaged: {file.name}: {error}{_way_back(path)}") from error
+    return Checkpoint(path, tensors, state)
 
 
 def optimizer_to_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
@@ -177,9 +232,11 @@ def _replace_text(path: Path, text: str) -> None:
     _sync(path.parent)
 
 
-def _drop_old(root: Path, keep: int) -> None:
+def _drop_old(root: Path, keep: int, newest: Path) -> None:
+    # By age: after a return to an earlier step the higher numbers are the older ones.
+    others = [path for path in _by_age(root) if path != newest]
     # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under a complete name.
-    for old in sorted(root.glob("step_*"))[:-keep]:
+    for old in others[: max(0, len(others) - keep + 1)]:
         doomed = root / f"{PARTIAL}{old.name}"
         old.rename(doomed)
         shutil.rmtree(doomed)

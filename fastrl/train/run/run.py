@@ -52,6 +52,7 @@ from fastrl.train.run.checkpoint import (
     set_random_state,
     write_json,
 )
+from fastrl.train.run.folder import FolderLock, check_inputs, input_digests
 from fastrl.train.run.tracking import RunTracker
 
 logger = logging.getLogger(__name__)
@@ -163,11 +164,12 @@ class Run(Generic[Config]):
         """Open the folder of the run and seed everything.
 
         Raises:
-            ValueError: an earlier run is in the folder, or this is one process of several.
+            ValueError: an earlier run is in the folder, another run uses it, or this is one process of several.
             OSError: the folder cannot be made.
         """
         self.config = config
         self.dir = open_run_dir(config)
+        self._lock = FolderLock(self.dir)
         self.accelerator = _accelerator(config)
         self.device: torch.device = self.accelerator.device
         seed_everything(config.seed)
@@ -194,6 +196,7 @@ class Run(Generic[Config]):
             ValueError: the checkpoint belongs to other settings, or is beyond the last step.
         """
         config = self.config
+        self._inputs = input_digests(config.as_dict())
         # Not earlier: a mistake in the settings, the model or the data must not cost the earlier run.
         if config.overwrite:
             _remove_earlier_run(self.dir)
@@ -235,8 +238,11 @@ class Run(Generic[Config]):
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        """Close the progress bar and the trackers, and leave autocast."""
-        self._stack.close()
+        """Close the progress bar and the trackers, leave autocast, and give the folder free."""
+        try:
+            self._stack.close()
+        finally:
+            self._lock.release()
 
     def steps(self) -> Iterator[int]:
         """Yield the remaining steps, counted from 0. Each starts with its learning rate and a new `clock`."""
@@ -300,6 +306,7 @@ class Run(Generic[Config]):
         tensors = {"weights": self.parameters, "optimizer": optimizer_tensors, "random": random_tensors}
         values: dict[str, Any] = {
             "config": self.config.as_dict(),
+            "inputs": self._inputs,
             "optimizer_groups": groups,
             "random": random_values,
             "kept": {},
@@ -313,7 +320,11 @@ class Run(Generic[Config]):
     def _restore(self, path: Path) -> int:
         """Load the checkpoint in `path` into the parameters, the optimiser and the generators. Return its step."""
         saved = load_checkpoint(path)
+        for part in ("weights", "optimizer", "random"):
+            if part not in saved.tensors:
+                raise ValueError(f"the checkpoint {path} has no {part}.safetensors: it cannot be resumed")
         self.config.check_resumable(saved.state["config"])
+        check_inputs(saved.state.get("inputs", {}), self._inputs)
         _same_names(path, "parameters", saved.tensors["weights"], self.parameters)
         _same_names(path, "state", saved.state["kept"], self._registered)
         with torch.no_grad():
