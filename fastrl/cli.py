@@ -270,6 +270,9 @@ def _make(command: str, arguments: list[str]) -> int:
 def _train(algorithm: str, arguments: list[str]) -> int:
     from fastrl.train.run.report import write_report
 
+    # One line before the first step says what is trained.
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("fastrl.train.run.run").setLevel(logging.INFO)
     config_class, train = ALGORITHMS[algorithm]
     result = _configured(config_class, train, arguments, f"fastrl train {algorithm}")
     print(f"report: {write_report(result.run_dir)}", file=sys.stderr)
@@ -287,9 +290,10 @@ def _configured(config_class: str, function: str, arguments: list[str], program:
         config = parse_config(_named(config_class), arguments, program)
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(str(error)) from error
-    # A reward may be module:function with a module in the current directory.
+    # A reward may be module:function with a module in the current directory. It comes last: a file there that has the
+    # name of a package must not run in its place.
     if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
+        sys.path.append(here)
     return _named(function)(config)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -74,20 +75,74 @@ def exclusive(path: Path) -> Iterator[None]:
     """Hold an advisory lock on a file: another process that builds the same library waits."""
     import fcntl  # POSIX only, like the build
 
-    with path.open("w") as file:
+    # Not through a link, and with the rights of the owner alone whatever the mask is.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    with os.fdopen(os.open(path, flags, 0o600), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
+def check_ours(path: Path) -> None:
+    """Refuse a file or folder of the cache that another user could have put there or could change.
+
+    Raises:
+        RuntimeError: it is a symbolic link, belongs to another user, or others may write to it.
+    """
+    found = path.lstat()
+    if stat.S_ISLNK(found.st_mode):
+        raise RuntimeError(f"the cache must hold no symbolic links, got {path}: remove it, or set FASTRL_CACHE_DIR")
+    if not hasattr(os, "geteuid"):
+        return
+    if found.st_uid != os.geteuid():
+        raise RuntimeError(
+            f"the cache must belong to user {os.geteuid()}, got {path} of user {found.st_uid}: set FASTRL_CACHE_DIR to "
+            "a folder of your own"
+        )
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise RuntimeError(
+            f"the cache must be writable by its owner alone, got {path} with mode {stat.S_IMODE(found.st_mode):o}: "
+            f"remove it, or run chmod -R go-w {path}"
+        )
+
+
 def build_once(library: Path, build: Callable[[Path], None]) -> Path:
-    """Return the library, built unless it is there. Of several processes that ask at once, one builds."""
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
+    """Return the library, built unless it is there as it was built. Of several processes that ask, one builds.
+
+    Raises:
+        RuntimeError: another user could have put the library there.
+    """
+    library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    check_ours(library.parent)
+    if not _is_whole(library):
         with exclusive(library.with_suffix(".lock")):
             # Another process may have built it while this one waited for the lock.
-            if not library.exists():
+            if not _is_whole(library):
+                library.unlink(missing_ok=True)
                 build(library)
+                library.chmod(library.stat().st_mode & ~0o022)
+                _digest_file(library).write_text(_digest(library))
+                _digest_file(library).chmod(0o600)
     return library
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether the library is there with the digest that its build wrote down."""
+    digest = _digest_file(library)
+    if not (library.exists() or library.is_symlink()):
+        return False
+    check_ours(library)
+    if not digest.is_file():
+        return False
+    check_ours(digest)
+    return digest.read_text().strip() == _digest(library)
+
+
+def _digest_file(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def error_line(output: str) -> str:

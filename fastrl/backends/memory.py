@@ -15,6 +15,7 @@ import ctypes
 import functools
 import math
 import mmap
+import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -63,6 +64,17 @@ def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
                 fresh = empty((size,), torch.uint8)
             _kept[:] = [fresh]
         return _kept[0][:size].view(dtype).view(tuple(shape))
+
+
+def _start_anew() -> None:
+    """In a forked child: its other threads are gone, and with them the one that may have held the lock."""
+    global _scratch_lock
+    _scratch_lock = threading.Lock()
+    _kept.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)
 
 
 def release() -> None:

@@ -139,7 +139,8 @@ def prepared_backward_rows(
         first, second, third = (None if g is None else g[at] for g in grads)
         factor = inv_temperature[at] if isinstance(inv_temperature, Tensor) else inv_temperature
         backward_rows(backend, rows, labels[at], factor, of_rows, (first, second, third), **scalars, out=rows)
-        rows.mul_(slope)
+        # Selected: the slope at a NaN under the mask is NaN, and must not reach the zeros of that row.
+        rows.mul_(slope.masked_fill_(rows == 0, 0.0))
     return tile
 
 

@@ -37,7 +37,10 @@ from fastrl.train.pretrained import (
     LARGEST_DIFFERENCE,
     OutputHead,
     add_lora,
+    cache_argument,
+    cache_of,
     causal_lm,
+    check_positions,
     head_of,
     load_model,
     stop_token_ids,
@@ -214,6 +217,7 @@ def completion_hidden(model: Any, rollout: Rollout) -> Tensor:
     The prompts go through the model once. Their cache, repeated for the completions, carries the gradient back.
     """
     backbone = causal_lm(model).base_model
+    check_positions(model, rollout.prompt_ids.shape[1] + rollout.completion_ids.shape[1] - 1)
     positions = prompt_positions(rollout.prompt_mask)
     prompt = backbone(
         input_ids=rollout.prompt_ids,
@@ -225,7 +229,7 @@ def completion_hidden(model: Any, rollout: Rollout) -> Tensor:
     inputs = rollout.completion_ids[:, :-1]  # nothing is predicted from the last token
     if inputs.shape[1] == 0:
         return first
-    cache = prompt.past_key_values
+    cache = cache_of(model, prompt)
     cache.batch_select_indices(rollout.prompt_index)
     attention = torch.cat([rollout.prompt_mask[rollout.prompt_index], rollout.completion_mask[:, :-1]], dim=1)
     ahead = torch.arange(1, inputs.shape[1] + 1, device=inputs.device)
@@ -233,8 +237,8 @@ def completion_hidden(model: Any, rollout: Rollout) -> Tensor:
         input_ids=inputs,
         attention_mask=attention.long(),
         position_ids=positions[rollout.prompt_index, -1:] + ahead,
-        past_key_values=cache,
         use_cache=True,
+        **cache_argument(backbone, cache),
     )
     return torch.cat([first, rest.last_hidden_state], dim=1)
 

@@ -263,7 +263,7 @@ def fit(run: Run[PPOConfig], learner: Learner, batch: PPOBatch, totals: MetricSu
                 totals.add({"first_step_ratio_max_dev": (done.ratio_deviation, one)})
             stopped = train_policy and config.target_kl is not None and done.kl.item() > config.target_kl
             if stopped:
-                run.optimizer.zero_grad()  # the gradient of the step that is not taken
+                run.zero_grad()  # the gradient of the step that is not taken
                 break
             totals.add(run.clip_and_step(learner.parts(train_policy=train_policy)))
             run.clock.lap("optimizer")

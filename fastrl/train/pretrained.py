@@ -11,10 +11,14 @@ Shapes: D hidden, V vocabulary.
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
+import logging
 import os
+import re
 import shutil
 import tempfile
 import warnings
+import weakref
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrl.backends.build import cache_folder
+from fastrl.backends.build import cache_folder, check_ours
+
+logger = logging.getLogger(__name__)
 
 SMOLLM2 = "smollm2"
 
@@ -52,6 +58,9 @@ def load_model(
         dtype: precision of the parameters, a name of `DTYPES` or a torch dtype.
         device: where the parameters go.
 
+    Adapters of a PEFT folder are merged into their base model, so that training goes on from what was trained, with
+    new adapters or without. The auxiliary loss of a router is switched off, and a line says so.
+
     The generation defaults that a model ships with (top-k, top-p, repetition penalty, ...) are cleared. A policy is
     sampled from its own distribution, or its importance ratios are wrong.
 
@@ -66,13 +75,16 @@ def load_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=resolved_dtype)
+        if getattr(model, "_hf_peft_config_loaded", False):
+            model = _merged(source, resolved_dtype)
     except SafetensorError as error:
         raise ValueError(f"the weights of the model {name_or_path!r} are damaged: {error}") from error
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model must be a folder with a saved model, a name on the Hugging Face hub, or {SMOLLM2!r}; "
-            f"{name_or_path!r} could not be loaded: {error}"
+            f"{name_or_path!r} could not be loaded: {str(error)[:300]}"
         ) from error
+    _check_family(name_or_path, model, tokenizer)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {name_or_path!r} has no end-of-sequence token, so completions cannot end")
     if tokenizer.pad_token_id is None:
@@ -81,6 +93,84 @@ def load_model(
     clear_generation_defaults(model, tokenizer)
     model.to(device)  # pyright: ignore[reportArgumentType]  # decorated in transformers, which hides its signature
     return model.eval(), tokenizer
+
+
+# Set on a model whose weights hold merged adapters: new adapters alone would not be the trained model.
+MERGED = "_fastrl_merged_adapters"
+
+
+def _merged(source: str, dtype: torch.dtype) -> Any:
+    from peft import AutoPeftModelForCausalLM
+
+    model: Any = AutoPeftModelForCausalLM.from_pretrained(source, dtype=dtype)
+    model = model.merge_and_unload()
+    setattr(model, MERGED, True)
+    logger.warning(
+        "model %r holds adapters: they are merged into their base model, and training goes on from there", source
+    )
+    return model
+
+
+def _check_family(name: str, model: Any, tokenizer: Any) -> None:
+    """Refuse what is no decoder of tokens, and switch off what only a trainer of routers needs."""
+    config = model.config.get_text_config()
+    family = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False) or "MaskedLM" in family or _sees_ahead(model):
+        raise ValueError(
+            f"the model {name!r} is a {family}, which does not predict the next token from the ones before alone: "
+            "completions cannot be sampled from it here; expected a causal language model"
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows and max(tokenizer.get_vocab().values(), default=0) >= rows:
+        raise ValueError(
+            f"the tokenizer of {name!r} has ids up to {max(tokenizer.get_vocab().values())}, the model's embedding has "
+            f"{rows} rows: resize the embedding (model.resize_token_embeddings) and save the model again"
+        )
+    if getattr(config, "output_router_logits", False):
+        for part in (model.config, config):
+            part.output_router_logits = False
+        logger.warning(
+            "the router's auxiliary loss (output_router_logits) is switched off: the loss of this loop does not hold it"
+        )
+
+
+def _sees_ahead(model: Any) -> bool:
+    """Whether a token's logits change with the tokens behind it. `AutoModelForCausalLM` also makes decoders of BERT."""
+    config = model.config
+    return config.model_type in ("bert", "roberta", "electra", "camembert", "xlm-roberta") and not config.is_decoder
+
+
+_limits: weakref.WeakKeyDictionary[Any, tuple[int | None, bool]] = weakref.WeakKeyDictionary()
+
+
+def check_positions(model: Any, longest: int) -> None:
+    """Refuse a sequence that is longer than the table of the model's positions.
+
+    Rotary positions go on beyond `max_position_embeddings`, where the model has not been trained: a line says so once.
+
+    Raises:
+        ValueError: the message names the limit.
+    """
+    inner = causal_lm(model)
+    if inner not in _limits:
+        config = inner.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        tables = ("wpe", "embed_positions", "position_embeddings")
+        learned = any(
+            name.rpartition(".")[2] in tables and isinstance(module, nn.Embedding)
+            for name, module in inner.named_modules()
+        )
+        _limits[inner] = (limit, learned)
+    limit, learned = _limits[inner]
+    if limit is None or longest <= limit:
+        return
+    if learned:
+        raise ValueError(
+            f"a sequence of {longest} tokens is longer than the {limit} positions of {type(inner).__name__}: lower "
+            "max_tokens or max_new_tokens, or shorten the prompts"
+        )
+    logger.warning("sequences of %d tokens are longer than the %d that the model was made for", longest, limit)
+    _limits[inner] = (None, learned)
 
 
 def check_folder(name: str, name_or_path: str) -> None:
@@ -123,6 +213,11 @@ def smollm2_path() -> Path:
     """
     target = cache_dir() / f"smollm2-135m-instruct-{SMOLLM2_VERSION}"
     if (target / "config.json").is_file():
+        try:
+            for path in (target.parent, target, *target.iterdir()):
+                check_ours(path)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
         return target
     with _smollm2_gguf() as gguf, _atomic_folder(target) as folder:
         _convert_gguf(gguf, folder)
@@ -195,7 +290,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 @contextmanager
 def _atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `target` that becomes `target` when the block ends without an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield scratch
@@ -236,6 +331,28 @@ def causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def cache_of(model: Any, output: Any) -> Any:
+    """Return the key-value cache of a forward pass, under its name before and after transformers 5.24.
+
+    Raises:
+        ValueError: the family keeps no cache that can be taken apart by rows.
+    """
+    found = (getattr(output, name, None) for name in ("cache", "past_key_values"))
+    cache = next((x for x in found if x is not None), None)
+    if not hasattr(cache, "batch_select_indices"):
+        raise ValueError(
+            f"{type(causal_lm(model)).__name__} keeps no key-value cache whose rows can be selected: this family "
+            "cannot be sampled from here; expected a causal transformer"
+        )
+    return cache
+
+
+def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """Return the cache as the argument that the model's forward takes."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: cache}
+
+
 def head_of(model: Any) -> OutputHead:
     """Return the output head of a causal language model, read from its modules and its config.
 
@@ -266,6 +383,14 @@ def add_lora(model: Any, *, rank: int, alpha: float, targets: str | tuple[str, .
     from peft import LoraConfig, get_peft_model
 
     target_modules = targets if isinstance(targets, str) else list(targets)
+    if targets != "all-linear":
+        names = [name for name, _ in model.named_modules()]
+        for target in [targets] if isinstance(targets, str) else targets:
+            if not any(name == target or name.endswith(f".{target}") or re.fullmatch(target, name) for name in names):
+                linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+                raise ValueError(
+                    f"lora_targets names {target!r}, which no module has; linear modules: {', '.join(linear)}"
+                )
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  # PEFT divides by the rank, a float serves

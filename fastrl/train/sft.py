@@ -85,6 +85,7 @@ def sft_records(config: SFTConfig, task: Task | None) -> tuple[Records, Records 
     """Return the records to train on and the held-out ones, None if the configuration wants none."""
     if config.data is None:
         assert task is not None  # a config has data or a task
+        check_answers(task.train(config.task_examples), f"task {config.task}")
         train = answered(task.train(config.task_examples), config.answer_template, f"task {config.task}")
         if config.eval_problems == 0:
             return train, None
@@ -93,6 +94,12 @@ def sft_records(config: SFTConfig, task: Task | None) -> tuple[Records, Records 
     if config.eval_data is not None:
         return records, read_records(config.eval_data)
     return split_held_out(records, config.eval_share) if config.eval_share else (records, None)
+
+
+def check_answers(problems: list[Problem], source: str) -> None:
+    """Raise `ValueError` for a problem without a reference answer, as in tasks whose scorer judges any solution."""
+    if any(p.entry.get("answer", p.answer) is None for p in problems):
+        raise ValueError(f"{source} has problems without a reference answer: there is nothing to imitate")
 
 
 def answered(problems: list[Problem], template: str, source: str) -> Records:

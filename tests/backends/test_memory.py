@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -140,3 +144,31 @@ def test_what_is_not_plain_memory_is_left_alone(monkeypatch: pytest.MonkeyPatch)
         assert not memory.ask_for_huge_pages(torch.empty(LARGE))
     finally:
         memory._madvise.cache_clear()
+
+
+def test_a_fork_while_another_thread_takes_scratch_does_not_hang() -> None:
+    stop: list[int] = []
+
+    def churn() -> None:
+        while not stop:
+            memory.release()
+            memory.scratch((1000,), torch.float32)
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        for _ in range(20):
+            child = os.fork()
+            if child == 0:
+                memory.scratch((10,), torch.float32)
+                os._exit(0)
+            deadline = time.monotonic() + 5.0
+            while os.waitpid(child, os.WNOHANG)[0] == 0:
+                if time.monotonic() > deadline:
+                    os.kill(child, signal.SIGKILL)
+                    os.waitpid(child, 0)
+                    pytest.fail("the forked child waits for a lock that nobody holds")
+                time.sleep(0.001)
+    finally:
+        stop.append(1)
+        thread.join()

@@ -230,3 +230,21 @@ def test_a_live_label_that_is_no_id_is_refused_and_a_masked_one_is_not(label: in
     for call in calls:
         with pytest.raises(ValueError, match=r"labels must be in \[0, V=7\)"):
             call()
+
+
+@pytest.mark.parametrize("name", ["simpo", "sigmoid", "orpo"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_no_pairs_give_zero_with_zero_gradients(name: str, frozen: bool) -> None:
+    """An empty rank or micro-batch: the loss is 0, attached, and every gradient is there."""
+    hidden = torch.randn(0, 3, 4, requires_grad=True)
+    weight = torch.randn(7, 4, requires_grad=not frozen)
+    ids, mask = torch.zeros(0, 3, dtype=torch.long), torch.zeros(0, 3, dtype=torch.bool)
+    loss = PreferenceLoss.preset(name)
+    more = {"ref_logprobs": torch.zeros(0, 3)} if name == "sigmoid" else {}
+    output = loss.from_hidden(hidden, weight, ids, mask, **more)
+    output.loss.backward()
+    assert float(output.loss.detach()) == 0.0
+    assert hidden.grad is not None
+    if not frozen:
+        assert weight.grad is not None
+        assert bool((weight.grad == 0).all())

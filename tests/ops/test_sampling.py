@@ -254,3 +254,28 @@ def test_log_probs_of_what_was_sampled_from() -> None:
     z = (logits.double() / 0.8).masked_fill(~mask, -math.inf).log_softmax(-1)
     got = token_logprobs(logits, labels, temperature=0.8, allowed=mask)
     assert torch.allclose(got.logprobs.double(), z.gather(-1, labels[:, None]).squeeze(-1), atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_masked_row_of_anything_has_no_effect_under_a_set(backend: str, softcap: float | None, bad: float) -> None:
+    """The slope of the softcap at NaN is NaN, and must not reach the gradient of a row that does not count."""
+    torch.manual_seed(0)
+    clean = torch.randn(1, 3, 5)
+    dirty = clean.clone()
+    dirty[0, 1] = bad
+    allowed = torch.ones(1, 3, 5, dtype=torch.bool)
+    allowed[..., 4] = False
+    found = []
+    for logits in (clean, dirty):
+        logits.requires_grad_()
+        out = fastrl.PolicyLoss.preset("reinforce").from_logits(
+            logits, torch.tensor([[0, 1, 2]]), advantages=torch.ones(1), mask=torch.tensor([[1, 0, 1]]),
+            softcap=softcap, allowed=allowed, backend=backend,
+        )  # fmt: skip
+        (gradient,) = torch.autograd.grad(out.loss, logits)
+        found.append((out.loss.detach(), gradient))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert bool((found[1][1][0, 1] == 0).all())

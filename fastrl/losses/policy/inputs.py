@@ -114,6 +114,8 @@ class Batch:
             spread = spread + poison.to(dtype)
         selection = inputs.get("selection")
         if selection is not None:
+            if not isinstance(selection, Tensor):
+                raise TypeError(f"selection must be a tensor, got {type(selection).__name__}: pass torch.tensor(...)")
             selected, _ = checks.keep_mask("selection", selection, selection.shape, layout.device)
             selection = layout.tokens_or_sequences("selection", selected)
         positive = None

@@ -60,8 +60,8 @@ class _Plan:
             raise ValueError(f"labels must be {shape}, got {tuple(ids.shape)}")
         n = ids.shape[0] // size
         # Every place of the batch, the two rows of a pair behind each other.
-        places = torch.arange(ids.numel(), device=ids.device).view(size, n, -1).transpose(0, 1)
-        there = (ids != rows.options.ignore_index).view(size, n, -1).transpose(0, 1)
+        places = torch.arange(ids.numel(), device=ids.device).view(size, n, ids.shape[1]).transpose(0, 1)
+        there = (ids != rows.options.ignore_index).view(size, n, ids.shape[1]).transpose(0, 1)
         inputs = _with_totals(spec, inputs, n, mask)
         stats = SparseStats(rows.hidden.device) if rows.options.tail_mass else None
         return cls(spec, rows, mask, ref_logprobs, inputs, size, there.sum((1, 2)).tolist(), places[there], stats)

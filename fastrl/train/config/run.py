@@ -110,7 +110,8 @@ class RunConfig:
     @property
     def lora_modules(self) -> str | tuple[str, ...]:
         """Modules that get adapters, in the form of `fastrl.train.model.add_lora`."""
-        return tuple(self.lora_targets.split(",")) if "," in self.lora_targets else self.lora_targets
+        names = tuple(name.strip() for name in self.lora_targets.split(",") if name.strip())
+        return names[0] if len(names) == 1 else names
 
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of step `step`, counted from 0."""

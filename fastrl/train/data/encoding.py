@@ -91,7 +91,7 @@ class Encoded(Generic[T]):
 
     examples: list[T]
     dropped: int
-    """Records that were too long and gave no example."""
+    """Records that gave no example: too long, or pairs of two equal completions."""
     cut: int
     """Examples that lost the end of a completion."""
 
@@ -145,6 +145,8 @@ class Encoder:
         for index in spoken[-1:] if last_only else spoken:
             before = self._render(turns[:index], True)
             after = self._render(turns[: index + 1], False)
+            if last_only and not after.startswith(before):
+                return self._after_a_prefill(turns[:index], before, after)
             if not (after.startswith(before) and whole.startswith(after)):
                 raise ValueError(
                     f"the chat template writes the conversation up to message {index + 1} differently once it goes on; "
@@ -157,6 +159,23 @@ class Encoder:
             done = len(after)
         last = len(trained) - trained[::-1].index(True)
         return Example(ids[:last], trained[:last])
+
+    def _after_a_prefill(self, turns: Sequence[Message], asked: str, whole: str) -> Example:
+        """Return the example where the generation prompt holds what a finished turn lacks, such as an empty thought.
+
+        The model has to go on from the generation prompt, so what the finished turn writes behind their common
+        beginning is the completion.
+        """
+        begun = self._render(turns, False)
+        if not (asked.startswith(begun) and whole.startswith(begun)):
+            raise ValueError(
+                "the chat template writes the messages before the trained turn differently once the turn is there, so "
+                "that its generation prompt fits no completion; split such a conversation, or use another template"
+            )
+        pairs = zip(asked, whole, strict=False)
+        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(asked), len(whole)))
+        prompt, said = self._ids(asked), self._ids(whole[shared:])
+        return Example.of(prompt, said[: self._end(said)])
 
     def _end(self, said: Sequence[int]) -> int:
         """Return the length of a turn including its stop token."""
@@ -233,7 +252,8 @@ def preference_examples(
 ) -> Encoded[PreferenceExample]:
     """Return the pairs of preference records, with the arguments and errors of `supervised_examples`.
 
-    A pair is as long as its prompt with the longer completion. Without a field `prompt`, the prompt is the messages
+    A pair is as long as its prompt with the longer completion. A pair of equal tokens, as given or as cut, teaches
+    nothing: it is dropped. Without a field `prompt`, the prompt is the messages
     that `chosen` and `rejected` have in common at their beginning.
     """
 
@@ -255,7 +275,17 @@ def preference_examples(
             return None
         return dataclasses.replace(pair, chosen=pair.chosen[:left], rejected=pair.rejected[:left])
 
-    return _encode(records, make, length, cut, max_tokens, overlong)
+    encoded = _encode(records, make, length, cut, max_tokens, overlong)
+    pairs = [pair for pair in encoded.examples if pair.chosen != pair.rejected]
+    equal = len(encoded.examples) - len(pairs)
+    if not pairs:
+        raise ValueError(
+            f"in all {equal} pairs of {records.source} that fit, chosen and rejected are the same tokens: there is no "
+            "difference to learn from; if they were cut, raise max_tokens"
+        )
+    if equal:
+        logger.warning("%s: %d pairs are left out, their two completions are the same tokens", records.source, equal)
+    return Encoded(pairs, encoded.dropped + equal, encoded.cut)
 
 
 def unpaired_examples(
@@ -265,7 +295,7 @@ def unpaired_examples(
 
     def make(record: Mapping[str, Any]) -> UnpairedExample:
         prompt, completion, label = _prompt(record), _completion(record, "completion"), record.get("label")
-        if not isinstance(label, bool) and label not in (0, 1):
+        if not isinstance(label, bool | int | float) or label not in (0, 1):
             raise ValueError(f"the field label must be true or false, got {label!r:.80}")
         return UnpairedExample(encoder.prompt(prompt), encoder.completion(prompt, completion), bool(label))
 

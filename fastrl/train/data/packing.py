@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastrl.ops import linear_token_logprobs
 from fastrl.train.data.encoding import Example
-from fastrl.train.pretrained import LARGEST_DIFFERENCE, OutputHead, causal_lm
+from fastrl.train.pretrained import LARGEST_DIFFERENCE, OutputHead, causal_lm, check_positions
 
 # Largest change of a hidden state, relative to the largest hidden state, if tokens of the sequence before it change.
 # A masked entry has weight exactly 0. Only rounding is left, from GEMMs of other shapes (mixtures of experts).
@@ -100,6 +100,7 @@ def packed_batches(
 def packed_hidden(model: Any, batch: PackedBatch) -> Tensor:
     """Return (N, D): the hidden state that predicts each label, differentiable."""
     inner = causal_lm(model)
+    check_positions(model, batch.max_length)
     lengths: dict[str, Any] = {}
     if inner.config._attn_implementation.startswith("flash"):
         lengths = {

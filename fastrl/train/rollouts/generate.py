@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastrl.train.data.encoding import pad_left
 from fastrl.train.data.rollout import Rollout, prompt_positions
-from fastrl.train.pretrained import causal_lm
+from fastrl.train.pretrained import cache_argument, cache_of, causal_lm, check_positions
 
 
 @torch.no_grad()
@@ -49,6 +49,7 @@ def generate(
     truncated = torch.ones(count, dtype=torch.bool, device=device)
 
     inner = causal_lm(model)
+    check_positions(model, prompt_ids.shape[1] + max_new_tokens - 1)
     positions = prompt_positions(prompt_mask)
     out = inner(
         input_ids=prompt_ids,
@@ -57,7 +58,7 @@ def generate(
         use_cache=True,
         logits_to_keep=1,
     )
-    cache = out.past_key_values
+    cache = cache_of(model, out)
     cache.batch_select_indices(prompt_index)  # the prompt's keys and values, once for each of its completions
     logits = out.logits[prompt_index, -1]  # (B, V)
     attention = prompt_mask[prompt_index]  # (B, T_prompt + tokens so far)
@@ -89,8 +90,8 @@ def generate(
             input_ids=token[:, None],
             attention_mask=attention.long(),
             position_ids=position[:, None],
-            past_key_values=cache,
             use_cache=True,
+            **cache_argument(inner, cache),
         )
         logits = out.logits[:, -1]
 

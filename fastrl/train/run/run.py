@@ -40,6 +40,7 @@ from torch import Tensor
 import fastrl
 from fastrl.doctor import processor
 from fastrl.train.config.run import RunConfig
+from fastrl.train.pretrained import MERGED
 from fastrl.train.run.checkpoint import (
     Checkpoint,
     disk_errors,
@@ -53,6 +54,7 @@ from fastrl.train.run.checkpoint import (
     write_json,
 )
 from fastrl.train.run.folder import FolderLock, check_inputs, input_digests
+from fastrl.train.run.masters import MasterWeights
 from fastrl.train.run.tracking import RunTracker
 
 logger = logging.getLogger(__name__)
@@ -201,8 +203,13 @@ class Run(Generic[Config]):
         if config.overwrite:
             _remove_earlier_run(self.dir)
         self.parameters = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        if not self.parameters:
+            raise ValueError(
+                "no parameter of the model is trained: give lora_rank, or a model whose weights are not frozen"
+            )
+        self.masters = MasterWeights(self.parameters)
         groups: dict[float, list[Tensor]] = {}
-        for name, parameter in self.parameters.items():
+        for name, parameter in self.masters.optimised().items():
             factor = (factors or {}).get(name.split(".", 1)[0], 1.0)
             groups.setdefault(factor, []).append(parameter)
         self._factors = list(groups)
@@ -218,9 +225,30 @@ class Run(Generic[Config]):
             self.start_step = self._restore(newest)
             if self.start_step >= config.steps:
                 self._check_finished()
+        self._say_what_is_trained(parameters)
         self.log = RunLog(self.dir, self.start_step)
         write_json(self.dir / "config.json", config.as_dict())
         write_json(self.dir / "environment.json", environment(self.device))
+
+    def _say_what_is_trained(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        trained = sum(p.numel() for p in self.parameters.values())
+        adapters = all("lora_" in name for name in self.parameters)
+        dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in self.parameters.values()}))
+        logger.info(
+            "trains %s: %s of %s parameters in %s%s, from step %d",
+            "LoRA adapters" if adapters else "the model",
+            f"{trained:,}",
+            f"{sum(p.numel() for p in parameters.values()):,}",
+            dtypes,
+            " rounded from float32 master weights" if len(self.masters) else "",
+            self.start_step,
+        )
+
+    def zero_grad(self) -> None:
+        """Drop the gradients that the parameters hold."""
+        self.optimizer.zero_grad()
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     @property
     def checkpoints(self) -> Path:
@@ -258,23 +286,33 @@ class Run(Generic[Config]):
         self.accelerator.backward(loss)
 
     def clip_and_step(self, parts: Mapping[str, Sequence[Tensor]] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
-        """Clip the gradient, take an optimiser step and zero the gradient. Return its norm and `skipped_updates`.
+        """Clip the gradient, take an optimiser step and zero the gradient.
+
+        Returns metrics: the norm of the gradient, `skipped_updates`, and `weights_moved`, the share of (some 65,000)
+        weights of the model that the step changed. Of weights in 16 bits a small step moves few.
 
         `parts` maps the name of a norm among the metrics to the parameters that are clipped by it. Without `parts`, one
         norm `grad_norm` clips all. Steps with a non-finite gradient norm are skipped and counted in `skipped_updates`.
         """
+        self.masters.take_gradients()
         self.accelerator.unscale_gradients()
         norms = {
-            name: torch.nn.utils.clip_grad_norm_(list(part), self.config.max_grad_norm)
+            name: torch.nn.utils.clip_grad_norm_([self.masters.of(p) for p in part], self.config.max_grad_norm)
             for name, part in (parts or {"grad_norm": list(self.parameters.values())}).items()
         }
         # One such update would make every parameter NaN.
         finite = all(bool(torch.isfinite(norm)) for norm in norms.values())
+        before = self.masters.look()
         if finite:
             self.optimizer.step()
-        self.optimizer.zero_grad()
+            self.masters.write_back()
+        self.zero_grad()
         one = torch.ones((), device=self.device)
-        return {**{name: (norm, one) for name, norm in norms.items()}, "skipped_updates": (one * (not finite), one)}
+        return {
+            **{name: (norm, one) for name, norm in norms.items()},
+            "skipped_updates": (one * (not finite), one),
+            "weights_moved": self.masters.moved(before),
+        }
 
     def evaluation_due(self, done: int) -> bool:
         """Return whether the run evaluates after `done` steps: every `eval_every` steps, and after the last one."""
@@ -292,6 +330,9 @@ class Run(Generic[Config]):
     def save_model(self, model: Any, tokenizer: Any) -> None:
         """Write the model (or its adapters) and the tokenizer to `model/`, if `save_model` is set."""
         if self.config.save_model:
+            if hasattr(model, "get_base_model") and getattr(model.get_base_model(), MERGED, False):
+                # Its adapters continue weights that stand in no folder: only the whole model is the trained one.
+                model = model.merge_and_unload()
             with disk_errors(self.dir / "model"):
                 model.save_pretrained(self.dir / "model")
                 tokenizer.save_pretrained(self.dir / "model")
@@ -303,7 +344,8 @@ class Run(Generic[Config]):
     def _save(self, step: int) -> None:
         optimizer_tensors, groups = optimizer_to_tensors(self.optimizer)
         random_tensors, random_values = random_state(self.generator)
-        tensors = {"weights": self.parameters, "optimizer": optimizer_tensors, "random": random_tensors}
+        # Where there are masters, they are the weights: the model's own are their roundings.
+        tensors = {"weights": self.masters.optimised(), "optimizer": optimizer_tensors, "random": random_tensors}
         values: dict[str, Any] = {
             "config": self.config.as_dict(),
             "inputs": self._inputs,
@@ -330,6 +372,8 @@ class Run(Generic[Config]):
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(saved.tensors["weights"][name])
+            for name, master in self.masters.optimised().items():
+                master.copy_(saved.tensors["weights"][name])
         optimizer_from_tensors(self.optimizer, saved.tensors["optimizer"], saved.state["optimizer_groups"])
         for name, stateful in self._registered.items():
             stateful.load_state_dict({**saved.tensors.get(name, {}), **saved.state["kept"][name]})

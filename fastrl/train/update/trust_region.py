@@ -89,7 +89,8 @@ def trust_region_step(
                 found = measured
     if found is None:
         _place(moved, 0.0)
-    run.optimizer.zero_grad()
+    run.masters.read_anew()
+    run.zero_grad()
     metrics.add(
         {
             "grad_norm": _one(norm),
