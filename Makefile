@@ -1,6 +1,7 @@
 # fastrl: everything runs in $(VENV), made from nothing with plain pip and the pins of constraints.txt.
 #
 #   make test      lint, then every test with coverage
+#   make test-slow 200 kills of runs, and runs of 2000 steps
 #   make test-ptx  the kernels' tests on compiled code: an interpreter runs the PTX, no GPU needed
 #   make demo      train a small real model on arithmetic with GRPO and write a report
 #   make lint      ruff, pyright and the import layers
@@ -40,7 +41,7 @@ MODEL := $(VENV)/.stamp-model-$(DEPS_KEY)
 # The pins without torch and triton, which the first stage has settled.
 OTHER_PINS := $(VENV)/constraints.txt
 
-.PHONY: help test test-ptx demo lint format venv clean
+.PHONY: help test test-slow test-ptx demo lint format venv clean
 .DELETE_ON_ERROR:
 
 help:
@@ -49,6 +50,12 @@ help:
 test: lint
 	$(SAY) "tests, with coverage of fastrl"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov=fastrl --cov-report=term $(PYTEST_ARGS)
+
+test-slow: $(TEST)
+	$(SAY) "200 kills at random moments"
+	@OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/support/killed_runs.py 200
+	$(SAY) "2000 steps"
+	@OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/support/long_runs.py 2000
 
 # Compiled, with all approximate instructions as far off as they may be, warps in random order, and a look for races.
 test-ptx: $(TEST)

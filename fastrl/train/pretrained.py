@@ -102,7 +102,8 @@ MERGED = "_fastrl_merged_adapters"
 def _merged(source: str, dtype: torch.dtype) -> Any:
     from peft import AutoPeftModelForCausalLM
 
-    model: Any = AutoPeftModelForCausalLM.from_pretrained(source, dtype=dtype)
+    with _old_names():
+        model: Any = AutoPeftModelForCausalLM.from_pretrained(source, dtype=dtype)
     model = model.merge_and_unload()
     setattr(model, MERGED, True)
     logger.warning(
@@ -399,10 +400,16 @@ def add_lora(model: Any, *, rank: int, alpha: float, targets: str | tuple[str, .
         bias="none",
         task_type="CAUSAL_LM",
     )
-    with warnings.catch_warnings():
-        # PEFT 0.21 reads an attribute that transformers 5.23 has renamed.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    with _old_names():
         return get_peft_model(model, config).eval()
+
+
+@contextmanager
+def _old_names() -> Iterator[None]:
+    """Say nothing of an attribute that PEFT 0.21 reads and transformers 5.23 has renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
 
 
 # Nats. A wrong scale or softcap shows as tenths to tens of nats. Other batch shapes round by this much at most.
