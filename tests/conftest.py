@@ -14,6 +14,7 @@ A fixture that several files of a folder need is in the folder's conftest.py. He
     oracle.py                   the rule of accuracy: float64 decides, eager PyTorch sets the budget
     row_oracle.py               rows of logits in eager PyTorch and in long double
     vocabulary_cases.py         hard rows of logits, heads, upstream gradients
+    row_placements.py           one matrix of logits at many addresses and strides
     sparse_cases.py             rows from flat to peaked, and their lists of entries
     policy_cases.py             tokens, axes and bounds of the policy loss
     policy_logits_cases.py      the kernel from logits to the loss's gradient, against its three parts
@@ -28,6 +29,8 @@ A fixture that several files of a folder need is in the folder's conftest.py. He
     memory.py                   peak memory of a computation
     loop_checks.py              settings and metrics of a run, resuming, loss curves
     run_folder.py               the files of a finished run
+    killed_runs.py              runs of four loops, killed at random moments and resumed
+    long_runs.py                loops of many steps, watched for growth
     bandit.py                   a task with a known optimum
     tiny_families.py            a tiny model of each family
     trl_runs.py                 TRL's trainers on a tiny model

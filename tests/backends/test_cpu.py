@@ -477,7 +477,7 @@ def test_two_processes_build_once_and_a_third_not_at_all(tmp_path: Path) -> None
         assert f"result [{-math.log(4.0):.6f}"[:14] in text, text
     calls = (tmp_path / "log").read_text()
     assert calls.count("-shared") == 1
-    assert [p.suffix for p in sorted((tmp_path / "cache" / "fastrl").iterdir())] == [".lock", ".so"]
+    assert [p.suffix for p in sorted((tmp_path / "cache" / "fastrl").iterdir())] == [".lock", ".sha256", ".so"]
     assert "result" in output_of(python(USE, **environment))
     assert (tmp_path / "log").read_text().count(" -c ") == calls.count(" -c ")
 

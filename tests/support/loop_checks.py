@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastrl.train.config.grpo import GRPOConfig
 from fastrl.train.run import run as run_module
+from fastrl.train.run.masters import MasterWeights
 
 DATA = Path(__file__).parents[1] / "data"
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -45,12 +46,16 @@ class PlainRun:
     device: str = "cpu"
     generator: torch.Generator = field(default_factory=torch.Generator)
     clock: Any = field(default_factory=lambda: SimpleNamespace(lap=lambda name: None))
+    masters: MasterWeights = field(default_factory=lambda: MasterWeights({}))
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def clip_and_step(self) -> dict[str, tuple[Tensor, Tensor]]:
         return {}
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()  # pyright: ignore[reportAttributeAccessIssue]  # set by the test that needs it
 
 
 def metrics_of(run_dir: Path) -> list[dict[str, float]]:

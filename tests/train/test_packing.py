@@ -188,7 +188,7 @@ def test_flash_attention_is_for_sixteen_bits_on_a_gpu(monkeypatch: pytest.Monkey
     assert chosen == ["flash_attention_2"]
 
 
-def test_flash_attention_is_told_the_lengths() -> None:
+def test_flash_attention_is_told_the_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = collate(EXAMPLES)
     seen: dict[str, Any] = {}
 
@@ -196,8 +196,10 @@ def test_flash_attention_is_told_the_lengths() -> None:
         seen.update(inputs)
         return SimpleNamespace(last_hidden_state=torch.zeros(1, batch.labels.numel(), 2))
 
-    config = SimpleNamespace(_attn_implementation="flash_attention_2")
-    packed_hidden(SimpleNamespace(config=config, base_model=backbone), batch)
+    model = tiny_model(TOKENIZER)
+    monkeypatch.setattr(model.config, "_attn_implementation_internal", "flash_attention_2")
+    monkeypatch.setattr(type(model), "base_model", property(lambda _: backbone))
+    packed_hidden(model, batch)
     assert seen["cu_seq_lens_q"] is batch.cu_seqlens
     assert seen["max_length_k"] == max(len(e.ids) - 1 for e in EXAMPLES)
     assert "attention_mask" not in seen
