@@ -97,6 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"fastrl: error: {message}", file=sys.stderr)
         return USAGE if isinstance(error, UsageError) else FAILURE
+    except Exception as error:  # of a library, or a mistake of ours
+        if os.environ.get("FASTRL_DEBUG"):
+            raise
+        message = " ".join(str(error).split())[:500]
+        print(f"fastrl: error: {type(error).__name__}: {message} (FASTRL_DEBUG=1 shows where)", file=sys.stderr)
+        return FAILURE
 
 
 @contextlib.contextmanager

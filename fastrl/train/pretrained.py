@@ -80,6 +80,11 @@ def load_model(
     except SafetensorError as error:
         raise ValueError(f"the weights of the model {name_or_path!r} are damaged: {error}") from error
     except (OSError, ValueError) as error:
+        if not Path(source).exists() and ("connect" in str(error) or "offline" in str(error).lower()):
+            raise ValueError(
+                f"model {name_or_path!r}: there is no such folder here, and the Hugging Face hub cannot be reached; "
+                f"expected a folder with a saved model, a name on the hub, or {SMOLLM2!r}"
+            ) from error
         raise ValueError(
             f"model must be a folder with a saved model, a name on the Hugging Face hub, or {SMOLLM2!r}; "
             f"{name_or_path!r} could not be loaded: {str(error)[:300]}"

@@ -3,8 +3,10 @@
 import dataclasses
 import importlib.metadata
 import json
+import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -139,10 +141,12 @@ def test_files_that_are_refused(tmp_path, text, message):
     ],
 )
 def test_options_that_are_refused(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises((SystemExit, ValueError)) as stop:
         parse(*arguments)
-    assert stop.value.code == 2
-    assert arguments[0] in "".join(capsys.readouterr()) or arguments == ["--steps", "0"]
+    said = "".join(capsys.readouterr()) + str(stop.value)
+    assert not isinstance(stop.value, SystemExit) or stop.value.code == 2
+    assert arguments[0] in said or arguments == ["--steps", "0"]
+    assert "---" not in said
 
 
 def test_help_explains_every_field(capsys):
@@ -198,6 +202,50 @@ def test_errors_are_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FASTRL_DEBUG", "1")
     with pytest.raises(FileNotFoundError):
         cli.main(["report", str(tmp_path / "nowhere")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--out", "runs/x"], "Unrecognized options: --out"),
+        (["--save-model", "False"], "a switch takes no value: write --save-model or --no-save-model"),
+        (["--no-save-model", "true"], "write --save-model or --no-save-model"),
+        (["--temperature", "0"], "temperature must be finite and greater than 0"),
+        (["--group-size", "1"], "group_size must be at least 2"),
+        (["--learning-rate", "abc"], "--learning-rate: could not convert string to float: 'abc'"),
+        (["--steps", "0"], "steps must be at least 1"),
+        (["--steps", "1.5"], "--steps"),
+        (["--loss"], "--loss"),
+    ],
+)
+def test_a_wrong_option_is_one_line(arguments, words, capsys, monkeypatch):
+    monkeypatch.delenv("FASTRL_DEBUG", raising=False)
+    assert cli.main(["train", "grpo", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastrl: error: ")
+    assert error.count("\n") == 1
+    assert words in error
+
+
+def test_an_error_of_a_library_is_one_line_with_a_way_to_its_place(monkeypatch, capsys):
+    def fails(findings: object) -> str:
+        raise IndexError("index out of range\nin self")
+
+    monkeypatch.setattr(doctor, "render", fails)
+    monkeypatch.setattr(doctor, "diagnose", dict)
+    monkeypatch.delenv("FASTRL_DEBUG", raising=False)
+    assert cli.main(["doctor"]) == 1
+    error = capsys.readouterr().err
+    assert error == "fastrl: error: IndexError: index out of range in self (FASTRL_DEBUG=1 shows where)\n"
+
+
+def test_a_termination_has_its_line_and_code(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "diagnose", dict)
+    monkeypatch.setattr(doctor, "render", lambda findings: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main(["doctor"]) == 143
+    assert capsys.readouterr().err == "fastrl: terminated\n"
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_bench_passes_its_arguments_on_from_any_folder(tmp_path, monkeypatch, capfd):

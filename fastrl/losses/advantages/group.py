@@ -102,6 +102,11 @@ def grouping(n: int, device: torch.device, group_ids: Any, group_size: Any) -> G
         sizes = torch.full((n // group_size,), group_size, dtype=torch.int64, device=device)
         return Grouping(order // group_size, n // group_size, order, sizes)
     if isinstance(group_ids, (list, tuple)):
+        if any(isinstance(entry, str) for entry in group_ids):
+            raise TypeError(
+                "group_ids must be integers, got texts: number them, for example with "
+                "numpy.unique(ids, return_inverse=True)[1]"
+            )
         group_ids = torch.tensor([checks.plain_int("group_ids", entry) for entry in group_ids], dtype=torch.int64)
         group_ids = group_ids.to(device)
     if not isinstance(group_ids, Tensor) or group_ids.is_floating_point() or group_ids.is_complex():

@@ -7,8 +7,11 @@ wrong type names the key.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import io
+import itertools
 import re
 import types
 import typing
@@ -43,14 +46,36 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], program: 
         "which override it; the defaults shown are those of the file where one is given. "
         "Mappings are written --rewards accuracy=1.0 format=0.1."
     )
-    return tyro.cli(
-        config_class,
-        prog=program,
-        description=description,
-        args=rest,
-        default=default,
-        registry=_registry(),
-    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                config_class,
+                prog=program,
+                description=description,
+                args=rest,
+                default=default,
+                registry=_registry(),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ValueError(_one_line(said.getvalue(), rest)) from None
+
+
+def _one_line(box: str, arguments: Sequence[str]) -> str:
+    """Return tyro's message, a box of several lines, as one line, with a hint for switches."""
+    # The box is drawn with signs for it, or in ASCII where there is no terminal.
+    lines = [re.sub(r"[\u2500-\u257f]+|-{5,}|^[|+]|[|+]$", " ", line.strip()).strip() for line in box.splitlines()]
+    text = " ".join(" ".join(lines[1:]).split())  # without the title of the box
+    text = re.sub(r" Perhaps you meant:? (--[\w-]+).*?(?= For full|$)", r", did you mean \1?", text)
+    text = re.sub(r" Argument helptext:.*?(?= For full|$)", "", text).replace(" For full", "; for full")
+    for before, value in itertools.pairwise(arguments):
+        if value.lower() in ("true", "false") and before.startswith("--"):
+            name = before.removeprefix("--").removeprefix("no-")
+            text += f"; a switch takes no value: write --{name} or --no-{name}"
+            break
+    return text
 
 
 def load_config(config_class: type[Config], path: str | Path) -> Config:

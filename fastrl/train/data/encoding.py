@@ -112,6 +112,11 @@ class Encoder:
         """Return the ids of a prompt, ready for a completion."""
         if isinstance(prompt, str):
             return encode_prompts(self.tokenizer, [prompt], template=self.template, system=self.system)[0]
+        if prompt and isinstance(prompt[-1], Mapping) and prompt[-1].get("role") == "assistant":
+            raise ValueError(
+                "a prompt must not end with a turn of the assistant: the template would close it and open another; "
+                "move its text to the beginning of the completion"
+            )
         return self._ids(self._render(self._begun(prompt), True))
 
     def completion(self, prompt: str | Sequence[Message], completion: str | Sequence[Message]) -> list[int]:
@@ -351,7 +356,8 @@ def _encode(
 
 def _typed(record: Mapping[str, Any], name: str, kinds: type | tuple[type, ...]) -> Any:
     if record.get(name) is None:
-        raise ValueError(f"the field {name} is missing; the record has {', '.join(map(str, record)) or 'none'}")
+        state = "null, expected a value" if name in record else "missing"
+        raise ValueError(f"the field {name} is {state}; the record has {', '.join(map(str, record)) or 'none'}")
     if not isinstance(record[name], kinds):
         shown = "a list of messages" if kinds is list else "a text or a list of messages"
         raise ValueError(f"the field {name} must be {shown}, got {type(record[name]).__name__}")

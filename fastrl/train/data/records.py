@@ -145,10 +145,25 @@ def _read_lines(path: Path) -> Records:
     found, numbers = [], []
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if line.strip():
+            if not line.strip():
+                continue
+            try:
                 found.append(_parse(line, f"{path}, line {number}"))
-                numbers.append(number)
+            except ValueError:
+                if number == 1 and _is_whole_json(path):
+                    raise ValueError(
+                        f"{path} must hold one object a line, got one JSON list over several lines: call it .json"
+                    ) from None
+                raise
+            numbers.append(number)
     return _checked(found, str(path), "line", numbers)
+
+
+def _is_whole_json(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8-sig")), list)
+    except (ValueError, OSError):
+        return False
 
 
 def _parse(text: bytes, place: str) -> Any:

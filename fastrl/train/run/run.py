@@ -199,6 +199,12 @@ class Run(Generic[Config]):
         """
         config = self.config
         self._inputs = input_digests(config.as_dict())
+        if config.warmup_steps >= config.steps > 1:
+            logger.warning(
+                "warmup_steps=%d with steps=%d: the learning rate never reaches its peak",
+                config.warmup_steps,
+                config.steps,
+            )
         # Not earlier: a mistake in the settings, the model or the data must not cost the earlier run.
         if config.overwrite:
             _remove_earlier_run(self.dir)
