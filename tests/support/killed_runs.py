@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "kernels")]
 
 import torch
 from tiny_model import save_tiny_model
+from tqdm import tqdm
 
 from fastrl.train.config import DPOConfig, GRPOConfig, PPOConfig, SFTConfig
 from fastrl.train.dpo import run_dpo
@@ -34,6 +36,9 @@ from fastrl.train.grpo import run_grpo
 from fastrl.train.ppo import run_ppo
 from fastrl.train.run.checkpoint import latest_checkpoint, load_checkpoint
 from fastrl.train.sft import run_sft
+
+# tqdm's own lock is shared by forks: a run that is killed while it draws a bar would keep it for all later ones.
+tqdm.set_lock(threading.RLock())
 
 STEPS = 8
 LOOPS = ("sft", "dpo", "grpo", "ppo")
