@@ -102,9 +102,9 @@ def grouping(n: int, device: torch.device, group_ids: Any, group_size: Any) -> G
         sizes = torch.full((n // group_size,), group_size, dtype=torch.int64, device=device)
         return Grouping(order // group_size, n // group_size, order, sizes)
     if isinstance(group_ids, (list, tuple)):
-        if any(isinstance(entry, str) for entry in group_ids):
+        if (text := next((entry for entry in group_ids if isinstance(entry, str)), None)) is not None:
             raise TypeError(
-                "group_ids must be integers, got texts: number them, for example with "
+                f"group_ids must be an int, got str {text!r}: number texts, for example with "
                 "numpy.unique(ids, return_inverse=True)[1]"
             )
         group_ids = torch.tensor([checks.plain_int("group_ids", entry) for entry in group_ids], dtype=torch.int64)
