@@ -64,7 +64,7 @@ ATTACKS = {
     "its own environment": "open('/proc/self/environ').read()",
     "its own memory as a file": "open('/proc/self/mem', 'rb')",
     "secret": "print(open(f'{FOLDER}/secret').read())",
-    "secret by another root": "print(open(f'/proc/self/root/{FOLDER}/secret').read())",
+    "secret by another root": "print(open('/proc/self/root' + FOLDER + '/secret').read())",
     "secret from a folder": "os.open('secret', os.O_RDONLY, dir_fd=os.open(FOLDER, os.O_PATH))",
     "secret by handle": "call(303, -100, f'{FOLDER}/secret'.encode(), ctypes.create_string_buffer(136), 0, 0)",
     "open by handle": "call(304, 0, ctypes.create_string_buffer(136), 2)",
